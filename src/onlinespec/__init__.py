@@ -1,0 +1,3 @@
+"""Lossless speculative decoding whose drafter learns online."""
+
+__version__ = "0.1.0"

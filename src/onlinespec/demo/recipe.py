@@ -1,0 +1,226 @@
+"""How the shipped pair was made; anyone can run it again, with or without the extra text.
+
+    python -m onlinespec.demo.recipe target --work DIR [--data DIR] --tokens 9e6
+    python -m onlinespec.demo.recipe export --work DIR --out src/onlinespec/demo/target
+    python -m onlinespec.demo.recipe drafter --target src/onlinespec/demo/target --out src/onlinespec/demo/drafter
+
+`target` makes the tokenizer, then trains; stop it at any time and start it again with the same arguments, it goes on
+where its last checkpoint was. A larger `--tokens` on a finished run trains further.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from onlinespec.demo.corpus import Corpus, Document, packed_rows
+
+log = logging.getLogger("onlinespec.recipe")
+
+VOCAB_SIZE = 4096
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PROMPT_WEIGHT = 0.25  # prompts teach the language, answers the task
+
+
+@dataclass
+class TargetRecipe:
+    """Train the demo target from nothing.
+
+    Attributes:
+        work: Folder of checkpoints; an interrupted run goes on from there.
+        data: Folder of permissively licensed *.train.jsonl[.gz] files; without it the built-ins alone serve.
+        tokens: Length of the whole run; the step size falls to zero over its last 40 %.
+        long_share: Last part of the run on rows four times as long, so that long prompts are in range.
+    """
+
+    work: Path
+    data: Path | None = None
+    tokens: float = 9e6
+    batch_tokens: int = 2048
+    row_length: int = 256
+    long_share: float = 0.35
+    step_size: float = 2.5e-3
+    num_threads: int = 2
+    seed: int = 0
+
+
+def config() -> Qwen3Config:
+    """Deep and narrow: for the same size, a deep target leaves a one-layer drafter more to save."""
+    return Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def train_tokenizer(corpus: Corpus, num_documents: int = 30_000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits, so that arithmetic sees numbers as people write them."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    documents = (document for _, document in islice(corpus.documents(), num_documents))
+    bpe.train_from_iterator((f"{d.prompt}\n{d.answer}" for d in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        model_max_length=2048,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list[int], list[float]]:
+    """Token ids as the chat template would lay them out, and each token's weight in the loss."""
+    ids_of = tokenizer.backend_tokenizer.encode
+    if not document.prompt:
+        ids = ids_of(document.answer).ids + [tokenizer.pad_token_id]
+        return ids, [1.0] * len(ids)
+    asked = ids_of(f"{TURN_START}user\n{document.prompt}{TURN_END}\n{TURN_START}assistant\n").ids
+    answer = ids_of(document.answer + TURN_END).ids
+    after = ids_of("\n").ids
+    return asked + answer + after, [PROMPT_WEIGHT] * len(asked) + [1.0] * len(answer) + [0.0] * len(after)
+
+
+def schedule(progress: float) -> float:
+    """Warm up over 2 %, stay, then fall linearly to zero from 60 % on."""
+    return min(1.0, progress / 0.02, max(0.0, (1 - progress) / 0.4))
+
+
+def batches(
+    recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, done: list[float]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of batch_tokens token ids with loss weights; `done[0]` is the share of the run behind us."""
+
+    def row_length() -> int:
+        return recipe.row_length * (4 if done[0] > 1 - recipe.long_share else 1)
+
+    corpus = Corpus(recipe.data, seed=recipe.seed + int(done[0] * 1e6))
+    rows = packed_rows(corpus, lambda document: encode(tokenizer, document), row_length)
+    while True:
+        first = next(rows)
+        batch = [first]
+        while len(batch) * (len(first[0]) - 1) < recipe.batch_tokens:
+            row = next(rows)
+            if len(row[0]) == len(first[0]):
+                batch.append(row)
+        yield torch.tensor([ids for ids, _ in batch]), torch.tensor([weights for _, weights in batch])
+
+
+def train_target(recipe: TargetRecipe) -> None:
+    """Trains to recipe.tokens, with a checkpoint every few minutes."""
+    torch.set_num_threads(recipe.num_threads)
+    torch.manual_seed(recipe.seed)
+    recipe.work.mkdir(parents=True, exist_ok=True)
+    if not (recipe.work / "tokenizer.json").exists():
+        log.info("training the tokenizer")
+        train_tokenizer(Corpus(recipe.data, recipe.seed)).save_pretrained(recipe.work)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.work)
+    model = Qwen3ForCausalLM(config())
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.step_size,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    checkpoint, num_tokens = recipe.work / "checkpoint.pt", 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        num_tokens = saved["num_tokens"]
+    done = [num_tokens / recipe.tokens]
+    average, start, saved_at, start_tokens = 0.0, time.monotonic(), time.monotonic(), num_tokens
+    for step, (ids, weights) in enumerate(batches(recipe, tokenizer, done)):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.step_size * schedule(done[0])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        num_tokens += ids[:, 1:].numel()
+        done[0] = num_tokens / recipe.tokens
+        average = 0.98 * average + 0.02 * loss.item()
+        finished = num_tokens >= recipe.tokens
+        if step % 50 == 49 or finished:
+            rate = (num_tokens - start_tokens) / (time.monotonic() - start)
+            log.info(
+                "%.2fM tokens, loss %.3f, %.0f tokens/s", num_tokens / 1e6, average / (1 - 0.98 ** (step + 1)), rate
+            )
+        if time.monotonic() - saved_at > 240 or finished:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "num_tokens": num_tokens}
+            torch.save(state, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").rename(checkpoint)
+            saved_at = time.monotonic()
+        if finished:
+            return
+
+
+@dataclass
+class Export:
+    """Write a checkpoint as a Hugging Face folder in bf16."""
+
+    work: Path
+    out: Path
+
+
+def export(options: Export) -> None:
+    """Writes config, safetensors, tokenizer and generation config."""
+    model = Qwen3ForCausalLM(config())
+    model.load_state_dict(torch.load(options.work / "checkpoint.pt", weights_only=True)["model"])
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.to(torch.bfloat16).save_pretrained(options.out)
+    PreTrainedTokenizerFast.from_pretrained(options.work).save_pretrained(options.out)
+
+
+def main() -> None:
+    """The recipe's own command line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    step = tyro.extras.subcommand_cli_from_dict({"target": TargetRecipe, "export": Export})
+    {TargetRecipe: train_target, Export: export}[type(step)](step)
+
+
+if __name__ == "__main__":
+    main()

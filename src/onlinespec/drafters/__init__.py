@@ -1,0 +1,36 @@
+"""Drafters by name. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onlinespec import demo
+from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.formats import drafter_folder, read_format
+from onlinespec.models.loading import Target
+from onlinespec.tables import resolve
+
+DRAFTERS = {
+    "ngram": "onlinespec.drafters.ngram:Ngram",
+    "eagle": "onlinespec.drafters.eagle:Eagle",
+}
+
+
+def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0) -> Drafter:
+    """A drafter for a target.
+
+    Args:
+        name_or_path: A table name for a fresh one, a directory or Hub id of a saved one, `demo` for the one that
+            ships, or "pkg.module:Class".
+
+    Raises:
+        FileNotFoundError: if there is no such directory or Hub id.
+        ValueError: if it does not fit the target, or is of an unknown format.
+    """
+    name = str(name_or_path)
+    if name in DRAFTERS or (":" in name and not Path(name).exists()):
+        drafter: Drafter = resolve(DRAFTERS, name, "drafter").fresh(target, seed)
+        return drafter
+    folder = demo.DRAFTER if name == "demo" else drafter_folder(name, known=list(DRAFTERS))
+    loaded: Drafter = resolve(DRAFTERS, read_format(folder), "drafter").load(folder, target)
+    return loaded

@@ -1,0 +1,111 @@
+"""What every drafter does. Batched: a drafter serves many requests at once, each under a slot number.
+
+The life of a request: `start` with its prompt, then for every step `propose` and `observe`, then `release`. Weights
+change between steps only, through `swap`. Axis letters: B requests, K drafted tokens, D hidden size, S positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from onlinespec.config import SamplingParams
+from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
+from onlinespec.models.loading import Target
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a drafter's loss says of a batch, in nats per row."""
+
+    total: Tensor  # a scalar with a gradient: what learning descends
+    fresh: float  # the plain cross-entropy of the rows at these weights: what regret is counted in
+    num_rows: int
+
+
+class Drafter(ABC):
+    """A component that proposes tokens, and may learn from what became of them."""
+
+    aux_layer_ids: tuple[int, ...] = ()  # target layers whose states it reads beside the final one
+    is_trainable: bool = False  # whether `batch` and `loss` are there
+    weights: DrafterWeights  # what it drafts with now
+
+    @classmethod
+    @abstractmethod
+    def fresh(cls, target: Target, seed: int = 0) -> Self:
+        """An untrained drafter for a target."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, target: Target) -> Self:
+        """A saved one. Raises ValueError naming both values if it does not fit the target."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes it in its published format, whole or not at all."""
+
+    @abstractmethod
+    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
+        """Begins a request.
+
+        Args:
+            token_ids: The prompt, its last token (the first anchor) included.
+            features_SD: The target's final hidden states of all prompt tokens but the last. Not kept by reference.
+            capacity: Most tokens the request can come to have.
+        """
+
+    @abstractmethod
+    def propose(
+        self,
+        slots: Sequence[int],
+        anchors: Sequence[int],
+        num_draft_tokens_B: Sequence[int],
+        sampling: Sequence[SamplingParams],
+        uniforms_BK: Tensor,
+    ) -> Draft:
+        """Drafts up to num_draft_tokens_B[i] tokens behind each request's anchor, its last committed token.
+
+        May draft fewer, none included. Pure in its arguments and the state that `start`, `observe` and `swap` left.
+
+        Args:
+            uniforms_BK: The draft column of `randomness.uniforms`, for positions behind the anchor.
+        """
+
+    @abstractmethod
+    def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
+        """Hears what became of the last draft.
+
+        Args:
+            features: For each request the target's final hidden states [num_accepted + 1, D] of its anchor and the
+                accepted tokens. The last committed token has none yet.
+        """
+
+    @abstractmethod
+    def release(self, slot: int) -> None:
+        """Forgets a request."""
+
+    def swap(self, weights: DrafterWeights) -> None:
+        """Drafts with other weights from the next step on. Running requests keep what the old ones computed."""
+        raise TypeError(f"{type(self).__name__} has no weights to swap")
+
+    def batch(self, feedback: Sequence[Feedback]) -> Any:
+        """Training inputs from verified rows; consecutive rows of a request become one span."""
+        raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
+
+    def loss(self, params: Params, batch: Any) -> Loss:
+        """The loss of given weights on a batch, with a gradient at exactly the verified rows."""
+        raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
+
+    def describe(self) -> dict[str, Any]:
+        """What `inspect` prints of it."""
+        params = self.weights.params
+        return {
+            "num_parameters": sum(p.numel() for p in params.values()),
+            "weights_version": self.weights.version,
+            "is_trainable": self.is_trainable,
+        }

@@ -1,0 +1,351 @@
+"""EAGLE-1: a one-layer head that continues the target's own hidden states.
+
+Row t pairs the target's final hidden state after token t with the embedding of token t + 1, and estimates the hidden
+state after token t + 1; the target's own head turns that into a draft of token t + 2. Drafting feeds the estimate
+back in place of the state that is not there yet. Embedding and head are the target's, by reference, and never learn.
+
+Axis letters: B requests, K drafted tokens, N rows of a call, S positions, D hidden size, V vocabulary.
+Reference: EAGLE, arXiv:2401.15077; file layout as other engines read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onlinespec.config import SamplingParams
+from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Trace, Verdict
+from onlinespec.drafters.base import Drafter, Loss
+from onlinespec.drafters.formats import read_drafter_config, read_side, write_drafter
+from onlinespec.losses import soft_cross_entropy
+from onlinespec.models.kv_cache import KVCache
+from onlinespec.models.layer import (
+    FastLayer,
+    LayerConfig,
+    RotaryTable,
+    Rows,
+    make_plan,
+    plain_keys_values,
+    plain_layer,
+    rotary_angles,
+)
+from onlinespec.models.linear import draft_head
+from onlinespec.models.loading import Target, check_tensors, read_weights
+from onlinespec.sampling import process_logits, sample_rows
+
+_LAYER = "layers.0."
+
+
+@dataclass
+class _Slot:
+    """What is known of a request but not yet in the drafter's cache: features, each with the token behind it."""
+
+    features: list[Tensor] = field(default_factory=list)
+    next_ids: list[int] = field(default_factory=list)
+
+
+class Span(NamedTuple):
+    """Consecutive verified rows of one request, as the drafter sees them."""
+
+    features_SD: Tensor  # target states after tokens 0..S-1; the last rows are what the loss is on
+    next_ids_S: Tensor  # tokens 1..S
+    target_states_ND: Tensor  # target states after tokens S-N+1..S: their head rows are the labels
+
+
+class Eagle(Drafter):
+    """The EAGLE-1 head.
+
+    Args:
+        config: As published beside the weights; unknown fields are kept and saved again.
+        params: Float32 masters under their published names.
+        unroll: How many drafting depths a training row goes through; deeper rows read the drafter's own output, as
+            they do when drafting.
+    """
+
+    is_trainable = True
+
+    def __init__(
+        self,
+        target: Target,
+        config: Mapping[str, Any],
+        params: Params,
+        version: int = 0,
+        unroll: int = 2,
+        extra: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config = dict(config)
+        self.unroll = unroll
+        self._layer_config = _layer_config(config)
+        self._decoder = target.decoder
+        self._fingerprint = target.fingerprint
+        self._head = draft_head(target.decoder.head_VD)
+        self._cache = KVCache(
+            1, self._layer_config.num_kv_heads, self._layer_config.head_dim, self._decoder.device, torch.float32
+        )
+        self._rotary = RotaryTable(self._layer_config, self._decoder.device)
+        self._slots: dict[int, _Slot] = {}
+        self._extra = dict(extra or {})
+        self._dtype = dtype
+        self.swap(DrafterWeights({name: p.float() for name, p in params.items()}, version))
+
+    # --- where it comes from and goes to ------------------------------------------------------------------------
+
+    @classmethod
+    def fresh(cls, target: Target, seed: int = 0) -> Self:
+        shape = target.decoder.config
+        layer = shape.layer
+        config = {
+            "architectures": ["EagleLlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": layer.hidden_size,
+            "intermediate_size": layer.intermediate_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": layer.num_heads,
+            "num_key_value_heads": layer.num_kv_heads,
+            "head_dim": layer.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": layer.rms_norm_eps,
+            "rope_theta": layer.rope_theta,
+            "vocab_size": shape.vocab_size,
+            "max_position_embeddings": shape.max_positions,
+            "bias": False,
+            "torch_dtype": "float32",
+        }
+        generator = torch.Generator().manual_seed(seed)
+        params = {
+            name: torch.ones(dims) if len(dims) == 1 else torch.randn(dims, generator=generator) * 0.02
+            for name, dims in _param_shapes(config).items()
+        }
+        params["fc.weight"][:, layer.hidden_size :] += torch.eye(layer.hidden_size)  # start from the state itself
+        return cls(target, config, {name: p.to(target.decoder.device) for name, p in params.items()})
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> Self:
+        config, side = read_drafter_config(folder), read_side(folder)
+        _check_fits(config, target, folder)
+        tensors = read_weights(folder, target.decoder.device, dtype=None)
+        shapes = _param_shapes(config, has_bias="fc.bias" in tensors)
+        check_tensors(tensors, shapes, folder, may_have=("embed_tokens.weight",))
+        made_for = side.get("target_fingerprint")
+        if made_for and made_for != target.fingerprint:
+            raise ValueError(
+                f"{folder} was trained for target {made_for}, this target is {target.fingerprint}; "
+                f"delete {folder / 'onlinespec.json'} to use it all the same"
+            )
+        params = {name: tensors[name] for name in shapes}
+        extra = {name: t for name, t in tensors.items() if name not in shapes}
+        version = int(side.get("weights_version", 0))
+        return cls(target, config, params, version, extra=extra, dtype=params["fc.weight"].dtype)
+
+    def save(self, folder: Path) -> None:
+        tensors = {name: p.to(self._dtype) for name, p in self.weights.params.items()} | self._extra
+        write_drafter(folder, self.config, tensors, self.weights.version, target_fingerprint=self._fingerprint)
+
+    # --- drafting -----------------------------------------------------------------------------------------------
+
+    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
+        self._cache.take(slot, capacity + 1)
+        self._slots[slot] = _Slot([features_SD] if len(features_SD) else [], list(token_ids[1:]))
+
+    def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
+        for slot, token_ids, rows_ND in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
+            self._slots[slot].features.append(rows_ND)
+            self._slots[slot].next_ids.extend(token_ids[: len(rows_ND)])
+
+    def release(self, slot: int) -> None:
+        self._cache.release(slot)
+        del self._slots[slot]
+
+    def swap(self, weights: DrafterWeights) -> None:
+        """Rows that older weights wrote into the cache stay: recomputing them costs more than they mislead."""
+        self.weights = weights
+        self._embedding_VD = self._decoder.embedding_VD
+        params, make_linear = weights.params, self._decoder.make_linear
+        self._fc = make_linear(params["fc.weight"], params.get("fc.bias"))
+        self._layer = FastLayer(self._layer_config, _layer_weights(params), make_linear)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        slots: Sequence[int],
+        anchors: Sequence[int],
+        num_draft_tokens_B: Sequence[int],
+        sampling: Sequence[SamplingParams],
+        uniforms_BK: Tensor,
+    ) -> Draft:
+        # A request whose prompt is one token has no feature to start from, and waits a step.
+        ready = [i for i, (slot, count) in enumerate(zip(slots, num_draft_tokens_B, strict=True)) if count and self._has_rows(slot)]
+        B, K = len(slots), max((num_draft_tokens_B[i] for i in ready), default=0)
+        counts_B = torch.zeros(B, dtype=torch.int64)
+        counts_B[ready] = torch.tensor([num_draft_tokens_B[i] for i in ready], dtype=torch.int64)
+        if not ready:
+            return Draft(torch.zeros(B, 0, dtype=torch.int64), counts_B, None, self.weights.version)
+        ready_slots, ready_sampling = [slots[i] for i in ready], [sampling[i] for i in ready]
+        lengths = {}
+        state_ND, drafted, probs = self._absorb(ready_slots), [], []
+        for slot in ready_slots:
+            lengths[slot] = self._cache.lengths[slot]
+        for k in range(K):
+            ids_N, probs_NV = _draw(self._head(state_ND), ready_sampling, uniforms_BK[ready, k])
+            drafted.append(ids_N)
+            probs.append(probs_NV)
+            if k + 1 < K:
+                state_ND = self._forward(ids_N, state_ND, ready_slots, [1] * len(ready))
+        for slot, length in lengths.items():
+            self._cache.crop(slot, length)
+        if len(ready) == B:
+            rows = None if probs[0] is None else torch.stack(probs, 1)
+            return Draft(torch.stack(drafted, 1), counts_B, rows, self.weights.version)
+        token_ids_BK = torch.zeros(B, K, dtype=torch.int64, device=state_ND.device)
+        token_ids_BK[ready] = torch.stack(drafted, 1)
+        probs_BKV = None
+        if probs[0] is not None:
+            probs_BKV = torch.zeros(B, K, probs[0].shape[-1], device=state_ND.device)
+            probs_BKV[ready] = torch.stack(probs, 1)
+        return Draft(token_ids_BK, counts_B, probs_BKV, self.weights.version)
+
+    def _has_rows(self, slot: int) -> bool:
+        return bool(self._slots[slot].next_ids)
+
+    def _absorb(self, slots: Sequence[int]) -> Tensor:
+        """Runs the rows that became real since the last draft; the last of each request is where drafting starts."""
+        waiting = [self._slots[slot] for slot in slots]
+        counts = [len(state.next_ids) for state in waiting]
+        next_ids = torch.tensor([i for state in waiting for i in state.next_ids], device=self._decoder.device)
+        features_ND = torch.cat([rows for state in waiting for rows in state.features])
+        for slot in slots:
+            self._slots[slot] = _Slot()
+        out_ND = self._forward(next_ids, features_ND, slots, counts)
+        return out_ND if len(out_ND) == len(slots) else out_ND[torch.tensor(counts).cumsum(0) - 1]
+
+    def _forward(self, next_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        plan = make_plan(Rows(slots, [self._cache.lengths[slot] for slot in slots], counts), self._rotary)
+        x_ND = self._fc(torch.cat([F.embedding(next_ids_N, self._embedding_VD), states_ND], dim=-1))
+        x_ND = self._layer(x_ND, plan, self._cache, 0)
+        for slot, count in zip(slots, counts, strict=True):
+            self._cache.extend(slot, count)
+        return x_ND
+
+    # --- learning -----------------------------------------------------------------------------------------------
+
+    def batch(self, feedback: Sequence[Feedback]) -> list[Span]:
+        spans: list[tuple[Trace, int, int]] = []
+        for record in feedback:
+            first, last = max(1, record.start), record.start + record.num_rows  # row 0 has no state before it
+            if spans and spans[-1][0] is record.trace and spans[-1][2] == record.start:
+                spans[-1] = (record.trace, spans[-1][1], last)
+            elif last > first:
+                spans.append((record.trace, first, last))
+        return [self._span(trace, first, last) for trace, first, last in spans]
+
+    def _span(self, trace: Trace, first: int, last: int) -> Span:
+        states = trace.hidden_states_SD
+        next_ids = torch.tensor(trace.token_ids[1:last], device=states.device)
+        return Span(states[: last - 1].float(), next_ids, states[first:last].clone())
+
+    def loss(self, params: Params, batch: Sequence[Span]) -> Loss:
+        sums = [self._span_loss(params, span) for span in batch]
+        num_rows = sum(len(span.target_states_ND) for span in batch)
+        if not num_rows:
+            raise ValueError("a batch without verified rows has no loss")
+        total = torch.stack([total for total, _ in sums]).sum() / num_rows
+        return Loss(total, float(sum(fresh for _, fresh in sums)) / num_rows, num_rows)
+
+    def _span_loss(self, params: Params, span: Span) -> tuple[Tensor, Tensor]:
+        """Sums over the span's rows: the loss over all depths, and the cross-entropy at the first depth."""
+        config, weights, N = self._layer_config, _layer_weights(params), len(span.target_states_ND)
+        S = len(span.next_ids_S)
+        first, device = S - N, span.features_SD.device
+        embedded_SD = F.embedding(span.next_ids_S, self._embedding_VD).float()
+        target_probs_NV = self._decoder.head(span.target_states_ND).softmax(-1)
+        angles_SR = rotary_angles(torch.arange(S, device=device), config)
+
+        with torch.no_grad():  # context rows lend keys and values only; their own gradient is left out
+            inputs_CD = _fuse(params, embedded_SD[:first], span.features_SD[:first])
+            keys, values = plain_keys_values(config, weights, inputs_CD, angles_SR[:first])
+        positions = torch.arange(S, device=device)
+        is_visible = positions[first:, None] >= positions[None, :]
+        states_ND, total, fresh = span.features_SD[first:], torch.zeros((), device=device), torch.zeros(())
+        for depth in range(min(self.unroll, N)):
+            rows = N - depth  # row i of this depth reads the token `depth` further on
+            inputs_ND = _fuse(params, embedded_SD[first + depth :], states_ND[:rows])
+            k, v = plain_keys_values(config, weights, inputs_ND, angles_SR[first + depth :])
+            keys, values = torch.cat([keys, k]), torch.cat([values, v])
+            if depth:
+                own = torch.eye(rows, dtype=torch.bool, device=device)
+                is_visible = torch.cat([is_visible[:rows], own], dim=1)
+            states_ND = plain_layer(config, weights, inputs_ND, angles_SR[first + depth :], keys, values, is_visible)
+            logits_NV = F.linear(states_ND.to(self._decoder.dtype), self._decoder.head_VD)
+            loss = soft_cross_entropy(logits_NV, target_probs_NV[depth:]).sum()
+            fresh = loss.detach() if depth == 0 else fresh
+            total = total + loss
+        return total, fresh
+
+
+def _draw(
+    logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A token per row, and the row it was drawn from; greedy drafts are point masses. Penalties are the target's."""
+    if all(params.is_greedy for params in sampling):
+        return logits_NV.argmax(-1), None
+    plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
+    probs_NV = process_logits(logits_NV.float(), plain[0] if len(plain) == 1 else plain)
+    return sample_rows(probs_NV, uniforms_N.to(probs_NV.device)), probs_NV
+
+
+def _fuse(params: Params, embedded_ND: Tensor, states_ND: Tensor) -> Tensor:
+    return F.linear(torch.cat([embedded_ND, states_ND], dim=-1), params["fc.weight"], params.get("fc.bias"))
+
+
+def _layer_weights(params: Params) -> Params:
+    return {name.removeprefix(_LAYER): p for name, p in params.items() if name.startswith(_LAYER)}
+
+
+def _layer_config(config: Mapping[str, Any]) -> LayerConfig:
+    heads = int(config["num_attention_heads"])
+    rope = config.get("rope_parameters") or config
+    return LayerConfig(
+        hidden_size=int(config["hidden_size"]),
+        intermediate_size=int(config["intermediate_size"]),
+        num_heads=heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", 10_000.0)),
+    )
+
+
+def _param_shapes(config: Mapping[str, Any], has_bias: bool = False) -> dict[str, tuple[int, ...]]:
+    layer = _layer_config(config)
+    d, f = layer.hidden_size, layer.intermediate_size
+    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (d, 2 * d),
+        f"{_LAYER}self_attn.q_proj.weight": (q, d),
+        f"{_LAYER}self_attn.k_proj.weight": (kv, d),
+        f"{_LAYER}self_attn.v_proj.weight": (kv, d),
+        f"{_LAYER}self_attn.o_proj.weight": (d, q),
+        f"{_LAYER}mlp.gate_proj.weight": (f, d),
+        f"{_LAYER}mlp.up_proj.weight": (f, d),
+        f"{_LAYER}mlp.down_proj.weight": (d, f),
+        f"{_LAYER}post_attention_layernorm.weight": (d,),
+    }
+    return shapes | {"fc.bias": (d,)} if has_bias else shapes
+
+
+def _check_fits(config: Mapping[str, Any], target: Target, folder: Path) -> None:
+    shape = target.decoder.config
+    for key, expected in (("vocab_size", shape.vocab_size), ("hidden_size", shape.layer.hidden_size)):
+        if key not in config:
+            raise ValueError(f"{folder / 'config.json'} has no {key}; it can't be matched with the target")
+        if int(config[key]) != expected:
+            raise ValueError(
+                f"drafter {key} {config[key]} != target {key} {expected}: {folder} was made for another target"
+            )

@@ -1,0 +1,124 @@
+"""Drafter checkpoints on disk: recognised by what they hold, written whole or not at all.
+
+A drafter directory is `config.json` and, if it has weights, `model.safetensors`, in the layout its family publishes;
+what is ours (version, parent, the target it was made for) stands apart in `onlinespec.json`, which other engines
+ignore.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onlinespec.models.loading import find_folder, read_json, weight_files
+
+SIDE_FILE = "onlinespec.json"
+_KNOWN_ELSEWHERE = {  # recognised so that the message can say what it is; each gets its drafter later
+    "LlamaForCausalLMEagle3": "EAGLE-3",
+    "Eagle3Speculator": "EAGLE-3 (speculators)",
+    "Eagle3DraftModel": "EAGLE-3 (speculators)",
+    "DFlashDraftModel": "DFlash",
+    "DFlashSpeculator": "DFlash (speculators)",
+}
+_KEY_MARKS = {"medusa_num_heads": "Medusa", "hydra_head_arch": "Hydra", "draft_vocab_size": "EAGLE-3"}
+
+
+def drafter_folder(name: str, known: list[str]) -> Path:
+    """The directory of a saved drafter, here or from the Hub.
+
+    Raises:
+        FileNotFoundError: naming the table's drafters too, for a mistyped name.
+    """
+    try:
+        return find_folder(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; a fresh drafter is one of: {', '.join(known)}") from error
+
+
+def read_drafter_config(folder: Path) -> dict[str, Any]:
+    """The drafter's config.json."""
+    return read_json(folder / "config.json")
+
+
+def read_format(folder: Path) -> str:
+    """The table name of the drafter a directory holds, by its config first and its tensors' names second.
+
+    Raises:
+        ValueError: if it is of another family, or none.
+    """
+    config = read_drafter_config(folder)
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture == "NgramDrafter":
+        return "ngram"
+    family = _KNOWN_ELSEWHERE.get(architecture) or next((f for key, f in _KEY_MARKS.items() if key in config), None)
+    if family:
+        raise ValueError(f"{folder} is a drafter of the family {family}, which this version does not run yet")
+    names = tensor_names(folder)
+    if "fc.weight" in names and "lm_head.weight" not in names and "layers.0.self_attn.q_proj.weight" in names:
+        return "eagle"
+    raise ValueError(f"{folder} is no drafter we know: architecture {architecture}, tensors {sorted(names)[:4]}")
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in a directory's safetensors files, without reading the tensors."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                names |= set(shard.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} can't be read ({error}); it may be cut short: copy it again") from error
+    return names
+
+
+def read_side(folder: Path) -> dict[str, Any]:
+    """What onlinespec noted beside the published files; empty for a drafter from elsewhere."""
+    return read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
+
+
+def write_drafter(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], version: int, **side: Any
+) -> None:
+    """Writes a drafter directory: into a temporary one beside it first, then renamed into place.
+
+    Raises:
+        ValueError: if the place can't be written to, or holds something that is no drafter.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not (folder / SIDE_FILE).is_file():
+        raise ValueError(f"{folder} exists and was not written by onlinespec; choose another place for the drafter")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"the drafter can't be saved to {folder}: {error}") from error
+    try:
+        _write_json(partial / "config.json", config)
+        _write_json(partial / SIDE_FILE, {"weights_version": version, **side})
+        if tensors:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / "model.safetensors")
+        partial.chmod(0o755)
+        _replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(new: Path, folder: Path) -> None:
+    old = new.with_name(new.name + ".old")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,91 @@
+"""Prompt lookup: what followed the last few tokens when they last occurred. Learns nothing, teaches the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from onlinespec.config import SamplingParams
+from onlinespec.core import Draft, DrafterWeights, Verdict
+from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.formats import read_drafter_config, write_drafter
+from onlinespec.models.loading import Target
+
+
+@dataclass
+class _History:
+    """The tokens of a request, and where each of its n-grams was last followed by something."""
+
+    max_ngram: int
+    token_ids: list[int] = field(default_factory=list)
+    follows: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def append(self, token_id: int) -> None:
+        position = len(self.token_ids)
+        for n in range(1, min(self.max_ngram, position) + 1):
+            self.follows[tuple(self.token_ids[position - n :])] = position
+        self.token_ids.append(token_id)
+
+    def continuation(self, count: int) -> list[int]:
+        for n in range(min(self.max_ngram, len(self.token_ids)), 0, -1):
+            start = self.follows.get(tuple(self.token_ids[-n:]))
+            if start is not None:
+                return self.token_ids[start : start + count]
+        return []
+
+
+class Ngram(Drafter):
+    """Drafts the continuation of the longest earlier match of the text's end, up to `max_ngram` tokens long.
+
+    Reference: prompt lookup decoding (Saxena, 2023); LLMA, arXiv:2304.04487.
+    """
+
+    def __init__(self, max_ngram: int = 3) -> None:
+        self.max_ngram = max_ngram
+        self.weights = DrafterWeights({}, version=0)
+        self._histories: dict[int, _History] = {}
+
+    @classmethod
+    def fresh(cls, target: Target, seed: int = 0) -> Self:
+        return cls()
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> Self:
+        return cls(int(read_drafter_config(folder)["max_ngram"]))
+
+    def save(self, folder: Path) -> None:
+        write_drafter(folder, {"architectures": ["NgramDrafter"], "max_ngram": self.max_ngram}, {}, self.weights.version)
+
+    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
+        self._histories[slot] = _History(self.max_ngram)
+        for token_id in token_ids:
+            self._histories[slot].append(token_id)
+
+    def propose(
+        self,
+        slots: Sequence[int],
+        anchors: Sequence[int],
+        num_draft_tokens_B: Sequence[int],
+        sampling: Sequence[SamplingParams],
+        uniforms_BK: Tensor,
+    ) -> Draft:
+        wanted = zip(slots, num_draft_tokens_B, strict=True)
+        drafted = [self._histories[slot].continuation(count) for slot, count in wanted]
+        width = max(num_draft_tokens_B, default=0)
+        token_ids_BK = torch.tensor([ids + [0] * (width - len(ids)) for ids in drafted], dtype=torch.int64)
+        counts_B = torch.tensor([len(ids) for ids in drafted])
+        return Draft(token_ids_BK.view(len(slots), width), counts_B, None, self.weights.version)
+
+    def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
+        for slot, token_ids in zip(slots, verdict.token_ids_BL.tolist(), strict=True):
+            for token_id in token_ids:
+                if token_id >= 0:
+                    self._histories[slot].append(token_id)
+
+    def release(self, slot: int) -> None:
+        del self._histories[slot]

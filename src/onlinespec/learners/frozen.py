@@ -1,0 +1,26 @@
+"""The control: weights that never move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onlinespec.learners.base import Evaluate, Params
+from onlinespec.learners.geometry import Diagonal, Geometry
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Plays its start for ever and asks for no gradient; every other learner is compared with it."""
+
+    step_size: float = 0.0
+    geometry: Geometry = Diagonal()  # noqa: RUF009
+    clip_norm: float = 1.0
+
+    def init(self, params: Params) -> Params:
+        return params
+
+    def played(self, state: Params) -> Params:
+        return state
+
+    def update(self, evaluate: Evaluate, state: Params) -> Params:
+        return state

@@ -1,0 +1,43 @@
+"""Online gradient descent, in a geometry of choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from onlinespec.learners.base import Evaluate, Params
+from onlinespec.learners.geometry import Diagonal, Geometry, clip_by_norm, descend
+
+
+class OnlineGradientState(NamedTuple):
+    """The weights that play, and what the geometry remembers."""
+
+    params: Params
+    geometry: Any
+
+
+@dataclass(frozen=True)
+class OnlineGradient:
+    """One step against each round's gradient, taken at the weights that drafted:
+
+        w_next = w - step_size * direction(clip(grad f(w)))
+
+    The step size is constant: a stream has no known end, and a rate that decays stops following a drift.
+
+    Reference: Zinkevich (2003); OnlineSpec, arXiv:2603.12617, corollary 1 (Euclidean geometry, without projection).
+    """
+
+    step_size: float
+    geometry: Geometry = Diagonal()  # noqa: RUF009
+    clip_norm: float = 1.0
+
+    def init(self, params: Params) -> OnlineGradientState:
+        return OnlineGradientState(params, self.geometry.init(params))
+
+    def played(self, state: OnlineGradientState) -> Params:
+        return state.params
+
+    def update(self, evaluate: Evaluate, state: OnlineGradientState) -> OnlineGradientState:
+        (evaluation,) = evaluate(state.params)
+        direction, geometry = self.geometry.direction(clip_by_norm(evaluation.grads, self.clip_norm), state.geometry)
+        return OnlineGradientState(descend(state.params, direction, self.step_size), geometry)

@@ -1,0 +1,1 @@
+"""Targets: loading them, and our own fast forward."""

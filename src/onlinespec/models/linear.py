@@ -1,0 +1,79 @@
+"""One matrix product, two ways: the plain one, and oneDNN's prepacked one whose bits ignore the number of rows.
+
+`F.linear` picks another kernel for one row than for five, and the float32 bits differ. With the weight packed
+beforehand for several rows, oneDNN runs one kernel for any number of rows and a row's result does not depend on
+its company: that is what makes greedy speculation bit-exact on a CPU. It is also faster at 2 to 8 rows.
+The operators are torch's own but private (inductor's freezing emits them), hence the capability check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+
+_ROWS_PACKED_FOR = 8  # two or more keeps oneDNN off its one-row kernel
+
+
+class PlainLinear:
+    """x @ weight.T + bias. The reference, and the path wherever packing is missing."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        return F.linear(x_ND, self.weight, self.bias)
+
+
+class PackedLinear:
+    """The same product from a weight laid out once for oneDNN. No gradient; CPU only."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_PACKED_FOR)
+        self._bias = None if bias is None else bias.detach().contiguous()
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        product: Tensor = self._product(x_ND, self._packed, self._bias, "none", [], "")
+        return product
+
+
+@cache
+def can_pack() -> bool:
+    """Whether packing works here and keeps its promise: the same bits for one row as for many."""
+    try:
+        with torch.inference_mode():
+            generator = torch.Generator().manual_seed(0)
+            x_ND = torch.randn(8, 64, generator=generator)
+            linear = PackedLinear(torch.randn(96, 64, generator=generator))
+            return torch.equal(linear(x_ND[:1]), linear(x_ND)[:1])
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
+    """The fastest exact kind of product for a device and dtype: packed for float32 and bfloat16 on a CPU."""
+    is_packable = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and can_pack()
+    return PackedLinear if is_packable else PlainLinear
+
+
+def draft_head(weight: Tensor) -> Linear:
+    """The target's head for drafting: bfloat16 where the processor multiplies it natively, which halves its cost.
+
+    A draft may come from any distribution, so precision is spent where it counts: verification stays exact.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and can_pack() and _has_bfloat16_units():
+        packed = PackedLinear(weight.bfloat16())
+        return lambda x_ND: packed(x_ND.bfloat16())
+    return linear_for(weight.device, weight.dtype)(weight, None)
+
+
+def _has_bfloat16_units() -> bool:
+    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(check and check())

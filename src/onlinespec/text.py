@@ -1,0 +1,84 @@
+"""Committed tokens as text that can be shown: no half characters, nothing of a stop string that is being spelt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\ufffd"  # what decoding puts for bytes that are not a whole character (yet)
+
+
+class TextStream:
+    """Turns a request's tokens into text as they are committed.
+
+    `push` each token, `take` what has become final since the last take. Text that might be the beginning of a stop
+    string, or bytes of an unfinished character, waits. After a stop string nothing from its first character on is
+    ever given out; special tokens never show.
+    """
+
+    _WINDOW = 6  # tokens decoded before the new ones, since a token's text may depend on those before it
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        self._ids: list[int] = []
+        self._settled = 0  # tokens before this one are in `text` for good
+        self._context = 0  # where decoding starts, some tokens before _settled
+        self._taken = 0
+        self._is_closed = False
+        self.text = ""  # all that is settled, cut at a stop string
+
+    def push(self, token_id: int, is_end: bool = False) -> bool:
+        """Takes a token; true if a stop string is now complete. An end token adds no text."""
+        if not is_end:
+            self._ids.append(token_id)
+            if self._stop_strings:
+                self._settle()
+        return self._cut()
+
+    def close(self) -> None:
+        """No more tokens: what was waiting is final."""
+        self._settle(is_final=True)
+        self._cut()
+        self._is_closed = True
+
+    def take(self) -> str:
+        """What became final since the last call."""
+        self._settle(is_final=self._is_closed)
+        end = len(self.text) if self._is_closed else len(self.text) - self._num_held()
+        piece = self.text[self._taken : end]
+        self._taken = max(self._taken, end)
+        return piece
+
+    def _settle(self, is_final: bool = False) -> None:
+        if self._is_closed or self._settled == len(self._ids):
+            return
+        before = self._decode(self._ids[self._context : self._settled])
+        now = self._decode(self._ids[self._context :])
+        if (now.endswith(_REPLACEMENT) and not is_final) or len(now) < len(before):
+            return
+        self.text += now[len(before) :]
+        self._settled = len(self._ids)
+        self._context = max(0, self._settled - self._WINDOW)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _cut(self) -> bool:
+        starts = [start for stop in self._stop_strings if (start := self.text.find(stop)) >= 0]
+        if starts:
+            self.text = self.text[: min(starts)]
+            self._is_closed = True
+        return bool(starts)
+
+    def _num_held(self) -> int:
+        """Characters at the end that a stop string may begin with."""
+        longest = 0
+        for stop in self._stop_strings:
+            for n in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:n]):
+                    longest = n
+                    break
+        return longest

@@ -1,0 +1,71 @@
+"""What a workload is, and how the seeded built-ins turn a draw into a stream."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import count
+from random import Random
+from typing import Literal, Protocol
+
+Split = Literal["stream", "train"]
+SPLITS: tuple[Split, ...] = ("stream", "train")
+MAX_FRUITLESS_DRAWS = 20_000  # repeats in a row after which a grammar counts as exhausted
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request of a stream."""
+
+    id: str  # unique inside its workload
+    text: str  # what the user asks
+    domain: str  # "sql", or the stem of a file
+    reference: str | None = None  # an answer, where there is one
+
+
+class Workload(Protocol):
+    """A stream of prompts from one domain."""
+
+    name: str  # the domain tag
+
+    def prompts(self, seed: int, split: Split = "stream") -> Iterator[Prompt]:
+        """The same seed and split give the same prompts, in the same order, none of them twice."""
+        ...
+
+
+def split_of(text: str) -> Split:
+    """The split a prompt belongs to, by its text alone: one in eight is "stream", whatever the seed."""
+    return "stream" if _digest(text) % 8 == 0 else "train"
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless it is a split we know."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+
+
+def endless(name: str, draw: Callable[[Random], tuple[str, str]], seed: int, split: Split) -> Iterator[Prompt]:
+    """Distinct prompts of one split from a function that draws (text, reference).
+
+    Ends only if the draw runs dry: MAX_FRUITLESS_DRAWS in a row that were seen before.
+    """
+    check_split(split)
+    return _distinct(name, draw, Random(f"{name}/{seed}"), split)
+
+
+def _distinct(name: str, draw: Callable[[Random], tuple[str, str]], rng: Random, split: Split) -> Iterator[Prompt]:
+    seen: set[int] = set()
+    last_new = 0
+    for number in count():
+        text, reference = draw(rng)
+        digest = _digest(text)
+        if digest not in seen:
+            seen.add(digest)
+            last_new = number
+            if split_of(text) == split:
+                yield Prompt(f"{name}-{digest:016x}", text, name, reference)
+        elif number - last_new > MAX_FRUITLESS_DRAWS:
+            return
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[-8:])  # the last 64 bits: small to keep, same value mod 8
