@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from onlinespec.config import GenerationParams
+from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, Trace, Verdict
 from onlinespec.drafters.base import Drafter
 from onlinespec.models.decoder import Output
@@ -25,6 +25,7 @@ from onlinespec.sampling import process_step
 from onlinespec.text import TextStream
 from onlinespec.verify import verify
 
+_ANY_UNIFORMS = torch.full((MAX_DRAFT_TOKENS + 1, 3), 0.5, dtype=torch.float64)
 _PREFILL_TOKENS = 512  # per target forward, so that a long prompt needs no long scratch memory
 
 
@@ -150,11 +151,13 @@ class DecodeLoop:
     def step(self, requests: Sequence[Request]) -> None:
         """One draft and one verification for every request given, then learning if a round is due."""
         began = time.perf_counter()
-        draft = self._propose(requests)
+        wanted = [_num_draft_tokens(request) if self.drafter else 0 for request in requests]
+        uniforms_BL3 = _uniforms(requests, 1 + max(wanted))
+        draft = self._propose(requests, wanted, uniforms_BL3[..., DRAFT])
         counts = [1 + n for n in draft.num_draft_tokens_B.tolist()]
         output = self._score(requests, draft, counts)
         target_probs_BLV = self._target_probs(requests, draft, counts, output)
-        verdict = verify(draft, target_probs_BLV, self._uniforms(requests, target_probs_BLV.shape[1]))
+        verdict = verify(draft, target_probs_BLV, uniforms_BL3[:, : target_probs_BLV.shape[1]])
         feedback = self._commit(requests, draft, counts, verdict, output)
         decoded = time.perf_counter()
         if self.learning:
@@ -180,25 +183,18 @@ class DecodeLoop:
             output = self.target.decoder.forward(piece, [request.slot], [len(piece)], self._cache, num_logits=[0])
             _append_features(trace, output.hidden_states_ND)
 
-    def _propose(self, requests: Sequence[Request]) -> Draft:
-        wanted = [_num_draft_tokens(request) if self.drafter else 0 for request in requests]
+    def _propose(self, requests: Sequence[Request], wanted: Sequence[int], uniforms_BL: Tensor) -> Draft:
         if not self.drafter or not any(wanted):
+            none = torch.zeros(len(requests), 0, dtype=torch.int64)
             version = self.drafter.weights.version if self.drafter else 0
-            zeros = torch.zeros(len(requests), dtype=torch.int64)
-            return Draft(zeros[:, None][:, :0], zeros, None, version)
+            return Draft(none, torch.zeros(len(requests), dtype=torch.int64), None, version)
         return self.drafter.propose(
             [request.slot for request in requests],
             [request.trace.token_ids[-1] for request in requests],
             wanted,
             [request.params.sampling for request in requests],
-            self._uniforms(requests, max(wanted))[..., DRAFT],
+            uniforms_BL,
         )
-
-    def _uniforms(self, requests: Sequence[Request], count: int) -> Tensor:
-        rows = [
-            uniforms(request.params.seed, len(request.trace.token_ids), count) for request in requests
-        ]
-        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
     def _score(self, requests: Sequence[Request], draft: Draft, counts: Sequence[int]) -> Output:
         drafted = draft.token_ids_BK.tolist()
@@ -307,6 +303,17 @@ class DecodeLoop:
 def _num_draft_tokens(request: Request) -> int:
     """K, or what is left to generate less the one token that every step commits anyway."""
     return min(request.params.num_draft_tokens, request.max_tokens - len(request.trace.token_ids) - 1)
+
+
+def _uniforms(requests: Sequence[Request], count: int) -> Tensor:
+    """[B, count, 3] for the positions behind each anchor. One-hot rows decide without them: any will do for greedy."""
+    rows = [
+        _ANY_UNIFORMS[:count]
+        if request.params.sampling.is_greedy
+        else uniforms(request.params.seed, len(request.trace.token_ids), count)
+        for request in requests
+    ]
+    return torch.stack(rows)
 
 
 def _append_features(trace: Trace, rows_ND: Tensor) -> None:

@@ -78,6 +78,7 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
     """One line of requests.jsonl: one request in one run."""
 
     learner: str
+    temperature: float
     repeat: int
     index: int  # of the request in the stream, from 0
     segment: int
@@ -102,7 +103,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> None:
-    """Replaces the file in one move. What could not be read back (a NaN, say) raises ValueError and replaces nothing."""
+    """Replaces the file in one move, unless it could not be read back (a NaN, say): then ValueError, and no change."""
     encoded = msgspec.json.encode(report)
     _decode(encoded, "this report would not be readable again")
     write_atomically(path, msgspec.json.format(encoded, indent=2) + b"\n")

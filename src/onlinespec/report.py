@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -59,6 +60,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1.
 FONT_SIZE = 12.0
 WIDTHS = {"wide": 900, "narrow": 380}  # in pixels of the page; the narrow one is for phones
 HEIGHT = 290
+DENSE = 60  # points of a line from which on it is drawn thinner
 
 
 class Spread(NamedTuple):
@@ -67,13 +69,12 @@ class Spread(NamedTuple):
     median: float
     low: float
     high: float
-    num_runs: int
 
 
 class Place(NamedTuple):
     """A segment's place in the stream, as plots and tables need it."""
 
-    index: int
+    segment: int  # its index in the records
     data: str
     start: int  # requests before it
     length: int
@@ -178,7 +179,7 @@ class LearnerSummary:
 
     def _windows(self, place: Place, metric: Metric) -> Iterator[tuple[float, Spread | None]]:
         """Request number and figure of each window of a segment; a single gap where nothing was measured."""
-        rows = [segment.windows for segment in self.segments(place.index) if segment.windows]
+        rows = [segment.windows for segment in self.segments(place.segment) if segment.windows]
         longest = max(rows, key=len, default=())
         if not longest:
             yield place.start + (place.length + 1) / 2, None
@@ -228,6 +229,11 @@ class Group:
     @property
     def num_positions(self) -> int:
         return max((len(learner.acceptance_by_position) for learner in self.measured), default=0)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether there is anything to plot."""
+        return any(segment.windows for learner in self.measured for run in learner.runs for segment in run.segments)
 
     @property
     def is_uneven(self) -> bool:
@@ -282,10 +288,10 @@ def spread_of(values: Iterable[float | None]) -> Spread | None:
     """None if there is not one value.
 
     >>> spread_of([1.5, None, 1.0, 2.5])
-    Spread(median=1.5, low=1.0, high=2.5, num_runs=3)
+    Spread(median=1.5, low=1.0, high=2.5)
     """
     known = [value for value in values if value is not None]
-    return Spread(median(known), min(known), max(known), len(known)) if known else None
+    return Spread(median(known), min(known), max(known)) if known else None
 
 
 def groups_of(report: Report) -> list[Group]:
@@ -309,14 +315,19 @@ def summary_table(report: Report) -> Table:
     """A row per learner and temperature; medians over the repeats."""
     groups = groups_of(report)
     if not any(group.measured for group in groups):
-        return Table(title="Nothing was measured.")
+        table = Table(box=None, show_header=False)
+        table.add_row("Nothing was measured.")  # rich prints nothing of a table without columns
+        return table
     has_temperatures = len(groups) > 1
-    table = Table(caption="medians over repeats; tokens per second counts learning time", title_justify="left")
+    medians = "medians over the runs [lowest–highest]; " if any(group.num_runs > 1 for group in groups) else ""
+    table = Table(
+        box=SIMPLE_HEAD, caption=Text(f"{medians}tokens per second counts learning time"), caption_justify="left"
+    )
     if has_temperatures:
-        table.add_column("temperature", justify="right")
-    table.add_column("learner", no_wrap=True)
+        table.add_column("temp.", justify="right", no_wrap=True)
+    table.add_column("learner", overflow="fold")
     for title in ("acceptance\nlength", "tokens/s", "vs none", "vs frozen", "learning", "identical\nto plain"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for group in groups:
         for learner in group.measured:
             cells = [
@@ -376,11 +387,17 @@ def plot(group: Group, metric: Metric, width: int, prefix: str) -> tuple[Markup,
     pixels_per_request = (width - left - right) / max(num_requests, 1)
     _set_axes(axes, num_requests, num_ticks=9 if width > 500 else 5)
     middle = (bottom + (HEIGHT - bottom - top) / 2) / HEIGHT
-    label = {"color": COLOURS["ink"][0], "fontsize": FONT_SIZE, "rotation": "vertical", "ha": "center", "va": "center"}
+    label: dict[str, Any] = {
+        "color": COLOURS["ink"][0],
+        "fontsize": FONT_SIZE,
+        "rotation": "vertical",
+        "ha": "center",
+        "va": "center",
+    }
     figure.text(8 / width, middle, metric.unit, **label)
     is_numbered = _draw_segments(axes, group.places, pixels_per_request)
     for number, learner in enumerate(group.measured):
-        _draw_learner(axes, learner, learner.points(group.places, metric), number, width // 45)
+        _draw_learner(axes, learner, learner.points(group.places, metric), number, width // 25)
     names = ", ".join(learner.learner for learner in group.measured)
     return _svg(figure, prefix, f"{metric.title} over the stream, one line per learner: {names}"), is_numbered
 
@@ -389,9 +406,8 @@ def swatch(style: Style, prefix: str) -> Markup:
     """A bit of a learner's line, for the legend."""
     width, height = 34, 14
     figure = Figure(figsize=(width / 72, height / 72))
-    middle = {"color": COLOURS[style.colour][0], "marker": style.marker, "ms": 5.0, "linestyle": ""}
     figure.add_artist(Line2D([0, 1], [0.5, 0.5], **(style.kwargs() | {"marker": ""})))
-    figure.add_artist(Line2D([0.5], [0.5], **middle))
+    figure.add_artist(Line2D([0.5], [0.5], **(style.kwargs() | {"linestyle": ""})))
     return _svg(figure, prefix, "")
 
 
@@ -412,8 +428,8 @@ def _set_axes(axes: Axes, num_requests: int, num_ticks: int) -> None:
         spine.set_color(edge)
     axes.set_xlim(0.5, max(num_requests, 1) + 0.5)
     axes.margins(y=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.tick_params(axis="both", color=edge, labelcolor=muted, labelsize=FONT_SIZE, length=3)
     axes.tick_params(axis="y", length=0)
@@ -438,7 +454,13 @@ def _draw_segments(axes: Axes, places: Sequence[Place], pixels_per_request: floa
         text = place.data if has_room else str(number)
         if has_room or centre - _text_width(text) / 2 >= free_from:  # where even numbers crowd, some are left out
             free_from = centre + _text_width(text) / 2 + 4
-            style = {"color": muted, "fontsize": FONT_SIZE, "ha": "center", "va": "bottom", "parse_math": False}
+            style: dict[str, Any] = {
+                "color": muted,
+                "fontsize": FONT_SIZE,
+                "ha": "center",
+                "va": "bottom",
+                "parse_math": False,
+            }
             axes.text((start + end) / 2, 1.025, text, transform=axes.get_xaxis_transform(), **style)
     return is_numbered
 
@@ -447,24 +469,34 @@ def _draw_learner(axes: Axes, learner: LearnerSummary, points: Points, number: i
     style = learner.style.kwargs()
     requests, medians, lows, highs = points
     known = [not isnan(value) for value in medians]
-    if lows != highs and any(low < high for low, high in zip(lows, highs, strict=True)):
+    if any(low < high for low, high in zip(lows, highs, strict=True)):
         axes.fill_between(
             requests, lows, highs, color=style["color"], alpha=0.18, linewidth=0, zorder=1.5 + number / 100
         )
+    if len(requests) > DENSE:
+        style["linewidth"] *= 0.75
     every = max(1, -(-len(requests) // max_markers))
     alone = [
         i for i, is_known in enumerate(known) if is_known and not any(known[max(i - 1, 0) : i] + known[i + 1 : i + 2])
     ]
     marked = sorted({*range(number % every, len(requests), every), *alone})
     if alone and not style["marker"]:  # a point has no length to be seen by
-        style["marker"], marked = "_", alone
-    axes.plot(requests, medians, **style, markevery=marked, markeredgewidth=0.8, zorder=2 + number / 100)
+        style |= {"marker": "_", "ms": 12.0}
+        marked = alone
+    axes.plot(
+        requests,
+        medians,
+        **style,
+        markevery=marked,
+        markeredgewidth=1.6 if style["marker"] == "_" else 0.8,
+        zorder=2 + number / 100,
+    )
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> Markup:
     """Inline SVG: ids apart from those of other plots, colours as variables, text as text, no size of its own."""
     page = StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "onlinespec", "axes.unicode_minus": True}
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "onlinespec", "axes.unicode_minus": True}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the reader's browser has its own fonts
         figure.savefig(
@@ -507,15 +539,15 @@ def _spread_text(spread: Spread | None, digits: int, unit: str = "") -> str:
     if spread is None:
         return "–"
     extent = _range(spread, digits)
-    return f"{_number(spread.median, digits)}{unit}" + (f" [{extent}]" if extent else "")
+    return f"{_number(spread.median, digits)}{unit}" + (f"\n[{extent}]" if extent else "")
 
 
 def _spread_markup(spread: Spread | None, digits: int, unit: str = "") -> Markup:
     if spread is None:
         return Markup("–")
-    extent = Markup(' <span class="range">[{}]</span>').format(_range(spread, digits))
+    extent = _range(spread, digits)
     text = Markup("{}{}").format(_number(spread.median, digits), unit)
-    return text + extent if _range(spread, digits) else text
+    return text + Markup(' <span class="range">[{}]</span>').format(extent) if extent else text
 
 
 def _share_text(spread: Spread | None) -> str:

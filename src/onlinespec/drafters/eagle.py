@@ -35,7 +35,7 @@ from onlinespec.models.layer import (
     plain_layer,
     rotary_angles,
 )
-from onlinespec.models.linear import draft_head
+from onlinespec.models.linear import MakeLinear, draft_linear_for
 from onlinespec.models.loading import Target, check_tensors, read_weights
 from onlinespec.sampling import process_logits, sample_rows
 
@@ -61,6 +61,8 @@ class Span(NamedTuple):
 class Eagle(Drafter):
     """The EAGLE-1 head.
 
+    Drafting runs on the cheapest products the machine has (bfloat16, say), learning on the float32 masters.
+
     Args:
         config: As published beside the weights; unknown fields are kept and saved again.
         params: Float32 masters under their published names.
@@ -79,13 +81,16 @@ class Eagle(Drafter):
         unroll: int = 2,
         extra: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        make_linear: MakeLinear | None = None,
     ) -> None:
         self.config = dict(config)
         self.unroll = unroll
         self._layer_config = _layer_config(config)
         self._decoder = target.decoder
         self._fingerprint = target.fingerprint
-        self._head = draft_head(target.decoder.head_VD)
+        self._make_linear = make_linear or draft_linear_for(target.decoder.device, target.decoder.dtype)
+        self._head = self._make_linear(target.decoder.head_VD, None)
+        self._embedding_VD = target.decoder.embedding_VD
         self._cache = KVCache(
             1, self._layer_config.num_kv_heads, self._layer_config.head_dim, self._decoder.device, torch.float32
         )
@@ -166,10 +171,9 @@ class Eagle(Drafter):
     def swap(self, weights: DrafterWeights) -> None:
         """Rows that older weights wrote into the cache stay: recomputing them costs more than they mislead."""
         self.weights = weights
-        self._embedding_VD = self._decoder.embedding_VD
-        params, make_linear = weights.params, self._decoder.make_linear
-        self._fc = make_linear(params["fc.weight"], params.get("fc.bias"))
-        self._layer = FastLayer(self._layer_config, _layer_weights(params), make_linear)
+        params = weights.params
+        self._fc = self._make_linear(params["fc.weight"], params.get("fc.bias"))
+        self._layer = FastLayer(self._layer_config, _layer_weights(params), self._make_linear)
 
     @torch.inference_mode()
     def propose(

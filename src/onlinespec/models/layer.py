@@ -52,9 +52,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rotary_angles(positions_N: Tensor, config: LayerConfig) -> Tensor:
-    """Angles [N, E/2] in radians, computed in float32."""
+    """Angles [N, E/2] in radians, computed in float32 in the order in which transformers does, for the same roundings."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_N.device, dtype=torch.float32) / config.head_dim
-    return positions_N[:, None].float() / config.rope_theta**exponents
+    return positions_N[:, None].float() * (1.0 / config.rope_theta**exponents)
 
 
 def rotate_half(x_NHE: Tensor, angles_NR: Tensor) -> Tensor:

@@ -63,15 +63,23 @@ def linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
     return PackedLinear if is_packable else PlainLinear
 
 
-def draft_head(weight: Tensor) -> Linear:
-    """The target's head for drafting: bfloat16 where the processor multiplies it natively, which halves its cost.
+class HalfLinear:
+    """A float32 product computed from bfloat16, prepacked: half the bytes to read, a hundredth of the precision."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._product = PackedLinear(weight.bfloat16(), None if bias is None else bias.bfloat16())
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        return self._product(x_ND.bfloat16()).float()
+
+
+def draft_linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
+    """The cheapest kind of product for drafting: bfloat16 where the processor multiplies it natively.
 
     A draft may come from any distribution, so precision is spent where it counts: verification stays exact.
     """
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and can_pack() and _has_bfloat16_units():
-        packed = PackedLinear(weight.bfloat16())
-        return lambda x_ND: packed(x_ND.bfloat16())
-    return linear_for(weight.device, weight.dtype)(weight, None)
+    is_halved = device.type == "cpu" and dtype == torch.float32 and can_pack() and _has_bfloat16_units()
+    return HalfLinear if is_halved else linear_for(device, dtype)
 
 
 def _has_bfloat16_units() -> bool:

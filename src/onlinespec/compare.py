@@ -1,0 +1,324 @@
+"""Several learners over one stream of prompts, request by request, so that a machine that slows down slows all alike.
+
+Every run has its own copy of the drafter and shares the target. `none` is plain decoding and the reference: every
+greedy answer of every other run is compared with it, token by token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import torch
+
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.core import DecodeStats
+from onlinespec.decode import ContextOverflow, DecodeLoop, Request
+from onlinespec.drafters import load_drafter
+from onlinespec.learn import InlineLearning
+from onlinespec.learners import make_learner
+from onlinespec.metrics import figures, total, windows
+from onlinespec.models.loading import Target
+from onlinespec.provenance import provenance
+from onlinespec.records import Report, RequestRecord, Run, Segment, Totals, write_report
+from onlinespec.workloads import Prompt, Workload, load_workload
+
+log = logging.getLogger(__name__)
+
+NONE = "none"  # plain decoding: no drafter, no learner
+FROZEN = "frozen"
+TIE_GAP = 1e-4  # of the target's two largest logits; where they are closer, either token is a right answer
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, on what."""
+
+    drafter: str
+    learners: tuple[str, ...]
+    data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
+    num_requests: int = 50  # per segment; 0 for all a file has
+    temperatures: tuple[float, ...] = (0.0,)
+    seed: int = 0
+    repeats: int = 1
+    window: int = 5  # requests per point of the report's plots
+    generation: GenerationParams = GenerationParams()
+    learn: LearnConfig = LearnConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("num_requests", "repeats", "window"):
+            least = 0 if name == "num_requests" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("learners", "data", "temperatures"):
+            if not getattr(self, name):
+                raise ValueError(f"no {name} given; name at least one")
+        if len(set(self.learners)) < len(self.learners):
+            raise ValueError(f"learners {', '.join(self.learners)} name one twice")
+        if self.num_requests == 0 and (endless := [spec for spec in self.data if spec.startswith("builtin:")]):
+            raise ValueError(f"{endless[0]} has no end; give a number of requests per segment")
+
+
+@dataclass
+class _Runner:
+    """One learner's side of the comparison: its own drafter, weights and counts."""
+
+    learner: str
+    loop: DecodeLoop
+    learning: InlineLearning | None
+    stats: list[list[DecodeStats]] = field(default_factory=list)  # per segment, per request
+    is_identical: bool = True
+
+    @property
+    def weights_version(self) -> int:
+        return self.loop.drafter.weights.version if self.loop.drafter else 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after each request of the stream, all runs of it done."""
+
+    done: int
+    expected: int | None  # None while the length of a file is not known
+    data: str
+    acceptance_lengths: dict[str, float]  # of the last request, by learner
+
+
+class Comparing:
+    """A comparison under way. `run` fills it; `report` can be asked for at any time, after an interruption too."""
+
+    def __init__(self, target: Target, comparison: Comparison, out: Path | None = None, command: str = "") -> None:
+        self.target, self.comparison, self._out = target, comparison, out
+        self._runs: list[Run] = []
+        self._group: list[_Runner] = []
+        self._setting: tuple[float, int] = (0.0, 0)
+        self._is_partial = True
+        self._provenance = provenance(
+            command, target.name, comparison.drafter, target.fingerprint, msgspec.to_builtins(comparison)
+        )
+        self._workloads: dict[str, Workload] = {spec: load_workload(spec) for spec in comparison.data}
+        self._make_group()  # so that a drafter or a learner that does not exist is found before anything is written
+        if out:
+            _claim(out)
+
+    @property
+    def drafters(self) -> dict[str, DecodeLoop]:
+        """The loops of the latest runs by learner, whose drafters hold what was learned."""
+        return {runner.learner: runner.loop for runner in self._group}
+
+    def run(self, on_progress: Callable[[Progress], None] = lambda progress: None) -> Report:
+        """Runs everything; files in `out` are brought up to date after every segment and when interrupted."""
+        comparison = self.comparison
+        settings = [(t, r) for r in range(comparison.repeats) for t in comparison.temperatures]
+        known = comparison.num_requests * len(comparison.data) * len(settings) or None
+        done = 0
+        try:
+            for setting in settings:
+                self._setting = setting
+                self._make_group()
+                self._warm_up()
+                for segment, index, prompt in self._stream():
+                    lengths = self._request(segment, index, prompt)
+                    done += 1
+                    on_progress(Progress(done, known, prompt.domain, lengths))
+                self._runs += self._finished_runs()
+                self._group_is_counted = True
+            self._is_partial = False
+        finally:
+            report = self._write()
+        return report
+
+    def report(self) -> Report:
+        """What is known so far."""
+        runs = list(self._runs)
+        if not self._group_is_counted:
+            runs += self._finished_runs()
+        return Report(provenance=self._provenance | {"partial": self._is_partial}, runs=tuple(runs))
+
+    # --- the stream ---------------------------------------------------------------------------------------------
+
+    def _stream(self) -> Iterator[tuple[int, int, Prompt]]:
+        """(segment, index, prompt) of the whole stream."""
+        comparison, index = self.comparison, 0
+        iterators: dict[str, Iterator[Prompt]] = {}
+        for segment, spec in enumerate(comparison.data):
+            for runner in self._group:
+                runner.stats.append([])
+            prompts = list(self._visit(iterators, spec))
+            for prompt in prompts:
+                yield segment, index, prompt
+                index += 1
+            self._write()
+
+    def _visit(self, iterators: dict[str, Iterator[Prompt]], spec: str) -> Iterator[Prompt]:
+        limit = self.comparison.num_requests or None
+        iterators.setdefault(spec, self._workloads[spec].prompts(self.comparison.seed))
+        prompts = list(islice(iterators[spec], limit))
+        if not prompts:  # visited before, to its end
+            iterators[spec] = self._workloads[spec].prompts(self.comparison.seed)
+            prompts = list(islice(iterators[spec], limit))
+        yield from prompts
+
+    def _request(self, segment: int, index: int, prompt: Prompt) -> dict[str, float]:
+        """One prompt through every run, each time another one first; skipped by all if it is too long."""
+        prompt_ids = self.target.encode(prompt.text)
+        shift = index % len(self._group)
+        answers: dict[str, Request] = {}
+        for runner in self._group[shift:] + self._group[:shift]:
+            params = replace(self.comparison.generation, sampling=self._sampling(), seed=self._seed_of(index))
+            try:
+                answers[runner.learner] = runner.loop.complete(prompt_ids, params, request_id=prompt.id, domain=prompt.domain)
+            except ContextOverflow as overflow:
+                log.info("%s is skipped: %s", prompt.id, overflow)
+                runner.stats[-1].append(DecodeStats(skipped=1))
+        records = [
+            self._record(runner, segment, index, prompt, answers[runner.learner], answers.get(NONE))
+            for runner in self._group
+            if runner.learner in answers
+        ]
+        if self._out:
+            with (self._out / "requests.jsonl").open("ab") as lines:
+                lines.writelines(msgspec.json.encode(record) + b"\n" for record in records)
+        return {runner.learner: runner.stats[-1][-1].acceptance_length for runner in self._group}
+
+    def _sampling(self) -> SamplingParams:
+        return replace(self.comparison.generation.sampling, temperature=self._setting[0])
+
+    def _seed_of(self, index: int) -> int:
+        return self.comparison.seed * 1_000_003 + index
+
+    def _record(
+        self, runner: _Runner, segment: int, index: int, prompt: Prompt, answer: Request, plain: Request | None
+    ) -> RequestRecord:
+        stats = answer.stats
+        is_identical = None
+        if plain is not None and answer.params.sampling.is_greedy:
+            is_identical = answer.output_ids == plain.output_ids
+            if not is_identical and is_tie(self.target, answer, plain):
+                stats = replace(stats, ties=1)
+            elif not is_identical:
+                runner.is_identical = False
+                log.error("%s: the answer of %s differs from plain decoding", prompt.id, runner.learner)
+        runner.stats[-1].append(stats)
+        return RequestRecord(
+            learner=runner.learner,
+            temperature=self._setting[0],
+            repeat=self._setting[1],
+            index=index,
+            segment=segment,
+            data=prompt.domain,
+            id=prompt.id,
+            prompt_tokens=answer.num_prompt_tokens,
+            tokens=stats.tokens,
+            steps=stats.steps,
+            accepted=stats.accepted,
+            drafted=stats.drafted,
+            decode_seconds=stats.decode_seconds,
+            learn_seconds=stats.learn_seconds,
+            finish_reason=answer.finish_reason or "",
+            identical_to_plain=is_identical,
+            weights_version=runner.weights_version,
+            text=answer.text.text,
+        )
+
+    # --- runs ---------------------------------------------------------------------------------------------------
+
+    def _make_group(self) -> None:
+        self._group = [self._make_runner(name) for name in self.comparison.learners]
+        self._group_is_counted = False
+
+    def _make_runner(self, name: str) -> _Runner:
+        if name == NONE:
+            return _Runner(name, DecodeLoop(self.target), None)
+        learn = self.comparison.learn
+        drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
+        if name != FROZEN and not drafter.is_trainable:
+            raise ValueError(
+                f"drafter {self.comparison.drafter} does not learn, so learner {name} has nothing to do; "
+                "choose --learners none,frozen"
+            )
+        learner = make_learner(name, learn.step_size, learn.geometry, learn.clip_norm)
+        learning = InlineLearning(drafter, learner, learn)
+        return _Runner(name, DecodeLoop(self.target, drafter, learning), learning)
+
+    def _warm_up(self) -> None:
+        """A few uncounted tokens per run, so that no run pays for the machine's first calls."""
+        params = GenerationParams(max_new_tokens=12, num_draft_tokens=self.comparison.generation.num_draft_tokens)
+        prompt_ids = self.target.encode("Hello")
+        for runner in self._group:
+            DecodeLoop(self.target, runner.loop.drafter).complete(prompt_ids, params)
+
+    def _finished_runs(self) -> list[Run]:
+        controls = {runner.learner: runner for runner in self._group}
+        return [self._finished_run(runner, controls.get(NONE), controls.get(FROZEN)) for runner in self._group]
+
+    def _finished_run(self, runner: _Runner, none: _Runner | None, frozen: _Runner | None) -> Run:
+        is_identical = runner.is_identical if none is not None and self._setting[0] == 0 else None
+
+        def total_of(other: _Runner | None, segment: int | None) -> DecodeStats | None:
+            if other is None:
+                return None
+            kept = other.stats if segment is None else [other.stats[segment]]
+            return total([one for stats in kept for one in stats])
+
+        def figures_of(segment: int | None) -> dict[str, object]:
+            own = total_of(runner, segment) or DecodeStats()
+            return figures(own, total_of(none, segment), total_of(frozen, segment), is_identical)
+
+        segments = [
+            Segment(
+                **figures_of(i),
+                index=i,
+                data=self._workloads[self.comparison.data[i]].name,
+                windows=windows(stats, self.comparison.window),
+            )
+            for i, stats in enumerate(runner.stats)
+        ]
+        return Run(
+            learner=runner.learner,
+            temperature=self._setting[0],
+            seed=self.comparison.seed,
+            repeat=self._setting[1],
+            totals=Totals(**figures_of(None)),
+            segments=tuple(segments),
+        )
+
+    def _write(self) -> Report:
+        report = self.report()
+        if self._out:
+            write_report(self._out / "report.json", report)
+        return report
+
+
+def is_tie(target: Target, answer: Request, plain: Request) -> bool:
+    """Whether the first difference of two greedy answers is at a near-tie: the target's two best logits lie closer
+    than TIE_GAP there. Costs a forward; called only when answers differ."""
+    pairs = zip(answer.output_ids, plain.output_ids, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if first is None:
+        return False
+    ids = plain.trace.token_ids[: plain.num_prompt_tokens + first]
+    cache = target.decoder.new_cache()
+    cache.take(0, len(ids))
+    output = target.decoder.forward(torch.tensor(ids, device=target.decoder.device), [0], [len(ids)], cache, [1])
+    best, second = output.logits_MV[0].topk(2).values.tolist()
+    return bool(best - second < TIE_GAP)
+
+
+def _claim(out: Path) -> None:
+    """Makes sure results can be written, and that none are overwritten.
+
+    Raises:
+        ValueError: if the folder can't be written to or holds results already.
+    """
+    if (out / "report.json").exists() or (out / "requests.jsonl").exists():
+        raise ValueError(f"{out} holds the results of another run; choose another --out, or move them away")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "requests.jsonl").touch()
+    except OSError as error:
+        raise ValueError(f"results can't be written to {out}: {error.strerror}; choose another --out") from error

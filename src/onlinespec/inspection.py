@@ -1,0 +1,69 @@
+"""What a directory is: a target's or a drafter's files, told without loading the weights into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from onlinespec import demo
+from onlinespec.drafters.formats import SIDE_FILE, drafter_folder, read_drafter_config, read_format, read_side
+from onlinespec.models.loading import ARCHITECTURES, fingerprint, weight_files
+
+_SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "max_ngram",
+)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Facts about a target or drafter directory, for reading.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such directory, or it is neither.
+    """
+    folder = demo.DRAFTER if name == "demo" else drafter_folder(name, known=[])
+    config = read_drafter_config(folder)
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    is_target = architecture in ARCHITECTURES
+    facts: dict[str, Any] = {"path": folder, "kind": "target" if is_target else f"drafter ({read_format(folder)})"}
+    facts |= {"architecture": architecture} | {key: config[key] for key in _SHAPE_KEYS if key in config}
+    if is_target:
+        facts["fingerprint"] = fingerprint(folder)
+    if is_target or read_format(folder) != "ngram":
+        facts |= _tensor_facts(folder)
+    side = read_side(folder)
+    if side:
+        facts |= {key.replace("_", " "): value for key, value in side.items()}
+    elif not is_target:
+        facts["history"] = f"none: no {SIDE_FILE}, so it was written by another program"
+    return facts
+
+
+def _tensor_facts(folder: Path) -> dict[str, Any]:
+    num_parameters, dtypes, num_bytes = 0, set(), 0
+    files = weight_files(folder)
+    for path in files:
+        num_bytes += path.stat().st_size
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                tensor = shard.get_slice(name)
+                size = 1
+                for n in tensor.get_shape():
+                    size *= n
+                num_parameters += size
+                dtypes.add(tensor.get_dtype())
+    return {
+        "parameters": f"{num_parameters:,}",
+        "stored as": ", ".join(sorted(dtypes)),
+        "size": f"{num_bytes / 1e6:.1f} MB in {len(files)} file{'s' if len(files) > 1 else ''}",
+    }
