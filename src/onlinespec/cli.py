@@ -24,10 +24,10 @@ from onlinespec.compare import Progress as StreamProgress
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
-from onlinespec.drafters import DRAFTERS, load_drafter
+from onlinespec.drafters import load_drafter
 from onlinespec.inspection import describe
 from onlinespec.learn import InlineLearning
-from onlinespec.learners import GEOMETRIES, LEARNERS, make_learner
+from onlinespec.learners import LEARNERS, make_learner
 from onlinespec.models.loading import Target, load_target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
@@ -176,7 +176,9 @@ class Inspect:
 
 def main() -> None:
     """The entry point: exit status 0, 1 for a failed check, 2 for a mistake in what was asked, 130 for Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
+    )
     command = tyro.extras.subcommand_cli_from_dict(
         {"demo": Demo, "generate": Generate, "compare": Compare, "inspect": Inspect},
         prog="onlinespec",
@@ -191,7 +193,9 @@ def main() -> None:
     except (ValueError, OSError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
         if is_debugging:
             traceback.print_exc()
-        err.print(f"[bold red]error:[/] {_escaped(str(error) or type(error).__name__)}", highlight=False, soft_wrap=True)
+        err.print(
+            f"[bold red]error:[/] {_escaped(str(error) or type(error).__name__)}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
 
 
@@ -296,7 +300,13 @@ def inspect(command: Inspect) -> int:
 
 
 def _run_with_progress(comparing: Comparing) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err) as progress:
         task = progress.add_task("loading the stream", total=None)
 
@@ -311,7 +321,9 @@ def _run_with_progress(comparing: Comparing) -> None:
 def _show(report: Report, folder: Path) -> None:
     write_html(report, folder / "report.html")
     out.print(summary_table(report))
-    out.print(f"the page: {folder / 'report.html'}    the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
+    out.print(
+        f"the page: {folder / 'report.html'}    the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True
+    )
 
 
 def _save_all(comparing: Comparing, folder: Path) -> None:

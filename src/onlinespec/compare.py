@@ -7,10 +7,11 @@ greedy answer of every other run is compared with it, token by token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -171,7 +172,9 @@ class Comparing:
         for runner in self._group[shift:] + self._group[:shift]:
             params = replace(self.comparison.generation, sampling=self._sampling(), seed=self._seed_of(index))
             try:
-                answers[runner.learner] = runner.loop.complete(prompt_ids, params, request_id=prompt.id, domain=prompt.domain)
+                answers[runner.learner] = runner.loop.complete(
+                    prompt_ids, params, request_id=prompt.id, domain=prompt.domain
+                )
             except ContextOverflow as overflow:
                 log.info("%s is skipped: %s", prompt.id, overflow)
                 runner.stats[-1].append(DecodeStats(skipped=1))
@@ -265,7 +268,7 @@ class Comparing:
             kept = other.stats if segment is None else [other.stats[segment]]
             return total([one for stats in kept for one in stats])
 
-        def figures_of(segment: int | None) -> dict[str, object]:
+        def figures_of(segment: int | None) -> dict[str, Any]:
             own = total_of(runner, segment) or DecodeStats()
             return figures(own, total_of(none, segment), total_of(frozen, segment), is_identical)
 

@@ -91,8 +91,7 @@ class DecodeLoop:
 
     def complete(self, prompt_ids: Sequence[int], params: GenerationParams, **tags: str) -> Request:
         """Runs a request to its end."""
-        for request in self.generate(prompt_ids, params, **tags):
-            pass
+        *_, request = self.generate(prompt_ids, params, **tags)
         return request
 
     # --- its parts ----------------------------------------------------------------------------------------------
@@ -117,7 +116,8 @@ class DecodeLoop:
             raise ValueError("the prompt has no tokens; give at least one (a chat template or a begin token adds some)")
         if len(prompt_ids) >= context:
             raise ContextOverflow(
-                f"the prompt has {len(prompt_ids)} tokens, the target's context {context}: no room for an answer; shorten it"
+                f"the prompt has {len(prompt_ids)} tokens, the target's context {context}: "
+                "no room for an answer; shorten it"
             )
         vocab_size = decoder.config.vocab_size
         if not all(0 <= i < vocab_size for i in prompt_ids):
@@ -208,9 +208,7 @@ class DecodeLoop:
         aux = self.drafter.aux_layer_ids if self.drafter else ()
         return decoder.forward(torch.tensor(ids, device=decoder.device), slots, counts, self._cache, aux_layer_ids=aux)
 
-    def _target_probs(
-        self, requests: Sequence[Request], draft: Draft, counts: Sequence[int], output: Output
-    ) -> Tensor:
+    def _target_probs(self, requests: Sequence[Request], draft: Draft, counts: Sequence[int], output: Output) -> Tensor:
         """Processed target rows [B, L, V]; rows behind a shorter draft are zero and never read."""
         drafted = draft.token_ids_BK.tolist()
         rows = [

@@ -52,9 +52,8 @@ def builtin_documents(name: str, seed: int) -> Iterator[Document]:
 
 def file_documents(path: Path, seed: int, chars: int = 1_600) -> Iterator[Document]:
     """The rows of a jsonl file, shuffled anew each time round; long texts give a random piece each time."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [json.loads(line) for line in content.decode("utf-8").split("\n") if line.strip()]
     rng = random.Random(seed)
     while True:
         rng.shuffle(rows)

@@ -11,8 +11,9 @@ where its last checkpoint was. A larger `--tokens` on a finished run trains furt
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,14 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.core import DrafterWeights, Feedback
+from onlinespec.decode import DecodeLoop
 from onlinespec.demo.corpus import Corpus, Document, packed_rows
+from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.ngram import Ngram
+from onlinespec.models.loading import Target, load_target
+from onlinespec.workloads import load_workload
 
 log = logging.getLogger("onlinespec.recipe")
 
@@ -110,7 +118,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list
     """Token ids as the chat template would lay them out, and each token's weight in the loss."""
     ids_of = tokenizer.backend_tokenizer.encode
     if not document.prompt:
-        ids = ids_of(document.answer).ids + [tokenizer.pad_token_id]
+        ids = [*ids_of(document.answer).ids, tokenizer.pad_token_id]
         return ids, [1.0] * len(ids)
     asked = ids_of(f"{TURN_START}user\n{document.prompt}{TURN_END}\n{TURN_START}assistant\n").ids
     answer = ids_of(document.answer + TURN_END).ids
@@ -176,7 +184,7 @@ def train_target(recipe: TargetRecipe) -> None:
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -215,11 +223,88 @@ def export(options: Export) -> None:
     PreTrainedTokenizerFast.from_pretrained(options.work).save_pretrained(options.out)
 
 
+@dataclass
+class DrafterRecipe:
+    """Warm an `eagle` drafter for the target on prose alone, so that code, SQL and arithmetic are cold to it.
+
+    Attributes:
+        num_requests: Prose prompts that the target answers, half of them greedy, half sampled.
+        epochs: Passes over the answers; the step size falls to zero over them.
+    """
+
+    target: Path
+    out: Path
+    num_requests: int = 600
+    epochs: int = 4
+    batch_requests: int = 4
+    max_new_tokens: int = 112
+    step_size: float = 2e-3
+    num_threads: int = 2
+    seed: int = 0
+
+
+class Collector:
+    """Keeps all Feedback, a list per request: the other end of a loop that learns nothing."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, list[Feedback]] = {}
+
+    def offer(self, feedback: Sequence[Feedback]) -> None:
+        for record in feedback:
+            self.requests.setdefault(record.request_id, []).append(record)
+
+
+def answers(recipe: DrafterRecipe, target: Target) -> list[list[Feedback]]:
+    """The target's own answers to prose prompts, with the hidden states of that one pass."""
+    collector = Collector()
+    loop = DecodeLoop(target, Ngram(), collector)
+    prompts = islice(load_workload("builtin:prose").prompts(recipe.seed, split="train"), recipe.num_requests)
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=float(i % 2))
+        params = GenerationParams(recipe.max_new_tokens, sampling=sampling, seed=i)
+        loop.complete(target.encode(prompt.text), params, request_id=prompt.id)
+        if i % 100 == 99:
+            log.info("%d prompts answered", i + 1)
+    return list(collector.requests.values())
+
+
+def train_drafter(recipe: DrafterRecipe) -> None:
+    """Trains a fresh drafter on the answers and saves it."""
+    torch.set_num_threads(recipe.num_threads)
+    target = load_target(recipe.target)
+    requests = answers(recipe, target)
+    drafter = Eagle.fresh(target, recipe.seed)
+    params = {name: p.clone().requires_grad_() for name, p in drafter.weights.params.items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=recipe.step_size, betas=(0.9, 0.99), weight_decay=0.0)
+    rng = random.Random(recipe.seed)
+    order = [i for _ in range(recipe.epochs) for i in rng.sample(range(len(requests)), len(requests))]
+    average = 0.0
+    for step in range(len(order) // recipe.batch_requests):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.step_size * schedule(step * recipe.batch_requests / len(order))
+        chosen = order[step * recipe.batch_requests : (step + 1) * recipe.batch_requests]
+        loss = drafter.loss(params, drafter.batch([record for i in chosen for record in requests[i]]))
+        optimizer.zero_grad()
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        average = 0.95 * average + 0.05 * loss.fresh
+        if step % 50 == 49:
+            log.info("step %d, loss %.3f", step + 1, average / (1 - 0.95 ** (step + 1)))
+    drafter.swap(DrafterWeights({name: p.detach() for name, p in params.items()}, version=0))
+    drafter.save(recipe.out)
+
+
 def main() -> None:
     """The recipe's own command line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    step = tyro.extras.subcommand_cli_from_dict({"target": TargetRecipe, "export": Export})
-    {TargetRecipe: train_target, Export: export}[type(step)](step)
+    step = tyro.extras.subcommand_cli_from_dict({"target": TargetRecipe, "export": Export, "drafter": DrafterRecipe})
+    if isinstance(step, TargetRecipe):
+        train_target(step)
+    elif isinstance(step, Export):
+        export(step)
+    else:
+        train_drafter(step)
 
 
 if __name__ == "__main__":

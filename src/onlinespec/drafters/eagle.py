@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onlinespec.config import SamplingParams
+from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Trace, Verdict
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.formats import read_drafter_config, read_side, write_drafter
@@ -48,6 +48,7 @@ class _Slot:
 
     features: list[Tensor] = field(default_factory=list)
     next_ids: list[int] = field(default_factory=list)
+    state_1D: Tensor | None = None  # the layer's output for the last row that is in the cache; drafting starts there
 
 
 class Span(NamedTuple):
@@ -156,7 +157,7 @@ class Eagle(Drafter):
     # --- drafting -----------------------------------------------------------------------------------------------
 
     def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
-        self._cache.take(slot, capacity + 1)
+        self._cache.take(slot, capacity + MAX_DRAFT_TOKENS)  # a batch drafts as deep as its longest draft
         self._slots[slot] = _Slot([features_SD] if len(features_SD) else [], list(token_ids[1:]))
 
     def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
@@ -184,50 +185,55 @@ class Eagle(Drafter):
         sampling: Sequence[SamplingParams],
         uniforms_BK: Tensor,
     ) -> Draft:
-        # A request whose prompt is one token has no feature to start from, and waits a step.
-        ready = [i for i, (slot, count) in enumerate(zip(slots, num_draft_tokens_B, strict=True)) if count and self._has_rows(slot)]
-        B, K = len(slots), max((num_draft_tokens_B[i] for i in ready), default=0)
+        B, device = len(slots), self._decoder.device
+        wanted = zip(slots, num_draft_tokens_B, strict=True)
+        ready = [i for i, (slot, count) in enumerate(wanted) if count and self._has_rows(slot)]
         counts_B = torch.zeros(B, dtype=torch.int64)
         counts_B[ready] = torch.tensor([num_draft_tokens_B[i] for i in ready], dtype=torch.int64)
-        if not ready:
-            return Draft(torch.zeros(B, 0, dtype=torch.int64), counts_B, None, self.weights.version)
-        ready_slots, ready_sampling = [slots[i] for i in ready], [sampling[i] for i in ready]
-        lengths = {}
-        state_ND, drafted, probs = self._absorb(ready_slots), [], []
-        for slot in ready_slots:
-            lengths[slot] = self._cache.lengths[slot]
-        for k in range(K):
-            ids_N, probs_NV = _draw(self._head(state_ND), ready_sampling, uniforms_BK[ready, k])
-            drafted.append(ids_N)
-            probs.append(probs_NV)
-            if k + 1 < K:
-                state_ND = self._forward(ids_N, state_ND, ready_slots, [1] * len(ready))
-        for slot, length in lengths.items():
-            self._cache.crop(slot, length)
-        if len(ready) == B:
-            rows = None if probs[0] is None else torch.stack(probs, 1)
-            return Draft(torch.stack(drafted, 1), counts_B, rows, self.weights.version)
-        token_ids_BK = torch.zeros(B, K, dtype=torch.int64, device=state_ND.device)
-        token_ids_BK[ready] = torch.stack(drafted, 1)
-        probs_BKV = None
-        if probs[0] is not None:
-            probs_BKV = torch.zeros(B, K, probs[0].shape[-1], device=state_ND.device)
-            probs_BKV[ready] = torch.stack(probs, 1)
+        K = int(counts_B.max()) if ready else 0
+        token_ids_BK, probs_BKV = torch.zeros(B, K, dtype=torch.int64, device=device), None
+        if ready:
+            chosen = [slots[i] for i in ready]
+            ids_RK, probs_RKV = self._chain(chosen, K, [sampling[i] for i in ready], uniforms_BK[ready])
+            token_ids_BK[ready] = ids_RK
+            if probs_RKV is not None:
+                probs_BKV = torch.zeros(B, K, probs_RKV.shape[-1], device=device)
+                probs_BKV[ready] = probs_RKV
         return Draft(token_ids_BK, counts_B, probs_BKV, self.weights.version)
 
+    def _chain(
+        self, slots: Sequence[int], num_draft_tokens: int, sampling: Sequence[SamplingParams], uniforms_RK: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids [R, K] for R requests and the rows they were drawn from; the cache ends with the real rows."""
+        state_RD, drafted, rows = self._absorb(slots), [], []
+        lengths = [self._cache.lengths[slot] for slot in slots]
+        for k in range(num_draft_tokens):
+            ids_R, probs_RV = _draw(self._head(state_RD), sampling, uniforms_RK[:, k])
+            drafted.append(ids_R)
+            if probs_RV is not None:
+                rows.append(probs_RV)
+            if k + 1 < num_draft_tokens:
+                state_RD = self._forward(ids_R, state_RD, slots, [1] * len(slots))
+        for slot, length in zip(slots, lengths, strict=True):
+            self._cache.crop(slot, length)
+        return torch.stack(drafted, 1), torch.stack(rows, 1) if rows else None
+
     def _has_rows(self, slot: int) -> bool:
-        return bool(self._slots[slot].next_ids)
+        """Whether there is a feature to start from; a request whose prompt is one token has none in its first step."""
+        return bool(self._slots[slot].next_ids) or self._slots[slot].state_1D is not None
 
     def _absorb(self, slots: Sequence[int]) -> Tensor:
         """Runs the rows that became real since the last draft; the last of each request is where drafting starts."""
-        waiting = [self._slots[slot] for slot in slots]
-        counts = [len(state.next_ids) for state in waiting]
-        next_ids = torch.tensor([i for state in waiting for i in state.next_ids], device=self._decoder.device)
-        features_ND = torch.cat([rows for state in waiting for rows in state.features])
-        for slot in slots:
-            self._slots[slot] = _Slot()
-        out_ND = self._forward(next_ids, features_ND, slots, counts)
-        return out_ND if len(out_ND) == len(slots) else out_ND[torch.tensor(counts).cumsum(0) - 1]
+        if pending := [slot for slot in slots if self._slots[slot].next_ids]:
+            waiting = [self._slots[slot] for slot in pending]
+            counts = [len(state.next_ids) for state in waiting]
+            next_ids = torch.tensor([i for state in waiting for i in state.next_ids], device=self._decoder.device)
+            features_ND = torch.cat([rows for state in waiting for rows in state.features])
+            out_ND = self._forward(next_ids, features_ND, pending, counts)
+            for slot, rows_ND in zip(pending, out_ND.split(counts), strict=True):
+                self._slots[slot] = _Slot(state_1D=rows_ND[-1:])
+        states = [state for slot in slots if (state := self._slots[slot].state_1D) is not None]
+        return states[0] if len(states) == 1 else torch.cat(states)
 
     def _forward(self, next_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         plan = make_plan(Rows(slots, [self._cache.lengths[slot] for slot in slots], counts), self._rotary)
@@ -293,9 +299,7 @@ class Eagle(Drafter):
         return total, fresh
 
 
-def _draw(
-    logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _draw(logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Tensor) -> tuple[Tensor, Tensor | None]:
     """A token per row, and the row it was drawn from; greedy drafts are point masses. Penalties are the target's."""
     if all(params.is_greedy for params in sampling):
         return logits_NV.argmax(-1), None

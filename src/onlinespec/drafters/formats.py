@@ -94,7 +94,11 @@ def write_drafter(
         ValueError: if the place can't be written to, or holds something that is no drafter.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not (folder / SIDE_FILE).is_file():
+    if (
+        folder.exists()
+        and any(folder.iterdir() if folder.is_dir() else [folder])
+        and not (folder / SIDE_FILE).is_file()
+    ):
         raise ValueError(f"{folder} exists and was not written by onlinespec; choose another place for the drafter")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +120,12 @@ def _replace(new: Path, folder: Path) -> None:
     old = new.with_name(new.name + ".old")
     if folder.exists():
         os.rename(folder, old)
-    os.rename(new, folder)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        if old.exists():
+            os.rename(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -59,7 +59,9 @@ class Ngram(Drafter):
         return cls(int(read_drafter_config(folder)["max_ngram"]))
 
     def save(self, folder: Path) -> None:
-        write_drafter(folder, {"architectures": ["NgramDrafter"], "max_ngram": self.max_ngram}, {}, self.weights.version)
+        write_drafter(
+            folder, {"architectures": ["NgramDrafter"], "max_ngram": self.max_ngram}, {}, self.weights.version
+        )
 
     def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
         self._histories[slot] = _History(self.max_ngram)

@@ -13,7 +13,7 @@ class Frozen:
     """Plays its start for ever and asks for no gradient; every other learner is compared with it."""
 
     step_size: float = 0.0
-    geometry: Geometry = Diagonal()  # noqa: RUF009
+    geometry: Geometry = Diagonal()
     clip_norm: float = 1.0
 
     def init(self, params: Params) -> Params:

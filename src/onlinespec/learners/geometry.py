@@ -37,7 +37,7 @@ class DiagonalState(NamedTuple):
 
     first: Params
     second: Params
-    count: int
+    num_rounds: int
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,20 @@ class Diagonal:
 
     def init(self, params: Params) -> DiagonalState:
         zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()}
-        return DiagonalState(zeros, dict(zeros), count=0)
+        return DiagonalState(zeros, dict(zeros), num_rounds=0)
 
     def direction(self, grads: Params, state: DiagonalState) -> tuple[Params, DiagonalState]:
-        count = state.count + 1
+        num_rounds = state.num_rounds + 1
         first = {name: _average(state.first[name], g.float(), self.first_decay) for name, g in grads.items()}
-        second = {name: _average(state.second[name], g.float().square(), self.second_decay) for name, g in grads.items()}
-        first_scale, second_scale = 1 - self.first_decay**count, 1 - self.second_decay**count
+        second = {
+            name: _average(state.second[name], g.float().square(), self.second_decay) for name, g in grads.items()
+        }
+        first_scale, second_scale = 1 - self.first_decay**num_rounds, 1 - self.second_decay**num_rounds
         moves = {
             name: (first[name] / first_scale) / ((second[name] / second_scale).sqrt_().add_(self.epsilon))
             for name in grads
         }
-        return moves, DiagonalState(first, second, count)
+        return moves, DiagonalState(first, second, num_rounds)
 
 
 def _average(old: Tensor, new: Tensor, decay: float) -> Tensor:

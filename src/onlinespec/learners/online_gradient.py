@@ -28,7 +28,7 @@ class OnlineGradient:
     """
 
     step_size: float
-    geometry: Geometry = Diagonal()  # noqa: RUF009
+    geometry: Geometry = Diagonal()
     clip_norm: float = 1.0
 
     def init(self, params: Params) -> OnlineGradientState:

@@ -55,7 +55,9 @@ class Decoder:
         self.make_linear = make_linear or linear_for(self.device, self.dtype)
         prefixes = [f"model.layers.{i}." for i in range(config.num_layers)]
         self._layers = [
-            FastLayer(config.layer, {n.removeprefix(p): t for n, t in weights.items() if n.startswith(p)}, self.make_linear)
+            FastLayer(
+                config.layer, {n.removeprefix(p): t for n, t in weights.items() if n.startswith(p)}, self.make_linear
+            )
             for p in prefixes
         ]
         self._norm = weights["model.norm.weight"]

@@ -163,7 +163,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     raw = read_json(folder / "config.json")
     names = raw.get("architectures") or ["(none)"]
     if names[0] not in ARCHITECTURES:
-        raise ValueError(f"{folder}: architecture {names[0]} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{folder}: architecture {names[0]} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
     model_type = names[0].removesuffix("ForCausalLM").lower()
     try:
         return CONFIG_MAPPING[model_type].from_dict(raw)
@@ -200,7 +202,9 @@ def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) 
             with safe_open(path, framework="pt", device=str(device)) as shard:
                 weights.update({name: shard.get_tensor(name).to(dtype=dtype) for name in shard.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} can't be read ({error}); it may be cut short: copy or download it again") from error
+            raise ValueError(
+                f"{path} can't be read ({error}); it may be cut short: copy or download it again"
+            ) from error
     return weights
 
 
@@ -278,7 +282,9 @@ def check_tensors(
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     extra = [n for n in weights if n not in expected and n not in may_have and not n.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise ValueError(f"{folder}: {len(extra)} tensors are not part of the model its config.json describes: {extra[:3]}")
+        raise ValueError(
+            f"{folder}: {len(extra)} tensors are not part of the model its config.json describes: {extra[:3]}"
+        )
     for name, dims in expected.items():
         if tuple(weights[name].shape) != dims:
             raise ValueError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json says {dims}")

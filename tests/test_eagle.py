@@ -1,0 +1,383 @@
+"""Positions in this file are those of tokens in a request's text, counted from 0."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import rigs
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rigs import Recorder, Script, hidden_states, other_weights, plain
+from safetensors.torch import load_file, save_file
+from toy import steady
+
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.core import DecodeStats, Feedback, Trace
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import eagle as eagle_module
+from onlinespec.drafters import load_drafter
+from onlinespec.drafters.eagle import Eagle
+from onlinespec.learn import InlineLearning
+from onlinespec.learners import make_learner
+from onlinespec.losses import soft_cross_entropy
+from onlinespec.models.linear import PlainLinear
+from onlinespec.sampling import process_logits
+
+PROMPT = [5, 9, 200, 31, 77, 14, 9]
+TARGET = rigs.random_target()
+
+
+def make_eagle(target=TARGET, unroll=2, has_bias=False):
+    """Random weights, drafting in the same float32 that learning uses."""
+    fresh = Eagle.fresh(target)
+    params = dict(other_weights(fresh.weights, seed=1, scale=0.2).params)
+    if has_bias:
+        params["fc.bias"] = torch.linspace(-1, 1, len(params["fc.weight"]))
+    return Eagle(target, fresh.config, params, unroll=unroll, make_linear=PlainLinear)
+
+
+@pytest.fixture
+def eagle():
+    return make_eagle()
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Every (logits, target rows) the loss compares, in order; gradients of the logits are kept."""
+    calls = []
+
+    def spy(draft_logits, target_probs):
+        if draft_logits.requires_grad:
+            draft_logits.retain_grad()
+        calls.append((draft_logits, target_probs))
+        return soft_cross_entropy(draft_logits, target_probs)
+
+    monkeypatch.setattr(eagle_module, "soft_cross_entropy", spy)
+    return calls
+
+
+def leaves(drafter):
+    return {name: p.clone().requires_grad_() for name, p in drafter.weights.params.items()}
+
+
+def trace_of(token_ids, target=TARGET):
+    """All but the last token with their true states."""
+    states = hidden_states(target, token_ids[:-1])
+    return Trace(list(token_ids), states, len(states))
+
+
+def record(trace, start, num_rows):
+    return Feedback(trace, start, num_rows, num_draft_tokens=4, weights_version=0)
+
+
+def random_text(count, seed=0):
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# Learning sees what drafting saw
+
+FLAT = SamplingParams(temperature=20.0)  # so that every token can be drawn
+
+
+def uniform_that_draws(token_id, row):
+    """The middle of the token's share of the inverse distribution function."""
+    cdf = row.double().cumsum(-1)
+    return float((cdf[token_id] - row[token_id].double() / 2) / cdf[-1])
+
+
+def forced_rows(drafter, text, position, depth):
+    """The drafter's rows at drafting depths 0..depth behind text[: position + 1], the text's own tokens being drawn."""
+    numbers = torch.zeros(1, depth + 1, dtype=torch.float64)
+    for k in range(depth + 1):
+        drafter.start(0, text[: position + 1], hidden_states(TARGET, text[: position + 1])[:-1], len(text) + 16)
+        draft = drafter.propose([0], [text[position]], [depth + 1], [FLAT], numbers)
+        drafter.release(0)
+        if k < depth:
+            numbers[0, k] = uniform_that_draws(text[position + 1 + k], draft.probs_BKV[0, k])
+    assert draft.token_ids_BK[0, :depth].tolist() == text[position + 1 : position + 1 + depth]
+    return draft.probs_BKV[0]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_training_row_is_the_row_that_drafting_would_use(scored, has_bias):
+    unroll, first, num_rows = 3, 12, 9
+    drafter = make_eagle(unroll=unroll, has_bias=has_bias)
+    text = random_text(first + num_rows + 1)
+    drafter.loss(leaves(drafter), drafter.batch([record(trace_of(text), first, num_rows)]))
+    assert [len(logits) for logits, _ in scored] == [num_rows - depth for depth in range(unroll)]
+    for i in range(num_rows):
+        depths = min(unroll, num_rows - i)
+        trained = process_logits(torch.stack([scored[depth][0][i] for depth in range(depths)]), FLAT)
+        # row i's token is the anchor; the deeper rows of the same chain stand at the same index
+        drafted = forced_rows(drafter, text, first + i, depths - 1)
+        torch.testing.assert_close(trained, drafted, atol=1e-5, rtol=1e-3)
+
+
+# Gradient where the target judged, and nowhere else
+
+
+def scripted_steps():
+    """Two refusals, a bonus token and steps without a draft, at known places: (positions of the rows, feedback)."""
+    n = len(PROMPT)
+    answer = plain(TARGET, PROMPT, GenerationParams(max_new_tokens=14)).trace.token_ids
+    recorder = Recorder()
+    script = Script(answer[: n + 12], wrong_at={n + 1, n + 7})
+    DecodeLoop(TARGET, script, recorder).complete(PROMPT, GenerationParams(max_new_tokens=14))
+    expected = [
+        range(n - 1, n + 1),  # one kept, the second refused
+        range(n + 1, n + 6),  # all four kept and a bonus
+        range(n + 6, n + 7),  # the first refused
+        range(n + 7, n + 12),
+        range(n + 12, n + 13),  # nothing drafted
+    ]
+    return list(zip(expected, recorder.feedback, strict=True))
+
+
+def test_feedback_holds_exactly_the_rows_that_were_verified():
+    for expected, feedback in scripted_steps():
+        assert range(feedback.start, feedback.start + feedback.num_rows) == expected
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [2], [3], [4], [0, 1], [0, 2], [1, 2, 4], [0, 1, 2, 3, 4]])
+def test_exactly_the_verified_rows_receive_gradient(eagle, scored, chosen):
+    steps = [scripted_steps()[i] for i in chosen]
+    feedback = [replace(f, trace=steps[0][1].trace) for _, f in steps]
+    eagle.unroll = 1
+    eagle.loss(leaves(eagle), eagle.batch(feedback)).total.backward()
+    positions = [position for expected, _ in steps for position in expected]
+    states = steps[0][1].trace.hidden_states_SD[positions]
+    labels = torch.cat([target_probs for _, target_probs in scored])
+    gradients = torch.cat([logits.grad for logits, _ in scored])
+    torch.testing.assert_close(labels, TARGET.decoder.head(states).softmax(-1))
+    assert (gradients.abs().amax(-1) > 0).all()
+    rows = torch.cat([logits.detach() for logits, _ in scored]).softmax(-1)
+    torch.testing.assert_close(gradients, (rows - labels) / len(positions))
+
+
+def test_a_label_is_the_targets_row_for_the_token_that_came_next(eagle, scored):
+    """Greedy text: the target's most likely token in a row is the next token of the text."""
+    for expected, feedback in scripted_steps():
+        scored.clear()
+        eagle.loss(leaves(eagle), eagle.batch([feedback]))
+        assert scored[0][1].argmax(-1).tolist() == [feedback.trace.token_ids[i + 1] for i in expected]
+
+
+@steady
+@given(first=st.integers(1, 12), num_rows=st.integers(1, 6))
+def test_what_lies_behind_the_verified_rows_changes_nothing(first, num_rows):
+    drafter, text = make_eagle(), random_text(20)
+    losses = []
+    for is_changed in (False, True):
+        trace = trace_of(text)
+        if is_changed:
+            trace.hidden_states_SD[first + num_rows :] += 1
+            trace.token_ids[first + num_rows :] = [3] * (20 - first - num_rows)
+        losses.append(drafter.loss(drafter.weights.params, drafter.batch([record(trace, first, num_rows)])).total)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("changed", [0, 4, 8, 10, 12])
+def test_a_row_sees_the_tokens_up_to_its_own_and_no_later_one(eagle, scored, changed):
+    first, num_rows = 8, 6
+    text = random_text(16)
+    other = [*text[:changed], (text[changed] + 1) % 256, *text[changed + 1 :]]
+    trace = trace_of(text)
+    for ids in (text, other):
+        eagle.loss(eagle.weights.params, eagle.batch([record(replace(trace, token_ids=ids), first, num_rows)]))
+    for depth in range(eagle.unroll):
+        before, after = scored[depth][0], scored[eagle.unroll + depth][0]
+        for i in range(num_rows - depth):
+            reads_it = 1 <= changed <= first + i + depth  # the first token is read through its state only
+            assert torch.allclose(before[i], after[i], atol=1e-5) == (not reads_it)
+
+
+def test_context_rows_lend_keys_but_get_no_gradient(eagle):
+    first, num_rows = 8, 3
+    (span,) = eagle.batch([record(trace_of(random_text(16)), first, num_rows)])
+    features = span.features_SD.clone().requires_grad_()
+    eagle.loss(leaves(eagle), [span._replace(features_SD=features)]).total.backward()
+    assert (features.grad[: first - 1] == 0).all()
+    assert (features.grad[first - 1 :].abs().amax(-1) > 0).all()
+
+
+# Batches
+
+
+def test_consecutive_steps_of_a_request_become_one_span(eagle):
+    one, other = trace_of(random_text(20)), trace_of(random_text(20, seed=1))
+    spans = eagle.batch([record(one, 3, 2), record(one, 5, 4), record(other, 9, 1), record(one, 12, 2)])
+    assert [len(span.target_states_ND) for span in spans] == [6, 1, 2]
+
+
+def test_the_first_token_of_a_text_has_no_state_to_learn_from(eagle):
+    trace = trace_of(random_text(9))
+    assert eagle.batch([record(trace, 0, 1)]) == []
+    (span,) = eagle.batch([record(trace, 0, 1), record(trace, 1, 3)])
+    assert len(span.target_states_ND) == 3
+
+
+def test_a_batch_without_rows_has_no_loss(eagle):
+    with pytest.raises(ValueError, match="without verified rows"):
+        eagle.loss(eagle.weights.params, [])
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_rows(eagle):
+    records = [record(trace_of(random_text(20, seed)), 3 + seed, 1 + 4 * seed) for seed in range(3)]
+    whole = eagle.loss(eagle.weights.params, eagle.batch(records))
+    parts = [eagle.loss(eagle.weights.params, eagle.batch([r])) for r in records]
+    assert whole.num_rows == sum(part.num_rows for part in parts) == 15
+    torch.testing.assert_close(whole.total, sum(part.total * part.num_rows for part in parts) / 15)
+    assert whole.fresh == pytest.approx(sum(part.fresh * part.num_rows for part in parts) / 15)
+
+
+def test_the_fresh_loss_is_the_cross_entropy_of_the_first_depth(eagle, scored):
+    loss = eagle.loss(eagle.weights.params, eagle.batch([record(trace_of(random_text(20)), 5, 7)]))
+    logits, target_probs = scored[0]
+    assert loss.fresh == pytest.approx(float(soft_cross_entropy(logits, target_probs).mean()))
+    assert float(loss.total) > loss.fresh
+
+
+# Labels are aligned: an oracle can be learned
+
+
+class LabelsOneOff(Eagle):
+    """WRONG: each row is shown its neighbour's label."""
+
+    def batch(self, feedback):
+        return [span._replace(target_states_ND=span.target_states_ND.roll(1, 0)) for span in super().batch(feedback)]
+
+
+def acceptance_after_counting(cls):
+    target = rigs.counting_target()
+    drafter = cls.fresh(target)
+    drafter.unroll = 4
+    learning = InlineLearning(drafter, make_learner("online_gradient", 1e-2), LearnConfig(max_interval=48))
+    loop = DecodeLoop(target, drafter, learning)
+    for first in range(36):
+        loop.complete([first % 12, (first + 1) % 12], GenerationParams(max_new_tokens=48))
+    assert learning.num_rounds > 24
+    assert not learning.is_frozen
+    done = [DecodeLoop(target, drafter).complete([i, i + 1], GenerationParams(max_new_tokens=21)) for i in range(11)]
+    return sum((request.stats for request in done), DecodeStats()).acceptance_rate
+
+
+def test_counting_is_learned_to_perfection():
+    assert acceptance_after_counting(Eagle) == 1.0
+
+
+def test_counting_is_not_learned_from_labels_one_off():
+    assert acceptance_after_counting(LabelsOneOff) < 0.1
+
+
+# Files
+
+
+@pytest.fixture
+def saved(eagle, tmp_path):
+    eagle.save(tmp_path / "drafter")
+    return tmp_path / "drafter"
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_the_file_holds_the_published_names_and_nothing_of_the_target(saved):
+    assert set(load_file(saved / "model.safetensors")) == {
+        "fc.weight",
+        *(f"layers.0.self_attn.{n}_proj.weight" for n in "qkvo"),
+        *(f"layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
+        "layers.0.post_attention_layernorm.weight",
+    }
+
+
+def test_loading_and_saving_keeps_every_bit_and_every_unknown_field(saved, tmp_path):
+    edit_config(saved, some_field_of_theirs={"a": 1})
+    load_drafter(saved, TARGET).save(tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "onlinespec.json"):
+        before, after = (folder / name for folder in (saved, tmp_path / "again"))
+        if name.endswith("json"):
+            assert json.loads(before.read_text()) == json.loads(after.read_text())
+        else:
+            assert before.read_bytes() == after.read_bytes()
+
+
+def test_an_embedding_in_the_file_is_kept_and_not_used(saved, tmp_path):
+    embedding = torch.full_like(TARGET.decoder.embedding_VD, 7.0)
+    edit_tensors(saved, lambda tensors: tensors.update({"embed_tokens.weight": embedding}))
+    drafter = load_drafter(saved, TARGET)
+    assert "embed_tokens.weight" not in drafter.weights.params
+    drafter.save(tmp_path / "again")
+    assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")["embed_tokens.weight"], embedding)
+    assert not (TARGET.decoder.embedding_VD == 7.0).any()
+
+
+def test_a_bias_of_the_file_learns_and_is_saved(tmp_path):
+    make_eagle(has_bias=True).save(tmp_path / "drafter")
+    drafter = load_drafter(tmp_path / "drafter", TARGET)
+    params = leaves(drafter)
+    drafter.loss(params, drafter.batch([record(trace_of(random_text(20)), 5, 7)])).total.backward()
+    assert params["fc.bias"].grad.abs().sum() > 0
+    drafter.save(tmp_path / "again")
+    assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")["fc.bias"], params["fc.bias"].detach())
+
+
+def test_a_half_precision_file_learns_in_float32_and_stays_half_precision(saved, tmp_path):
+    edit_tensors(saved, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
+    drafter = load_drafter(saved, TARGET)
+    assert all(p.dtype == torch.float32 for p in drafter.weights.params.values())
+    drafter.save(tmp_path / "again")
+    before, after = (load_file(f / "model.safetensors") for f in (saved, tmp_path / "again"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 300}, "drafter vocab_size 300 != target vocab_size 288"),
+        ({"hidden_size": 64}, "drafter hidden_size 64 != target hidden_size 32"),
+        ({"vocab_size": None}, "has no vocab_size"),
+    ],
+)
+def test_a_drafter_for_another_shape_is_refused_with_both_values(saved, changes, message):
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_drafter(saved, TARGET)
+
+
+def test_a_drafter_trained_for_another_target_is_refused_with_both_fingerprints(saved):
+    with pytest.raises(ValueError, match="trained for target random-0, this target is other"):
+        load_drafter(saved, replace(TARGET, fingerprint="other"))
+    (saved / "onlinespec.json").unlink()
+    assert load_drafter(saved, replace(TARGET, fingerprint="other")).weights.version == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("layers.0.mlp.up_proj.weight"), "missing, the first is layers.0.mlp.up_proj.weight"),
+        (lambda t: t.update({"layers.0.input_layernorm.weight": torch.ones(32)}), "layers.0.input_layernorm.weight"),
+        (lambda t: t.update({"fc.weight": torch.ones(32, 32)}), r"fc.weight has shape \(32, 32\).*\(32, 64\)"),
+        (lambda t: t["fc.weight"].fill_(torch.nan), "fc.weight holds values that are not finite"),
+    ],
+    ids=["missing", "unknown", "misshapen", "nan"],
+)
+def test_broken_tensors_are_refused_by_name(saved, change, message):
+    edit_tensors(saved, change)
+    with pytest.raises(ValueError, match=message):
+        load_drafter(saved, TARGET)
+
+
+def test_a_file_cut_short_is_refused(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut short"):
+        load_drafter(saved, TARGET)

@@ -1,0 +1,335 @@
+import logging
+from dataclasses import replace
+
+import pytest
+import rigs
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rigs import SOFT, Recorder, Script, plain, run_together
+from toy import steady
+
+from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.core import DecodeStats, Feedback, Trace
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.ngram import Ngram
+from onlinespec.learn import Cadence, InlineLearning, newest_rows
+from onlinespec.learners import make_learner
+
+TARGET = rigs.random_target()
+PROMPT = [5, 9, 200, 31, 77, 14, 9]
+OFTEN = LearnConfig(min_interval=8, max_interval=8)
+
+
+@pytest.fixture
+def drafter():
+    return Eagle.fresh(TARGET)
+
+
+def learn(drafter, learner="online_gradient", step_size=5e-3, config=OFTEN, geometry="diagonal"):
+    return InlineLearning(drafter, make_learner(learner, step_size, geometry), config)
+
+
+def complete(drafter, learning, num_tokens=40, prompt=PROMPT, **params):
+    return DecodeLoop(TARGET, drafter, learning).complete(prompt, GenerationParams(num_tokens, **params))
+
+
+# A learner that fails never hurts serving
+
+
+def raise_something(*args):
+    raise KeyError("layers.9")
+
+
+def lose_to_nan(drafter):
+    def sabotage(monkeypatch):
+        loss = drafter.loss
+
+        def broken(params, batch):
+            good = loss(params, batch)
+            return replace(good, total=good.total * torch.nan)
+
+        monkeypatch.setattr(drafter, "loss", broken)
+
+    return sabotage
+
+
+SABOTAGE = {
+    "nan loss": lambda drafter, learning, patch: lose_to_nan(drafter)(patch),
+    "exception in loss": lambda drafter, learning, patch: patch.setattr(drafter, "loss", raise_something),
+    "exception in batch": lambda drafter, learning, patch: patch.setattr(drafter, "batch", raise_something),
+    "exception in learner": lambda drafter, learning, patch: patch.setattr(
+        learning, "_learner", make_learner("online_gradient", 1e-3, f"{__name__}:BrokenGeometry")
+    ),
+    "weights not finite": lambda drafter, learning, patch: patch.setattr(
+        learning, "_learner", make_learner("online_gradient", float("inf"))
+    ),
+}
+
+
+class BrokenGeometry:
+    def direction(self, grads, state):
+        raise_something()
+
+
+@pytest.mark.parametrize("kind", SABOTAGE)
+def test_a_failing_round_freezes_the_drafter_says_so_once_and_decoding_goes_on(drafter, kind, monkeypatch, caplog):
+    learning = learn(drafter)
+    complete(drafter, learning)
+    good, num_rounds = drafter.weights, learning.num_rounds
+    kept = {name: p.clone() for name, p in good.params.items()}
+    assert num_rounds > 2
+    SABOTAGE[kind](drafter, learning, monkeypatch)
+    with caplog.at_level(logging.INFO, logger="onlinespec"):
+        for prompt in (PROMPT, PROMPT[:2], PROMPT[:5]):
+            assert complete(drafter, learning, prompt=prompt).output_ids == plain_ids(prompt)
+    assert learning.is_frozen
+    assert drafter.weights.version == good.version
+    assert all(torch.equal(drafter.weights.params[name], p) for name, p in kept.items())
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert f"stays at weights version {good.version}" in caplog.text
+
+
+def plain_ids(prompt, num_tokens=40):
+    return plain(TARGET, prompt, GenerationParams(num_tokens)).output_ids
+
+
+def test_weights_that_blow_up_without_a_nan_do_not_stop_sampling(drafter):
+    learning = learn(drafter, step_size=1e30, geometry="euclidean")
+    request = complete(drafter, learning, sampling=SOFT)
+    assert len(request.output_ids) == 40
+    assert learning.is_frozen
+
+
+def test_weights_that_blew_up_are_not_what_the_drafter_is_frozen_at(drafter):
+    learning = learn(drafter, step_size=1e30, geometry="euclidean")
+    complete(drafter, learning)
+    assert learning.is_frozen
+    assert all(p.abs().max() < 10 for p in drafter.weights.params.values())
+
+
+def test_rows_that_teach_nothing_are_no_failure(drafter):
+    learning = learn(drafter, config=LearnConfig(min_interval=1, max_interval=1))
+    request = complete(drafter, learning, prompt=[7])  # the first step's only row has no state before it
+    assert not learning.is_frozen
+    assert learning.num_rounds == request.stats.steps - 1
+
+
+def test_a_drafter_without_weights_is_frozen_from_the_start():
+    assert learn(Ngram()).is_frozen
+
+
+# What learning costs and gains
+
+
+def test_learning_adds_no_target_forward(drafter):
+    before = TARGET.decoder.num_forwards
+    learning = learn(drafter)
+    request = complete(drafter, learning)
+    assert learning.num_rounds > 0
+    assert TARGET.decoder.num_forwards - before == 1 + request.stats.steps  # the prompt, then once a step
+
+
+def test_learning_is_counted_in_its_own_seconds(drafter):
+    request = complete(drafter, learn(drafter))
+    assert request.stats.learn_seconds > 0
+    assert request.stats.tokens_per_second < request.stats.tokens / request.stats.decode_seconds
+    assert complete(drafter, None).stats.learn_seconds == 0
+
+
+def test_acceptance_rises_on_a_stream_that_repeats(drafter):
+    learning = learn(drafter, config=LearnConfig(min_interval=32, max_interval=32))
+    first = complete(drafter, learning).stats
+    for _ in range(30):
+        last = complete(drafter, learning).stats
+    assert last.acceptance_length > first.acceptance_length + 0.5
+
+
+def test_the_same_stream_gives_the_same_weights():
+    drafters = [Eagle.fresh(TARGET) for _ in range(2)]
+    for drafter in drafters:
+        jobs = [(PROMPT[i:], GenerationParams(30, sampling=SOFT, seed=i)) for i in range(4)]
+        run_together(DecodeLoop(TARGET, drafter, learn(drafter)), jobs, max_running=2)
+    one, other = (drafter.weights for drafter in drafters)
+    assert one.version == other.version > 3
+    assert all(torch.equal(one.params[name], other.params[name]) for name in one.params)
+
+
+def test_every_round_makes_one_version(drafter):
+    learning = learn(drafter)
+    complete(drafter, learning)
+    assert drafter.weights.version == learning.num_rounds > 0
+
+
+def test_a_frozen_learner_leaves_weights_and_version_alone(drafter):
+    before = drafter.weights
+    learning = learn(drafter, learner="frozen")
+    complete(drafter, learning)
+    assert learning.num_rounds > 0
+    assert drafter.weights is before
+
+
+# When a round is due
+
+
+def intervals(losses, cadence=None):
+    cadence = cadence or Cadence(10, 100)
+    seen = []
+    for loss in losses:
+        cadence.observe_round(loss)
+        seen.append(cadence.interval)
+    return seen
+
+
+def test_a_flat_loss_stretches_the_interval_to_its_maximum():
+    seen = intervals([2.0] * 12)
+    assert seen == sorted(seen)
+    assert seen[-1] == 100
+
+
+def test_a_falling_loss_keeps_rounds_frequent():
+    assert set(intervals([4 * 0.9**i for i in range(20)])[2:]) == {10}
+
+
+@pytest.mark.parametrize("news", [3.0, 1.0], ids=["jump", "fall"])
+def test_a_change_of_the_loss_brings_rounds_back(news):
+    assert intervals([2.0] * 12 + [news])[-1] == 10
+
+
+def test_noise_of_a_few_percent_does_not_bring_rounds_back():
+    assert intervals([2.0, 2.04, 1.96] * 10)[-1] == 100
+
+
+def test_a_drop_in_acceptance_brings_the_next_round_near():
+    cadence = Cadence(10, 100)
+    for _ in range(200):
+        cadence.observe_step(num_accepted=3, num_draft_tokens=4)
+    intervals([2.0] * 12, cadence)
+    for _ in range(8):
+        cadence.observe_step(num_accepted=0, num_draft_tokens=4)
+    assert cadence.interval == 10
+
+
+def test_steps_without_a_draft_say_nothing_about_acceptance():
+    cadence = Cadence(10, 100)
+    for _ in range(50):
+        cadence.observe_step(num_accepted=4, num_draft_tokens=4)
+    intervals([2.0] * 12, cadence)
+    for _ in range(50):
+        cadence.observe_step(num_accepted=0, num_draft_tokens=0)
+    assert cadence.interval == 100
+
+
+def test_a_round_comes_after_as_many_tokens_as_the_interval_says(drafter):
+    learning = learn(drafter, config=LearnConfig(min_interval=12, max_interval=12))
+    complete(drafter, learning, num_tokens=35, num_draft_tokens=0)
+    assert learning.num_rounds == 2
+
+
+# Which rows a round trains
+
+
+@pytest.fixture
+def trained(drafter, monkeypatch):
+    """The feedback each round trains, in order."""
+    rounds = []
+    batch = drafter.batch
+
+    def spy(feedback):
+        rounds.append(list(feedback))
+        return batch(feedback)
+
+    monkeypatch.setattr(drafter, "batch", spy)
+    return rounds
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 20])
+def test_a_round_trains_at_most_max_rows(drafter, trained, max_rows):
+    learning = learn(drafter, config=LearnConfig(min_interval=24, max_interval=24, max_rows=max_rows))
+    complete(drafter, learning, num_tokens=96, num_draft_tokens=0)
+    counts = [sum(record.num_rows for record in round_) for round_ in trained]
+    assert counts == [max_rows] * 4
+    assert learning.num_rows == 4 * max_rows
+
+
+def test_interleaved_requests_keep_their_own_rows(drafter, trained):
+    learning = learn(drafter, config=LearnConfig(min_interval=30, max_interval=30))
+    recorder = Recorder(passed_on_to=learning)
+    jobs = [(PROMPT[i:], GenerationParams(40)) for i in range(3)]
+    done = run_together(DecodeLoop(TARGET, drafter, recorder), jobs)
+    assert len(trained) > 2
+    for round_ in trained:
+        owners = [record.request_id for record in round_]
+        changes = sum(a != b for a, b in zip(owners, owners[1:], strict=False))
+        assert changes == len(set(owners)) - 1  # side by side
+    for request in done:
+        learned = [record for round_ in trained for record in round_ if record.trace is request.trace]
+        assert learned == recorder.of(request)[: len(learned)]  # in order, none left out
+        assert len(learned) > 3
+
+
+def test_a_step_cut_by_a_stop_teaches_only_what_was_kept():
+    answer = plain_ids(PROMPT)
+    end = answer.index(answer[2])
+    recorder = Recorder()
+    stopping = replace(TARGET, end_token_ids=frozenset([answer[end]]))
+    script = Script(PROMPT + answer)
+    request = DecodeLoop(stopping, script, recorder).complete(PROMPT, GenerationParams(num_draft_tokens=8))
+    (cut,) = recorder.feedback
+    assert (cut.num_rows, cut.num_draft_tokens, cut.is_last) == (end + 1, 8, True)
+    assert request.stats.accepted == end
+    assert request.trace.num_features == len(request.trace.token_ids) - 1
+
+
+def test_feedback_says_whose_it_is():
+    recorder = Recorder()
+    tags = {"request_id": "r7", "domain": "sql", "tenant": "acme"}
+    loop = DecodeLoop(TARGET, Ngram(), recorder)
+    request = loop.complete(PROMPT, GenerationParams(20, sampling=SOFT), **tags)
+    for record in recorder.feedback:
+        assert (record.request_id, record.domain, record.tenant) == ("r7", "sql", "acme")
+        assert (record.target_fingerprint, record.temperature) == ("random-0", 1.0)
+    assert [record.is_last for record in recorder.feedback] == [False] * (request.stats.steps - 1) + [True]
+
+
+def test_feedback_points_at_the_states_that_made_the_targets_rows(drafter):
+    recorder = Recorder()
+    request = DecodeLoop(TARGET, drafter, recorder).complete(PROMPT, GenerationParams(30))
+    text = request.trace.token_ids
+    positions = [record.start + i for record in recorder.feedback for i in range(record.num_rows)]
+    assert positions == list(range(len(PROMPT) - 1, len(text) - 1))
+    logits = TARGET.decoder.head(request.trace.hidden_states_SD[positions])
+    assert logits.argmax(-1).tolist() == [text[i + 1] for i in positions]
+
+
+records = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6)), min_size=1, max_size=12)
+
+
+@steady
+@given(steps=records, max_rows=st.integers(1, 20))
+def test_newest_rows_are_the_newest_records_that_fit(steps, max_rows):
+    traces = [Trace([], torch.empty(0, 1)) for _ in range(3)]
+    feedback = [
+        Feedback(traces[owner], start, num_rows, num_draft_tokens=6, weights_version=0)
+        for start, (owner, num_rows) in enumerate(steps)
+    ]
+    kept = newest_rows(feedback, max_rows)
+    newest = feedback[-len(kept) :]
+    assert {record.start for record in kept} == {record.start for record in newest}
+    rows = sum(record.num_rows for record in kept)
+    assert rows <= max_rows or len(kept) == 1
+    if len(kept) < len(feedback):
+        assert rows + feedback[-len(kept) - 1].num_rows > max_rows
+    for trace in traces:
+        starts = [record.start for record in kept if record.trace is trace]
+        assert starts == sorted(starts)
+    owners = [id(record.trace) for record in kept]
+    assert sum(a != b for a, b in zip(owners, owners[1:], strict=False)) == len(set(owners)) - 1
+
+
+def test_learning_together_equals_no_learning_in_tokens(drafter):
+    jobs = [(PROMPT[i:], GenerationParams(30)) for i in range(4)]
+    done = run_together(DecodeLoop(TARGET, drafter, learn(drafter, step_size=0.1)), jobs, max_running=2)
+    assert [request.output_ids for request in done] == [plain_ids(PROMPT[i:], 30) for i in range(4)]
+    assert sum((request.stats for request in done), DecodeStats()).requests == 4
