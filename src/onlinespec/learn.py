@@ -91,6 +91,7 @@ class InlineLearning:
         self._waiting: list[Feedback] = []
         self._num_waiting_rows = 0
         self._state = learner.init(drafter.weights.params)
+        self._last_good = drafter.weights  # the newest that scored a finite loss, or the start
         self.num_rounds = 0
         self.num_rows = 0  # trained so far
         self.last_loss = math.nan
@@ -108,35 +109,36 @@ class InlineLearning:
             self._round_or_freeze()
 
     def _round_or_freeze(self) -> None:
-        last_good = self._drafter.weights
         try:
             self._round()
         except Exception as error:  # the one broad except: a failing learner never hurts serving
             self.is_frozen = True
-            if self._drafter.weights is not last_good:
-                self._drafter.swap(last_good)
+            if self._drafter.weights is not self._last_good:
+                self._drafter.swap(self._last_good)
             log.error(
                 "learning stopped in round %d (%s: %s); the drafter stays at weights version %d and serving goes on",
-                self.num_rounds, type(error).__name__, error, last_good.version,
+                self.num_rounds, type(error).__name__, error, self._last_good.version,
             )  # fmt: skip
         finally:
             self._waiting, self._num_waiting_rows = [], 0
 
     def _round(self) -> None:
         rows = newest_rows(self._waiting, self.config.max_rows)
-        before = self._learner.played(self._state)
-        state = self._learner.update(lambda *candidates: self._evaluate(rows, candidates), self._state)
-        played = self._learner.played(state)
-        self.num_rounds += 1
-        if played is before:
-            return
-        if not all(bool(torch.isfinite(p).all()) for p in played.values()):
-            raise RoundFailed("the updated weights are not finite")
-        self._drafter.swap(DrafterWeights(played, self._drafter.weights.version + 1))
-        self._state = state
-
-    def _evaluate(self, rows: Sequence[Feedback], candidates: Sequence[Params]) -> list[Evaluation]:
         batch = self._drafter.batch(rows)
+        if not batch:  # none of the rows can be learned from
+            return
+        before = self._learner.played(self._state)
+        state = self._learner.update(lambda *candidates: self._evaluate(rows, batch, candidates), self._state)
+        played = self._learner.played(state)
+        self._last_good = self._drafter.weights
+        if played is not before:
+            if not all(bool(torch.isfinite(p).all()) for p in played.values()):
+                raise RoundFailed("the updated weights are not finite")
+            self._drafter.swap(DrafterWeights(played, self._drafter.weights.version + 1))
+        self._state = state
+        self.num_rounds += 1
+
+    def _evaluate(self, rows: Sequence[Feedback], batch: object, candidates: Sequence[Params]) -> list[Evaluation]:
         evaluations = [self._evaluate_one(params, batch) for params in candidates]
         self.last_loss = evaluations[0].fresh_loss
         self.num_rows += sum(record.num_rows for record in rows)

@@ -94,7 +94,10 @@ class Drafter(ABC):
         raise TypeError(f"{type(self).__name__} has no weights to swap")
 
     def batch(self, feedback: Sequence[Feedback]) -> Any:
-        """Training inputs from verified rows; consecutive rows of a request become one span."""
+        """Training inputs from verified rows; consecutive rows of a request become one span.
+
+        False as a condition (an empty list, say) if none of the rows can be learned from.
+        """
         raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
 
     def loss(self, params: Params, batch: Any) -> Loss:

@@ -35,7 +35,7 @@ from onlinespec.models.layer import (
     plain_layer,
     rotary_angles,
 )
-from onlinespec.models.linear import MakeLinear, draft_linear_for
+from onlinespec.models.linear import FrozenProduct, MakeLinear, draft_linear_for
 from onlinespec.models.loading import Target, check_tensors, read_weights
 from onlinespec.sampling import process_logits, sample_rows
 
@@ -90,7 +90,7 @@ class Eagle(Drafter):
         self._decoder = target.decoder
         self._fingerprint = target.fingerprint
         self._make_linear = make_linear or draft_linear_for(target.decoder.device, target.decoder.dtype)
-        self._head = self._make_linear(target.decoder.head_VD, None)
+        self._head = FrozenProduct(target.decoder.head_VD, self._make_linear)
         self._embedding_VD = target.decoder.embedding_VD
         self._cache = KVCache(
             1, self._layer_config.num_kv_heads, self._layer_config.head_dim, self._decoder.device, torch.float32
@@ -292,7 +292,7 @@ class Eagle(Drafter):
                 own = torch.eye(rows, dtype=torch.bool, device=device)
                 is_visible = torch.cat([is_visible[:rows], own], dim=1)
             states_ND = plain_layer(config, weights, inputs_ND, angles_SR[first + depth :], keys, values, is_visible)
-            logits_NV = F.linear(states_ND.to(self._decoder.dtype), self._decoder.head_VD)
+            logits_NV = self._head(states_ND.to(self._decoder.dtype))
             loss = soft_cross_entropy(logits_NV, target_probs_NV[depth:]).sum()
             fresh = loss.detach() if depth == 0 else fresh
             total = total + loss
@@ -304,7 +304,8 @@ def _draw(logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Ten
     if all(params.is_greedy for params in sampling):
         return logits_NV.argmax(-1), None
     plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
-    probs_NV = process_logits(logits_NV.float(), plain[0] if len(plain) == 1 else plain)
+    logits_NV = logits_NV.float().nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # weights that blew up may still draft
+    probs_NV = process_logits(logits_NV, plain[0] if len(plain) == 1 else plain)
     return sample_rows(probs_NV, uniforms_N.to(probs_NV.device)), probs_NV
 
 
