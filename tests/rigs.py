@@ -7,7 +7,6 @@ only, so every sequence's probability is known (`toy.enumerate_law`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 
 import torch
 from checkpoints import byte_tokenizer
@@ -24,7 +23,9 @@ from onlinespec.models.loading import Target
 SOFT = SamplingParams(temperature=1.0)
 
 
-def _target(weights: dict[str, Tensor], num_layers: int, context: int, end_token_ids: Iterable[int], name: str) -> Target:
+def _target(
+    weights: dict[str, Tensor], num_layers: int, context: int, end_token_ids: Iterable[int], name: str
+) -> Target:
     vocab, hidden = weights["model.embed_tokens.weight"].shape
     layer = LayerConfig(hidden, 2 * hidden, 2, 1, hidden // 2, rms_norm_eps=1e-6, rope_theta=10_000.0)
     decoder = Decoder(DecoderConfig(layer, num_layers, vocab, context), weights)
@@ -65,16 +66,22 @@ def table_target(vocab: int = 5, hidden: int = 16, context: int = 64, seed: int 
     return _target(weights, 0, context, (), f"table-{seed}")
 
 
-def counting_target(vocab: int = 12, context: int = 256) -> Target:
-    """x is followed by x + 1, and the last token by the first, with near certainty."""
+def cycle_target(cycle: Sequence[int], vocab: int, hidden: int, context: int = 256) -> Target:
+    """Each token of the cycle is followed by the next one, the last by the first, with near certainty."""
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.linalg.qr(torch.randn(vocab * 2, vocab * 2, generator=generator)).Q[:vocab]
-    weights = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": torch.ones(vocab * 2),
-        "lm_head.weight": 2 * embedding.roll(1, dims=0),
-    }
-    return _target(weights, 0, context, (), "counting")
+    embedding = torch.randn(vocab, hidden, generator=generator)
+    if vocab <= hidden:
+        embedding = torch.linalg.qr(embedding.T).Q.T
+    embedding = embedding / embedding.norm(dim=-1, keepdim=True)
+    head = torch.zeros_like(embedding)
+    head[list(cycle)] = 2 * embedding[[cycle[-1], *cycle[:-1]]]
+    weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden), "lm_head.weight": head}
+    return _target(weights, 0, context, (), "cycle")
+
+
+def counting_target() -> Target:
+    """x is followed by x + 1, and 11 by 0."""
+    return cycle_target(range(12), vocab=12, hidden=24)
 
 
 def table_logits(target: Target) -> Tensor:
@@ -181,9 +188,3 @@ class Script(Drafter):
 
     def release(self, slot):
         del self.lengths[slot]
-
-
-def num_loops(token_ids: Sequence[int]) -> int:
-    """How many pairs of neighbours a text repeats: what lookup can draft from."""
-    pairs = list(pairwise(token_ids))
-    return len(pairs) - len(set(pairs))

@@ -254,9 +254,9 @@ def acceptance_after_counting(cls):
     drafter.unroll = 4
     learning = InlineLearning(drafter, make_learner("online_gradient", 1e-2), LearnConfig(max_interval=48))
     loop = DecodeLoop(target, drafter, learning)
-    for first in range(36):
+    for first in range(60):
         loop.complete([first % 12, (first + 1) % 12], GenerationParams(max_new_tokens=48))
-    assert learning.num_rounds > 24
+    assert learning.num_rounds > 40
     assert not learning.is_frozen
     done = [DecodeLoop(target, drafter).complete([i, i + 1], GenerationParams(max_new_tokens=21)) for i in range(11)]
     return sum((request.stats for request in done), DecodeStats()).acceptance_rate

@@ -1,5 +1,6 @@
 import logging
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import rigs
@@ -264,7 +265,7 @@ def test_interleaved_requests_keep_their_own_rows(drafter, trained):
     assert len(trained) > 2
     for round_ in trained:
         owners = [record.request_id for record in round_]
-        changes = sum(a != b for a, b in zip(owners, owners[1:], strict=False))
+        changes = sum(a != b for a, b in pairwise(owners))
         assert changes == len(set(owners)) - 1  # side by side
     for request in done:
         learned = [record for round_ in trained for record in round_ if record.trace is request.trace]
@@ -328,7 +329,7 @@ def test_newest_rows_are_the_newest_records_that_fit(steps, max_rows):
         starts = [record.start for record in kept if record.trace is trace]
         assert starts == sorted(starts)
     owners = [id(record.trace) for record in kept]
-    assert sum(a != b for a, b in zip(owners, owners[1:], strict=False)) == len(set(owners)) - 1
+    assert sum(a != b for a, b in pairwise(owners)) == len(set(owners)) - 1
 
 
 def test_learning_together_equals_no_learning_in_tokens(drafter):

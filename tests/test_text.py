@@ -28,6 +28,19 @@ def merging_tokenizer():
 MERGING = merging_tokenizer()
 
 
+def fallback_tokenizer():
+    """As Llama 2 has it: words carry their leading space, the first one loses it, and rare characters are bytes."""
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁the", "▁cat", "s", "▁"]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+FALLBACK = fallback_tokenizer()
+
+
 def ids_of(text):
     return BYTES(text)["input_ids"]
 
@@ -49,7 +62,13 @@ def stream(ids, stop_strings=(), tokenizer=BYTES, take_every=1):
     return pieces, text.text, taken
 
 
-SAMPLES = ["plain words", "smile 😀 and 👩‍👩‍👧 family", "中文字符，混合 text", "e\u0301 combining n\u0303", "\u202eright to left שלום"]
+SAMPLES = [
+    "plain words",
+    "smile 😀 and 👩‍👩‍👧 family",
+    "中文字符、混合 text",
+    "e\u0301 combining n\u0303",
+    "\u202eright to left שלום",
+]
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -95,6 +114,21 @@ def test_any_text_comes_out_whole_and_in_whole_characters(text, take_every):
     pieces, final, _ = stream(ids_of(text), take_every=take_every)
     assert final == "".join(pieces) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+characters = st.sampled_from(["😀", "é", "中", "a", "▁the", "▁cat", "s", "▁", "<s>"])
+
+
+@steady
+@given(words=st.lists(characters, max_size=20), take_every=st.integers(1, 7))
+def test_the_text_of_a_tokenizer_with_byte_fallback_is_what_it_decodes(words, take_every):
+    ids = []
+    for word in words:
+        known = FALLBACK.convert_tokens_to_ids(word)
+        ids += list(word.encode()) if known is None else [known]
+    pieces, text, _ = stream(ids, tokenizer=FALLBACK, take_every=take_every)
+    assert text == "".join(pieces) == decode(ids, FALLBACK)
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 # Special tokens

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 import traceback
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from tyro.conf import Positional, arg
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from onlinespec import __version__
-from onlinespec.compare import Comparing, Comparison
+from onlinespec import __version__, demo
+from onlinespec.compare import FROZEN, NONE, Comparing, Comparison, check_results_folder, why_not_writable
 from onlinespec.compare import Progress as StreamProgress
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
+from onlinespec.drafters.formats import SIDE_FILE
 from onlinespec.inspection import describe
 from onlinespec.learn import InlineLearning
-from onlinespec.learners import LEARNERS, make_learner
-from onlinespec.models.loading import Target, load_target
+from onlinespec.learners import LEARNERS, Learner, make_learner
+from onlinespec.models.loading import Target, as_device, as_dtype, load_target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
+from onlinespec.workloads import load_workload
 
 out, err = Console(), Console(stderr=True)
+
+TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
+SaveFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not saved)")]
+Recommended = arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's in generate, else off)")
 
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 
@@ -61,19 +70,23 @@ class Decoding:
     """Tokens drafted per step, 0 to 16; 0 is plain decoding."""
     max_new_tokens: int = 96
     """Longest answer, in tokens."""
-    top_k: int = 0
+    top_k: Annotated[int | None, Recommended] = None
     """Sample among the k likeliest tokens; 0 is off."""
-    top_p: float = 1.0
+    top_p: Annotated[float | None, Recommended] = None
     """Sample among the likeliest tokens that make up this probability; 1 is off."""
-    min_p: float = 0.0
+    min_p: Annotated[float | None, Recommended] = None
     """Sample among tokens at least this likely, relative to the likeliest; 0 is off."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float | None, Recommended] = None
     """Above 1 discourages tokens that occurred before; 1 is off."""
 
-    def params(self, temperature: float, **more: object) -> GenerationParams:
-        """As the library takes them."""
-        sampling = SamplingParams(temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        return GenerationParams(self.max_new_tokens, self.num_draft_tokens, sampling, **more)  # type: ignore[arg-type]
+    def params(
+        self, temperature: float | None = None, defaults: SamplingParams = SamplingParams(), **more: Any
+    ) -> GenerationParams:
+        """As the library takes them; `defaults` stands in for what was not given."""
+        names = ("top_k", "top_p", "min_p", "repetition_penalty")
+        given = {"temperature": temperature} | {name: getattr(self, name) for name in names}
+        sampling = replace(defaults, **{name: value for name, value in given.items() if value is not None})
+        return GenerationParams(self.max_new_tokens, self.num_draft_tokens, sampling, **more)
 
 
 @dataclass(frozen=True)
@@ -96,21 +109,23 @@ class Learning:
 class Generate:
     """Answer a prompt; the text appears as it comes, the figures after it."""
 
-    target: Positional[str]
+    target: TargetName
     """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
-    prompt: Annotated[str, arg(aliases=["-p"])]
+    prompt: Annotated[str, arg(aliases=["-p"], metavar="TEXT")]
     """What to ask; `-` reads it from standard input."""
-    drafter: str = "ngram"
+    drafter: Annotated[
+        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
+    ] = None
     """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
-    learner: str = "frozen"
+    learner: Annotated[str, arg(metavar="NAME")] = "frozen"
     """How the drafter learns while it serves: frozen, online_gradient."""
-    temperature: float | None = None
-    """0 is greedy; by default what the checkpoint recommends."""
-    stop: tuple[str, ...] = ()
+    temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
+    """0 is greedy."""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
     """Strings that end the answer; they are not part of it."""
     raw: bool = False
     """Give the prompt as it stands, without the chat template."""
-    save: Path | None = None
+    save: SaveFolder = None
     """Write the adapted drafter to this directory."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
@@ -121,26 +136,28 @@ class Generate:
 class Compare:
     """Compare learners over a stream of prompts: a table, report.json, and a page with plots."""
 
-    target: Positional[str]
+    target: TargetName
     """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
-    data: tuple[str, ...]
-    """The stream's segments in order: files (.jsonl, .jsonl.gz) with a `prompt` per row, hf:dataset[:split], or
-    builtin:prose, builtin:code, builtin:sql, builtin:arithmetic. One named twice goes on where it was left."""
-    drafter: str = "demo"
+    data: Annotated[tuple[str, ...], arg(metavar="DATA [DATA ...]")]
+    """What to ask, segment by segment: FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:prose,
+    builtin:code, builtin:sql, builtin:arithmetic. Data named twice goes on where it was left."""
+    drafter: Annotated[
+        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
+    ] = None
     """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
-    learners: str = "none,frozen,online_gradient"
+    learners: Annotated[str, arg(metavar="NAMES")] = "none,frozen,online_gradient"
     """Separated by commas: none (plain decoding), frozen, online_gradient."""
-    out: Path | None = None
-    """Folder for report.json, report.html and requests.jsonl; runs/compare-<time> by default."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None
+    """Folder for report.json, report.html and requests.jsonl."""
     num_requests: int = 50
     """Requests per segment; 0 takes all of a file."""
-    temperature: tuple[float, ...] = (0.0,)
+    temperature: Annotated[tuple[float, ...], arg(metavar="NUMBER [NUMBER ...]")] = (0.0,)
     """0 is greedy; several are run one after the other."""
     repeats: int = 1
     """Repeat everything, to show the spread of the timings."""
     window: int = 5
     """Requests per point of the plots."""
-    save: Path | None = None
+    save: SaveFolder = None
     """Write every learner's adapted drafter to a directory of its name in here."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
@@ -153,11 +170,11 @@ class Demo:
 
     num_requests: int = 25
     """Requests per stretch of the stream."""
-    out: Path | None = None
-    """Folder for report.json, report.html and requests.jsonl; runs/demo-<time> by default."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/demo-<time>)")] = None
+    """Folder for report.json, report.html and requests.jsonl."""
     temperature: float = 0.0
     """0 is greedy."""
-    save: Path | None = None
+    save: SaveFolder = None
     """Write every learner's adapted drafter to a directory of its name in here."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
@@ -168,7 +185,7 @@ class Demo:
 class Inspect:
     """Say what a drafter or target directory is: format, shape, size, version, whom it fits."""
 
-    path: Positional[str]
+    path: Annotated[Positional[str], arg(metavar="PATH")]
     """Directory or Hub id; `demo` for the shipped drafter."""
     debug: bool = False
     """Show Python's traceback when something goes wrong."""
@@ -179,10 +196,13 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
     command = tyro.extras.subcommand_cli_from_dict(
         {"demo": Demo, "generate": Generate, "compare": Compare, "inspect": Inspect},
         prog="onlinespec",
         description=f"Speculative decoding whose drafter learns while it serves. Version {__version__}.",
+        config=(FlagCreatePairsOff,),
     )
     is_debugging = command.debug if isinstance(command, Inspect) else command.machine.debug
     try:
@@ -190,52 +210,69 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(130)
-    except (ValueError, OSError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        sys.exit(1)
+    except (ValueError, OSError, ImportError, TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
         if is_debugging:
             traceback.print_exc()
-        err.print(
-            f"[bold red]error:[/] {_escaped(str(error) or type(error).__name__)}", highlight=False, soft_wrap=True
-        )
+        _complain(str(error) or type(error).__name__)
         sys.exit(2)
 
 
 def _run(command: Generate | Compare | Demo | Inspect) -> int:
     if isinstance(command, Inspect):
+        _check_demo(command.path)
         return inspect(command)
-    if command.machine.num_threads < 1:
-        raise ValueError(f"num_threads is {command.machine.num_threads}; it must be at least 1")
-    torch.set_num_threads(command.machine.num_threads)
+    machine = command.machine
+    if machine.num_threads < 1:
+        raise ValueError(f"num_threads is {machine.num_threads}; it must be at least 1")
+    as_device(machine.device)
+    as_dtype(machine.dtype)
+    torch.set_num_threads(machine.num_threads)
     if isinstance(command, Generate):
         return generate(command)
     return compare(demo_comparison(command) if isinstance(command, Demo) else command)
 
 
 def generate(command: Generate) -> int:
-    """Streams one answer to standard output, figures to standard error."""
-    _check_choices(command.learner)
-    prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
+    """Streams one answer to standard output, figures to standard error. Ctrl-C ends the answer; the rest goes on."""
+    drafter_name = command.drafter or ("demo" if command.target == "demo" else "ngram")
+    learner, learn = _make_learner(command.learner, command.learning), command.learning.config()
+    more: dict[str, Any] = {"stop_strings": command.stop, "seed": command.machine.seed}
+    command.decoding.params(command.temperature, **more)  # a mistake is refused before a target is loaded
+    _check_demo(command.target, drafter_name)
+    _check_save(command.save)
+    prompt = sys.stdin.read().removesuffix("\n") if command.prompt == "-" else command.prompt
+    if not prompt.strip():
+        source = "standard input" if command.prompt == "-" else "--prompt"
+        raise ValueError(f"the prompt is empty: {source} holds no text; give some")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
+        raise ValueError("the prompt is not UTF-8 text; convert it first")
+
     target = _load(command.target, command.machine)
-    temperature = target.sampling.temperature if command.temperature is None else command.temperature
-    params = command.decoding.params(temperature, stop_strings=command.stop, seed=command.machine.seed)
-    drafter = load_drafter(command.drafter, target, command.machine.seed)
-    if command.learner != "frozen" and not drafter.is_trainable:
-        raise ValueError(f"drafter {command.drafter} does not learn; leave out --learner {command.learner}")
-    learn = command.learning.config()
-    learner = make_learner(command.learner, learn.step_size, learn.geometry, learn.clip_norm)
+    drafter = load_drafter(drafter_name, target, command.machine.seed)
+    if command.learner != FROZEN and not drafter.is_trainable:
+        raise ValueError(f"drafter {drafter_name} does not learn; leave out --learner {command.learner}")
+    params = command.decoding.params(command.temperature, target.sampling, **more)
     loop = DecodeLoop(target, drafter, InlineLearning(drafter, learner, learn))
     stats = DecodeStats()
+    stopped: BaseException | None = None
     try:
         for request in loop.generate(target.encode(prompt, is_chat=not command.raw), params):
-            out.print(request.text.take(), end="", markup=False, highlight=False, soft_wrap=True, emoji=False)
-            out.file.flush()
             stats = request.stats
-    finally:
-        out.print()
-        out.file.flush()
-        _print_figures(stats)
-        if command.save:
-            drafter.save(command.save)
-            err.print(f"drafter (weights version {drafter.weights.version}) saved to {command.save}", highlight=False)
+            sys.stdout.write(request.text.take())  # not by rich, which would turn tabs into spaces
+            sys.stdout.flush()
+        print(flush=True)
+    except (KeyboardInterrupt, BrokenPipeError) as reason:
+        stopped = reason
+        err.print()
+    _print_figures(stats)
+    if command.save:
+        drafter.save(command.save.absolute())
+        err.print(f"drafter (weights version {drafter.weights.version}) saved to {command.save}", highlight=False)
+    if stopped:
+        raise stopped
     return 0
 
 
@@ -260,9 +297,10 @@ def compare(command: Compare) -> int:
     folder = command.out or _new_folder("compare")
     learners = tuple(name.strip() for name in command.learners.split(",") if name.strip())
     for name in learners:
-        _check_choices(name, also=("none",))
+        if name != NONE:
+            _make_learner(name, command.learning, also=(NONE,))
     comparison = Comparison(
-        drafter=command.drafter,
+        drafter=command.drafter or ("demo" if command.target == "demo" else "eagle"),
         learners=learners,
         data=command.data,
         num_requests=command.num_requests,
@@ -270,11 +308,15 @@ def compare(command: Compare) -> int:
         seed=command.machine.seed,
         repeats=command.repeats,
         window=command.window,
-        generation=command.decoding.params(command.temperature[0] if command.temperature else 0.0),
+        generation=command.decoding.params(),
         learn=command.learning.config(),
     )
-    for temperature in command.temperature:
-        replace(comparison.generation.sampling, temperature=temperature)  # refused now, not after the first run
+    _check_demo(command.target, comparison.drafter)
+    check_results_folder(folder)
+    for name in learners:
+        _check_save(command.save and command.save / name)
+    for spec in command.data:
+        load_workload(spec)  # a mistake is refused before a target is loaded
     comparing = Comparing(_load(command.target, command.machine), comparison, folder, " ".join(sys.argv[1:]))
     status = 0
     try:
@@ -283,11 +325,14 @@ def compare(command: Compare) -> int:
         err.print("stopped; what was finished is kept")
         status = 130
     report = comparing.report()
-    _show(report, folder)
+    write_html(report, folder / "report.html")
     if command.save:
         _save_all(comparing, command.save)
-    is_exact = all(run.totals.identical_to_plain is not False for run in report.runs)
-    return status or (0 if is_exact else 1)
+    _show(report, folder)
+    differing = [run.learner for run in report.runs if run.totals.identical_to_plain is False]
+    if differing:
+        _complain(f"answers of {', '.join(dict.fromkeys(differing))} differ from plain decoding: see requests.jsonl")
+    return status or (1 if differing else 0)
 
 
 def inspect(command: Inspect) -> int:
@@ -300,30 +345,42 @@ def inspect(command: Inspect) -> int:
 
 
 def _run_with_progress(comparing: Comparing) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    # what is cut off in a narrow terminal comes last
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), text)
     with Progress(*columns, console=err) as progress:
-        task = progress.add_task("loading the stream", total=None)
+        task = progress.add_task("the first prompt", total=None)
 
         def on_progress(event: StreamProgress) -> None:
             lengths = "  ".join(f"{name} {length:.2f}" for name, length in event.acceptance_lengths.items())
-            description = f"{_escaped(event.data)}: acceptance length {lengths}"
+            description = _escaped(f"{event.data}: acceptance length {lengths}")
             progress.update(task, completed=event.done, total=event.expected, description=description)
 
         comparing.run(on_progress)
 
 
 def _show(report: Report, folder: Path) -> None:
-    write_html(report, folder / "report.html")
-    out.print(summary_table(report))
-    out.print(
-        f"the page: {folder / 'report.html'}    the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True
-    )
+    table = summary_table(report)
+    if not _fits(table):
+        table.show_edge, table.pad_edge, table.padding = False, False, (0, 1, 0, 0)
+    out.print(table if _fits(table) else _as_list(table))
+    out.print(f"the page:    {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    out.print(f"the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
+
+
+def _fits(table: Table) -> bool:
+    return Measurement.get(out, out.options.update(width=1000), table).maximum <= out.width
+
+
+def _as_list(table: Table) -> Table:
+    """A line per figure, for terminals narrower than the table."""
+    titles = [str(column.header).replace("\n", " ") for column in table.columns]
+    lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0), caption=table.caption, caption_justify="left")
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        for title, cell in zip(titles, row, strict=True):
+            lines.add_row(title, cell)
+        lines.add_row()
+    return lines
 
 
 def _save_all(comparing: Comparing, folder: Path) -> None:
@@ -349,10 +406,36 @@ def _print_figures(stats: DecodeStats) -> None:
         )
 
 
-def _check_choices(learner: str, also: tuple[str, ...] = ()) -> None:
-    known = (*also, *LEARNERS)
-    if learner not in known and ":" not in learner:
-        raise ValueError(f'unknown learner "{learner}"; known: {", ".join(known)}; or give "pkg.module:Class"')
+def _make_learner(name: str, learning: Learning, also: tuple[str, ...] = ()) -> Learner:
+    if name not in LEARNERS and ":" not in name:
+        known = ", ".join((*also, *LEARNERS))
+        raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
+    config = learning.config()
+    return make_learner(name, config.step_size, config.geometry, config.clip_norm)
+
+
+def _check_demo(*names: str) -> None:
+    for name, folder in zip(names, (demo.TARGET, demo.DRAFTER), strict=False):
+        if name == "demo" and not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the demo pair did not come with this installation ({folder} is missing); "
+                "name another TARGET and --drafter"
+            )
+
+
+def _check_save(folder: Path | None) -> None:
+    """Refuses now what `save` would refuse when the work is done."""
+    if folder is None:
+        return
+    is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if is_taken and not (folder / SIDE_FILE).is_file():
+        raise ValueError(f"--save {folder} holds something that is no drafter of ours; choose another place")
+    if reason := why_not_writable(folder.absolute().parent):
+        raise ValueError(f"the drafter can't be saved to {folder}: {reason}; choose another --save")
+
+
+def _complain(message: str) -> None:
+    err.print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
 
 
 def _new_folder(command: str) -> Path:

@@ -7,6 +7,7 @@ greedy answer of every other run is compared with it, token by token.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -58,8 +59,12 @@ class Comparison:
         for name in ("learners", "data", "temperatures"):
             if not getattr(self, name):
                 raise ValueError(f"no {name} given; name at least one")
-        if len(set(self.learners)) < len(self.learners):
-            raise ValueError(f"learners {', '.join(self.learners)} name one twice")
+        for name in ("learners", "temperatures"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {', '.join(map(str, values))} name one twice")
+        for temperature in self.temperatures:
+            replace(self.generation.sampling, temperature=temperature)  # refused now, not after the first run
         if self.num_requests == 0 and (endless := [spec for spec in self.data if spec.startswith("builtin:")]):
             raise ValueError(f"{endless[0]} has no end; give a number of requests per segment")
 
@@ -72,7 +77,7 @@ class _Runner:
     loop: DecodeLoop
     learning: InlineLearning | None
     stats: list[list[DecodeStats]] = field(default_factory=list)  # per segment, per request
-    is_identical: bool = True
+    differing: set[int] = field(default_factory=set)  # segments with an answer that is not plain decoding's
 
     @property
     def weights_version(self) -> int:
@@ -185,7 +190,7 @@ class Comparing:
         ]
         if self._out:
             with (self._out / "requests.jsonl").open("ab") as lines:
-                lines.writelines(msgspec.json.encode(record) + b"\n" for record in records)
+                lines.write(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
         return {runner.learner: runner.stats[-1][-1].acceptance_length for runner in self._group}
 
     def _sampling(self) -> SamplingParams:
@@ -204,7 +209,7 @@ class Comparing:
             if not is_identical and is_tie(self.target, answer, plain):
                 stats = replace(stats, ties=1)
             elif not is_identical:
-                runner.is_identical = False
+                runner.differing.add(segment)
                 log.error("%s: the answer of %s differs from plain decoding", prompt.id, runner.learner)
         runner.stats[-1].append(stats)
         return RequestRecord(
@@ -260,7 +265,7 @@ class Comparing:
         return [self._finished_run(runner, controls.get(NONE), controls.get(FROZEN)) for runner in self._group]
 
     def _finished_run(self, runner: _Runner, none: _Runner | None, frozen: _Runner | None) -> Run:
-        is_identical = runner.is_identical if none is not None and self._setting[0] == 0 else None
+        is_checked = none is not None and self._sampling().is_greedy
 
         def total_of(other: _Runner | None, segment: int | None) -> DecodeStats | None:
             if other is None:
@@ -270,6 +275,8 @@ class Comparing:
 
         def figures_of(segment: int | None) -> dict[str, Any]:
             own = total_of(runner, segment) or DecodeStats()
+            differs = bool(runner.differing) if segment is None else segment in runner.differing
+            is_identical = not differs if is_checked and own.requests else None
             return figures(own, total_of(none, segment), total_of(frozen, segment), is_identical)
 
         segments = [
@@ -298,9 +305,9 @@ class Comparing:
 
 
 def is_tie(target: Target, answer: Request, plain: Request) -> bool:
-    """Whether the first difference of two greedy answers is at a near-tie: the target's two best logits lie closer
-    than TIE_GAP there. Costs a forward; called only when answers differ."""
-    pairs = zip(answer.output_ids, plain.output_ids, strict=False)
+    """Whether the first difference of two greedy answers is at a near-tie: the target's logits of both tokens lie
+    within TIE_GAP of its best. Costs a forward; called only when answers differ."""
+    pairs = list(zip(answer.output_ids, plain.output_ids, strict=False))
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if first is None:
         return False
@@ -308,20 +315,33 @@ def is_tie(target: Target, answer: Request, plain: Request) -> bool:
     cache = target.decoder.new_cache()
     cache.take(0, len(ids))
     output = target.decoder.forward(torch.tensor(ids, device=target.decoder.device), [0], [len(ids)], cache, [1])
-    best, second = output.logits_MV[0].topk(2).values.tolist()
-    return bool(best - second < TIE_GAP)
+    logits_V = output.logits_MV[0].float()
+    return bool(logits_V.max() - logits_V[list(pairs[first])].min() < TIE_GAP)
 
 
-def _claim(out: Path) -> None:
-    """Makes sure results can be written, and that none are overwritten.
+def check_results_folder(out: Path) -> None:
+    """Makes sure, without leaving a trace, that results can be written to a folder and that none are overwritten.
 
     Raises:
         ValueError: if the folder can't be written to or holds results already.
     """
     if (out / "report.json").exists() or (out / "requests.jsonl").exists():
         raise ValueError(f"{out} holds the results of another run; choose another --out, or move them away")
+    if reason := why_not_writable(out):
+        raise ValueError(f"results can't be written to {out}: {reason}; choose another --out")
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why no file can be made in a folder, which need not exist yet; empty if one can. Leaves nothing behind."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "requests.jsonl").touch()
+        with tempfile.TemporaryDirectory(prefix=".onlinespec-", dir=existing):
+            return ""
     except OSError as error:
-        raise ValueError(f"results can't be written to {out}: {error.strerror}; choose another --out") from error
+        return f"{existing}: {error.strerror}"
+
+
+def _claim(out: Path) -> None:
+    check_results_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "requests.jsonl").touch()

@@ -65,7 +65,7 @@ class GenerationParams:
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # beside the target's own end tokens
     ignore_end_tokens: bool = False  # for benchmarks of a fixed length
-    seed: int = 0
+    seed: int = 0  # one per request: while the drafter learns, requests that share one are not independent draws
 
     def __post_init__(self) -> None:
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")

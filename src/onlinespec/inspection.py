@@ -8,8 +8,8 @@ from typing import Any
 from safetensors import safe_open
 
 from onlinespec import demo
-from onlinespec.drafters.formats import SIDE_FILE, drafter_folder, read_drafter_config, read_format, read_side
-from onlinespec.models.loading import ARCHITECTURES, fingerprint, weight_files
+from onlinespec.drafters.formats import SIDE_FILE, read_drafter_config, read_format, read_side, tensor_names
+from onlinespec.models.loading import ARCHITECTURES, find_folder, fingerprint, weight_files
 
 _SHAPE_KEYS = (
     "hidden_size",
@@ -31,15 +31,17 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: if there is no such directory, or it is neither.
     """
-    folder = demo.DRAFTER if name == "demo" else drafter_folder(name, known=[])
+    folder = demo.DRAFTER if name == "demo" else find_folder(name)
     config = read_drafter_config(folder)
     architecture = (config.get("architectures") or ["(none)"])[0]
-    is_target = architecture in ARCHITECTURES
-    facts: dict[str, Any] = {"path": folder, "kind": "target" if is_target else f"drafter ({read_format(folder)})"}
+    # published EAGLE heads call themselves by their target's architecture, so the tensors decide
+    is_target = architecture in ARCHITECTURES and "model.embed_tokens.weight" in tensor_names(folder)
+    kind = "target" if is_target else read_format(folder)
+    facts: dict[str, Any] = {"path": folder, "kind": kind if is_target else f"drafter ({kind})"}
     facts |= {"architecture": architecture} | {key: config[key] for key in _SHAPE_KEYS if key in config}
     if is_target:
         facts["fingerprint"] = fingerprint(folder)
-    if is_target or read_format(folder) != "ngram":
+    if kind != "ngram":
         facts |= _tensor_facts(folder)
     side = read_side(folder)
     if side:

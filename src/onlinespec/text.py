@@ -24,7 +24,7 @@ class TextStream:
         self._stop_strings = tuple(stop_strings)
         self._ids: list[int] = []
         self._settled = 0  # tokens before this one are in `text` for good
-        self._context = 0  # where decoding starts, some tokens before _settled
+        self._starts = [0]  # earlier values of _settled, whole characters end there; decoding starts at the first
         self._taken = 0
         self._is_closed = False
         self.text = ""  # all that is settled, cut at a stop string
@@ -54,13 +54,15 @@ class TextStream:
     def _settle(self, is_final: bool = False) -> None:
         if self._is_closed or self._settled == len(self._ids):
             return
-        before = self._decode(self._ids[self._context : self._settled])
-        now = self._decode(self._ids[self._context :])
+        before = self._decode(self._ids[self._starts[0] : self._settled])
+        now = self._decode(self._ids[self._starts[0] :])
         if (now.endswith(_REPLACEMENT) and not is_final) or len(now) < len(before):
             return
         self.text += now[len(before) :]
         self._settled = len(self._ids)
-        self._context = max(0, self._settled - self._WINDOW)
+        self._starts.append(self._settled)
+        while self._starts[1] <= self._settled - self._WINDOW:
+            del self._starts[0]
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -88,10 +88,15 @@ class Decoder:
             num_logits: How many last rows of each request need logits; all of them by default, 0 for none.
 
         Raises:
-            ValueError: if the counts do not add up, or a slot has no room left (nothing is written then).
+            ValueError: if the counts do not add up, num_logits asks for more rows than there are, or a slot comes
+                twice or has no room left. Nothing is written then.
         """
         if sum(counts) != len(token_ids_N) or min(counts, default=0) < 1:
             raise ValueError(f"counts {list(counts)} do not add up to {len(token_ids_N)} new tokens, at least 1 each")
+        if len(set(slots)) < len(slots):
+            raise ValueError(f"slots {list(slots)} name one twice; give all its new tokens at once")
+        if num_logits is not None and any(not 0 <= n <= count for n, count in zip(num_logits, counts, strict=True)):
+            raise ValueError(f"num_logits {list(num_logits)} must lie between 0 and the counts {list(counts)}")
         for slot, count in zip(slots, counts, strict=True):
             cache.check_room(slot, count)
         self.num_forwards += 1

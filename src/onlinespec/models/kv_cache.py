@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PAD = 16  # attention reads keys in multiples of this, which keeps its bits independent of what follows
+PAD = 32  # attention reads keys in multiples of this
 
 
 class KVCache:

@@ -10,7 +10,7 @@ E head_dim, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.linear import MakeLinear
 
-_QUERY_BLOCK = 32  # queries of one attention call; a long prompt need not score keys that lie far ahead
+_MAX_SERIAL = 32768  # elements from which torch splits an elementwise operator over threads, anywhere in a row
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,20 @@ class RotaryTable:
 def make_plan(rows: Rows, rotary: RotaryTable) -> Plan:
     """Lays out the attention calls of a ragged step.
 
-    Every query is a batch row of its own, its keys padded to a multiple of 16 and masked: torch's CPU kernel
-    then gives it the same bits whatever stands beside it.
+    Every query is a batch row of its own, and how many keys it is given follows from its position alone (the next
+    multiple of PAD, masked): torch's CPU kernel then gives it the same bits whatever stands beside it. With a
+    neighbour's keys, masked or not, it would not: from some 190 keys on, their number changes the order of the sums.
     """
     calls, offset = [], 0
     rotations = rotary(rows)
     for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True):
-        for first in range(0, count, _QUERY_BLOCK):
-            last = min(count, first + _QUERY_BLOCK)
-            num_keys = -(-(start + last) // PAD) * PAD
-            positions = torch.arange(start + first, start + last, device=rotations.device)
+        end = start + count
+        for num_keys in range((start // PAD + 1) * PAD, end + PAD, PAD):
+            first, last = max(start, num_keys - PAD), min(end, num_keys)
+            positions = torch.arange(first, last, device=rotations.device)
             is_hidden = torch.arange(num_keys, device=rotations.device) > positions[:, None]
             mask = torch.zeros(is_hidden.shape, device=rotations.device).masked_fill_(is_hidden, float("-inf"))
-            calls.append(_Attention(slot, offset + first, offset + last, num_keys, mask[:, None, None]))
+            calls.append(_Attention(slot, offset + first - start, offset + last - start, num_keys, mask[:, None, None]))
         offset += count
     return Plan(rows, calls, rotations)
 
@@ -174,6 +175,17 @@ def _interleave(weight: Tensor, num_heads: int) -> Tensor:
     """Reorders each head's rows (0, E/2, 1, E/2 + 1, ...), so that rotary pairs lie side by side."""
     halves = weight.unflatten(0, (num_heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
+
+
+def _by_rows(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """An elementwise function of tensors with the same first axis, in parts small enough to stay on one thread.
+
+    Where threads share a row, their vectorised loops end in other places and the bits differ.
+    """
+    rows = max(1, (_MAX_SERIAL - 1) // tensors[0][0].numel())
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    return torch.cat([function(*parts) for parts in zip(*(t.split(rows) for t in tensors), strict=True)])
 
 
 class FastLayer:
@@ -208,9 +220,11 @@ class FastLayer:
     def __call__(self, x_ND: Tensor, plan: Plan, cache: KVCache, layer: int) -> Tensor:
         """The layer's output; its keys and values are written at the rows' positions."""
         x_ND = x_ND + self._o(self._attend(self._qkv(self._unit(x_ND, self._has_input_norm)), plan, cache, layer))
-        gate_up = self._gate_up(self._unit(x_ND, True))
+        return x_ND + self._down(_by_rows(self._gate, self._gate_up(self._unit(x_ND, True))))
+
+    def _gate(self, gate_up: Tensor) -> Tensor:
         size = self._config.intermediate_size
-        return x_ND + self._down(F.silu(gate_up[:, :size]).mul_(gate_up[:, size:]))
+        return F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
 
     def _unit(self, x: Tensor, is_wanted: bool) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), None, self._config.rms_norm_eps) if is_wanted else x
@@ -224,7 +238,7 @@ class FastLayer:
         if self._head_norm_HE is not None:
             qk_NHE = self._unit(qk_NHE, True).mul_(self._head_norm_HE)
         pairs = torch.view_as_complex(qk_NHE.unflatten(-1, (-1, 2)).float())
-        qk_NHE = torch.view_as_real(pairs * plan.rotations_N1R).flatten(-2).to(qkv.dtype)
+        qk_NHE = torch.view_as_real(_by_rows(torch.mul, pairs, plan.rotations_N1R)).flatten(-2).to(qkv.dtype)
         offset = 0
         for slot, start, count in zip(*plan.rows, strict=True):
             block = cache.block(slot, layer)
@@ -232,8 +246,11 @@ class FastLayer:
             block[1, :, start : start + count] = v_NGE[offset : offset + count].transpose(0, 1)
             offset += count
         q_NGME = qk_NHE[:, :heads].unflatten(1, (config.num_kv_heads, -1))
+        group = q_NGME.shape[2]
+        if group % 2:  # an odd one misaligns the scratch memory of torch's second thread, whose bits then differ
+            q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
         mixed = [self._attend_one(q_NGME, call, cache.block(call.slot, layer)) for call in plan.calls]
-        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).reshape(len(qkv), -1)
+        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed))[:, :, :group].reshape(len(qkv), -1)
 
     def _attend_one(self, q_NGME: Tensor, call: _Attention, block: Tensor) -> Tensor:
         q = q_NGME[call.first : call.last]

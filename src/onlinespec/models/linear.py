@@ -1,8 +1,9 @@
 """One matrix product, two ways: the plain one, and oneDNN's prepacked one whose bits ignore the number of rows.
 
 `F.linear` picks another kernel for one row than for five, and the float32 bits differ. With the weight packed
-beforehand for several rows, oneDNN runs one kernel for any number of rows and a row's result does not depend on
-its company: that is what makes greedy speculation bit-exact on a CPU. It is also faster at 2 to 8 rows.
+beforehand for several rows, oneDNN runs one kernel for any number of rows from two on, and a row's result does not
+depend on its company (a row alone may need company, see `PackedLinear`): that is what makes greedy speculation
+bit-exact on a CPU. It is also faster at 2 to 8 rows.
 The operators are torch's own but private (inductor's freezing emits them), hence the capability check.
 """
 
@@ -33,15 +34,26 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """The same product from a weight laid out once for oneDNN. No gradient; CPU only."""
+    """The same product from a weight laid out once for oneDNN. No gradient; CPU only.
+
+    A weight of more than some 1024 columns is summed in another order for one row than for several. That is
+    measured here, once per weight, and such a weight computes a single row twice.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_PACKED_FOR)
         self._bias = None if bias is None else bias.detach().contiguous()
-        self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._operator = torch.ops.mkldnn._linear_pointwise.default
+        probe_2D = torch.linspace(-1, 1, weight.shape[1]).sin().to(weight.dtype).expand(2, -1)
+        self._can_be_alone = torch.equal(self._product(probe_2D[:1]), self._product(probe_2D)[:1])
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        product: Tensor = self._product(x_ND, self._packed, self._bias, "none", [], "")
+        if len(x_ND) == 1 and not self._can_be_alone:
+            return self._product(x_ND.expand(2, -1))[:1]
+        return self._product(x_ND)
+
+    def _product(self, x_ND: Tensor) -> Tensor:
+        product: Tensor = self._operator(x_ND, self._packed, self._bias, "none", [], "")
         return product
 
 
@@ -51,9 +63,13 @@ def can_pack() -> bool:
     try:
         with torch.inference_mode():
             generator = torch.Generator().manual_seed(0)
-            x_ND = torch.randn(8, 64, generator=generator)
-            linear = PackedLinear(torch.randn(96, 64, generator=generator))
-            return torch.equal(linear(x_ND[:1]), linear(x_ND)[:1])
+            for size in (64, 2048):
+                x_ND = torch.randn(8, size, generator=generator)
+                linear = PackedLinear(torch.randn(96, size, generator=generator))
+                alone = torch.cat([linear(row_D[None]) for row_D in x_ND])
+                if not all(torch.equal(linear(x_ND[:rows]), alone[:rows]) for rows in (2, 3, 5, 8)):
+                    return False
+            return True
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
 

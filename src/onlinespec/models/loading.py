@@ -264,9 +264,9 @@ def _check_weights(weights: Mapping[str, Tensor], config: PretrainedConfig, shap
     }
     hidden = shape.layer.hidden_size
     expected |= {"model.embed_tokens.weight": (shape.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
+    if not config.tie_word_embeddings or "lm_head.weight" in weights:
         expected["lm_head.weight"] = (shape.vocab_size, hidden)
-    check_tensors(weights, expected, folder, may_have=("lm_head.weight",))
+    check_tensors(weights, expected, folder)
 
 
 def check_tensors(

@@ -1,0 +1,449 @@
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CHAT_TEMPLATE, save_tiny
+from rich.console import Console
+
+import onlinespec.decode
+from onlinespec import cli, demo
+from onlinespec.compare import Comparing, Comparison
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.core import Verdict
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import load_drafter
+from onlinespec.models.loading import load_target
+from onlinespec.records import read_report
+
+PROMPT = "naïve 日本 🎌 a b a b"
+CONTEXT = 1024
+EARLY, LATE = True, False
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Targets, drafters and data, good and bad, in one folder that the tests run in."""
+    root = tmp_path_factory.mktemp("cli")
+    save_tiny(root / "target", chat_template=CHAT_TEMPLATE, max_position_embeddings=CONTEXT)
+    for name, options in {
+        "narrow": {"hidden_size": 32},
+        "wordy": {"vocab_size": 320},
+        "twin": {"seed": 1},  # fits in every shape, but is another model
+    }.items():
+        load_drafter("eagle", load_target(save_tiny(root / name, **options))).save(root / f"for_{name}")
+    load_drafter("eagle", load_target(root / "target")).save(root / "drafter")
+    cut = shutil.copytree(root / "target", root / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    strange = shutil.copytree(root / "target", root / "strange") / "config.json"
+    strange.write_text(strange.read_text().replace("LlamaForCausalLM", "StrangeForCausalLM"))
+    (root / "a.jsonl").write_text("".join(json.dumps({"prompt": f"a b {i} a b"}) + "\n" for i in range(4)))
+    (root / "empty.jsonl").write_text("\n")
+    (root / "bad.jsonl").write_text('{"prompt": "fine"}\nnot json\n')
+    (root / "taken").mkdir()
+    (root / "taken" / "report.json").write_text("{}")
+    (root / "foreign").mkdir()
+    (root / "foreign" / "thesis.txt").write_text("precious")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_files(files, monkeypatch):
+    monkeypatch.chdir(files)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `onlinespec` with arguments; exit status, standard output and standard error."""
+
+    def run_main(*argv, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["onlinespec", *map(str, argv)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        return exited.value.code, *capsys.readouterr()
+
+    return run_main
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if "__pycache__" not in path.parts}
+
+
+def assert_refused(result, *words):
+    status, out, err = result
+    assert status == 2
+    assert out == ""
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+GENERATE = ("generate", "target", "-p", "hi")
+COMPARE = ("compare", "target", "--data", "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_early", "words"),
+    [
+        (("generate", "./nowhere", "-p", "hi"), LATE, ["nowhere", "no directory"]),
+        (("generate", "a.jsonl", "-p", "hi"), LATE, ["a.jsonl is a file", "config.json"]),
+        (("generate", "cut", "-p", "hi"), LATE, ["cut/model.safetensors", "cut short"]),
+        (("generate", "strange", "-p", "hi"), LATE, ["StrangeForCausalLM", "LlamaForCausalLM"]),
+        ((*GENERATE, "--drafter", "./nowhere"), LATE, ["nowhere", "ngram, eagle"]),
+        ((*GENERATE, "--drafter", "for_narrow"), LATE, ["hidden_size 32", "64"]),
+        ((*GENERATE, "--drafter", "for_wordy"), LATE, ["vocab_size 320", "288"]),
+        ((*GENERATE, "--drafter", "for_twin"), LATE, ["for_twin was trained for target", "this target is"]),
+        ((*GENERATE, "--drafter", "target"), LATE, ["no drafter we know"]),
+        ((*GENERATE, "--learner", "online_gradient"), LATE, ["ngram does not learn", "--learner"]),
+        (("generate", "target", "-p", "x" * CONTEXT), LATE, [f"context {CONTEXT}", "shorten"]),
+        (("generate", "target", "-p", ""), EARLY, ["prompt is empty", "--prompt"]),
+        (("generate", "target", "-p", " \n"), EARLY, ["prompt is empty"]),
+        (("generate", "target", "-p", "-"), EARLY, ["prompt is empty", "standard input"]),
+        (("generate", "target", "-p", "a\udcff"), EARLY, ["not UTF-8"]),
+        ((*GENERATE, "--num-draft-tokens", "99"), EARLY, ["num_draft_tokens is 99", "16"]),
+        ((*GENERATE, "--max-new-tokens", "0"), EARLY, ["max_new_tokens is 0", "at least 1"]),
+        ((*GENERATE, "--temperature", "-1"), EARLY, ["temperature is -1", "0 (greedy)"]),
+        ((*GENERATE, "--temperature", "nan"), EARLY, ["temperature is nan"]),
+        ((*GENERATE, "--top-p", "0"), EARLY, ["top_p is 0"]),
+        ((*GENERATE, "--stop", ""), EARLY, ["stop_strings", "non-empty"]),
+        ((*GENERATE, "--learner", "magic"), EARLY, ["magic", "frozen, online_gradient"]),
+        ((*GENERATE, "--learner", "no.such:Thing"), EARLY, ["no.such:Thing", "no module named"]),
+        ((*GENERATE, "--geometry", "hyperbolic"), EARLY, ["hyperbolic", "diagonal, euclidean"]),
+        ((*GENERATE, "--step-size", "-0.1"), EARLY, ["step_size is -0.1"]),
+        ((*GENERATE, "--step-size", "nan"), EARLY, ["step_size is nan"]),
+        ((*GENERATE, "--dtype", "int4"), EARLY, ["int4", "bfloat16"]),
+        ((*GENERATE, "--device", "abacus"), EARLY, ["abacus", "--device cpu"]),
+        ((*GENERATE, "--num-threads", "0"), EARLY, ["num_threads is 0", "at least 1"]),
+        ((*GENERATE, "--save", "foreign"), EARLY, ["foreign", "choose another"]),
+        ((*GENERATE, "--save", "a.jsonl"), EARLY, ["a.jsonl", "choose another"]),
+        ((*GENERATE, "--save", "a.jsonl/sub"), EARLY, ["a.jsonl/sub", "choose another --save"]),
+        ((*GENERATE, "--save", "."), EARLY, ["choose another"]),
+        ((*COMPARE[:3], "gone.jsonl"), EARLY, ["gone.jsonl", "builtin:NAME"]),
+        ((*COMPARE[:3], "empty.jsonl"), EARLY, ["empty.jsonl has no rows"]),
+        ((*COMPARE[:3], "bad.jsonl"), EARLY, ["bad.jsonl, line 2", "not json"]),
+        ((*COMPARE[:3], "builtin:poems"), EARLY, ["poems", "prose"]),
+        ((*COMPARE[:3], "builtin:sql", "--num-requests", "0"), EARLY, ["builtin:sql has no end"]),
+        ((*COMPARE, "--num-requests", "-1"), EARLY, ["num_requests is -1", "at least 0"]),
+        ((*COMPARE, "--repeats", "0"), EARLY, ["repeats is 0"]),
+        ((*COMPARE, "--window", "0"), EARLY, ["window is 0"]),
+        ((*COMPARE, "--temperature", "0", "-2"), EARLY, ["temperature is -2"]),
+        ((*COMPARE, "--learners", "none,magic"), EARLY, ["magic", "none, frozen"]),
+        ((*COMPARE, "--learners", " , "), EARLY, ["no learners"]),
+        ((*COMPARE, "--out", "taken"), EARLY, ["taken", "results of another run", "--out"]),
+        ((*COMPARE, "--out", "a.jsonl/sub"), EARLY, ["a.jsonl/sub", "choose another --out"]),
+        ((*COMPARE, "--save", "foreign/../a.jsonl"), EARLY, ["a.jsonl/none", "choose another --save"]),
+        ((*COMPARE, "--drafter", "ngram"), LATE, ["ngram does not learn", "--learners none,frozen"]),
+        ((*COMPARE, "--drafter", "for_twin"), LATE, ["for_twin was trained for target"]),
+        (("inspect", "./nowhere"), EARLY, ["nowhere"]),
+        (("inspect", "foreign"), EARLY, ["config.json is missing"]),
+    ],
+)
+def test_mistakes_are_refused_in_one_message_and_leave_nothing_behind(run, files, monkeypatch, argv, is_early, words):
+    """EARLY: before a target is loaded."""
+    if is_early:
+        monkeypatch.setattr(cli, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
+    monkeypatch.setattr(DecodeLoop, "step", lambda *_: pytest.fail("there was a step before the refusal"))
+    before = contents(files)
+    assert_refused(run(*argv), *words)
+    assert contents(files) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody can write to")
+@pytest.mark.parametrize("argv", [(*GENERATE, "--save"), (*COMPARE, "--out"), (*COMPARE, "--save")])
+def test_a_place_that_nobody_can_write_to_is_refused(run, argv):
+    assert_refused(run(*argv, "/proc/onlinespec"), "/proc/onlinespec", f"choose another {argv[-1]}")
+
+
+def test_debug_shows_the_traceback_and_the_message(run):
+    status, _, err = run(*GENERATE, "--num-threads", "0", "--debug")
+    assert status == 2
+    assert "Traceback" in err
+    assert "num_threads is 0" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "subcommand"),
+        (("dance",), "dance"),
+        (("generate", "target"), "--prompt"),
+        ((*GENERATE, "--bogus", "3"), "--bogus"),
+        ((*GENERATE, "--seed", "many"), "--seed"),
+        ((*GENERATE, "--seed"), "--seed"),
+        (("compare", "target"), "--data"),
+    ],
+)
+def test_mistakes_in_flags_exit_with_the_same_status(run, argv, words):
+    status, out, err = run(*argv)
+    assert status == 2
+    assert out == ""
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("argv", [("demo",), ("generate", "demo", "-p", "hi"), (*COMPARE, "--drafter", "demo")])
+def test_a_demo_pair_that_is_not_there_is_said_to_be_missing(run, files, monkeypatch, argv):
+    monkeypatch.setattr(demo, "TARGET", files / "no_target")
+    monkeypatch.setattr(demo, "DRAFTER", files / "no_drafter")
+    assert_refused(run(*argv), "demo pair did not come with this installation", "TARGET and --drafter")
+
+
+def test_the_missing_package_for_hub_data_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert_refused(run("compare", "target", "--data", "hf:some/thing"), 'pip install "onlinespec[hub]"')
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "compare", "inspect"])
+def test_help_names_every_choice_and_no_python(run, command):
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert "{None}" not in out
+    assert "STR " not in out.replace("│ ", "")[:200]
+    if command in ("generate", "compare"):
+        assert all(name in out for name in ("TARGET", "ngram", "online_gradient", "--num-draft-tokens", "default: 4"))
+
+
+# --- generate ---
+
+
+def expected_text(prompt=PROMPT, is_chat=True, **params):
+    target = load_target("target")
+    return DecodeLoop(target).complete(target.encode(prompt, is_chat), GenerationParams(**params)).text.text
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "eagle", "drafter"])
+def test_standard_output_is_the_answer_and_nothing_else(run, drafter):
+    status, out, err = run("generate", "target", "-p", PROMPT, "--drafter", drafter, "--max-new-tokens", "40")
+    assert status == 0
+    assert out == expected_text(max_new_tokens=40) + "\n"
+    assert "40 tokens in" in err
+
+
+def test_prompts_may_come_from_standard_input(run):
+    _, piped, _ = run("generate", "target", "-p", "-", "--max-new-tokens", "20", stdin=PROMPT + "\n")
+    assert piped == expected_text(max_new_tokens=20) + "\n"
+
+
+def test_raw_leaves_the_chat_template_out(run):
+    _, out, _ = run("generate", "target", "-p", PROMPT, "--raw", "--max-new-tokens", "20")
+    assert out == expected_text(is_chat=False, max_new_tokens=20) + "\n" != expected_text(max_new_tokens=20) + "\n"
+
+
+def test_answers_end_before_a_stop_string(run):
+    whole = expected_text(max_new_tokens=40)
+    stop = whole[20:22]
+    _, out, _ = run("generate", "target", "-p", PROMPT, "--max-new-tokens", "40", "--stop", stop, "never")
+    assert out == whole[: whole.index(stop)] + "\n"
+
+
+def test_sampling_is_repeated_by_its_seed(run):
+    def sampled(seed):
+        options = ("--temperature", "0.8", "--max-new-tokens", "30", "--drafter", "drafter")
+        return run("generate", "target", "-p", PROMPT, *options, "--seed", seed)[1]
+
+    assert sampled(3) == sampled(3) != sampled(4)
+
+
+def test_sampling_follows_the_checkpoint_where_nothing_is_said(run, monkeypatch):
+    recommended = SamplingParams(temperature=0.7, top_k=5, top_p=0.9)
+    seen = []
+    start = DecodeLoop.start
+
+    def recording(loop, prompt_ids, params, **tags):
+        seen.append(params.sampling)
+        return start(loop, prompt_ids, params, **tags)
+
+    monkeypatch.setattr(cli, "load_target", lambda *machine: replace(load_target(*machine), sampling=recommended))
+    monkeypatch.setattr(DecodeLoop, "start", recording)
+    run(*GENERATE, "--max-new-tokens", "2")
+    run(*GENERATE, "--max-new-tokens", "2", "--temperature", "0", "--top-k", "0")
+    assert seen == [recommended, SamplingParams(temperature=0.0, top_k=0, top_p=0.9)]
+
+
+def test_what_was_learned_is_saved_and_loaded_again(run, tmp_path):
+    saved = tmp_path / "new" / "drafter"
+    options = ("--max-new-tokens", "120", "--num-draft-tokens", "2", "--learner", "online_gradient", "--save", saved)
+    status, _, err = run("generate", "target", "-p", PROMPT, "--drafter", "drafter", *options)
+    assert status == 0
+    version = json.loads((saved / "onlinespec.json").read_text())["weights_version"]
+    assert version >= 1
+    assert f"weights version {version}" in err
+    assert run("generate", "target", "-p", PROMPT, "--drafter", saved, *options)[0] == 0  # and saved in place again
+    assert json.loads((saved / "onlinespec.json").read_text())["weights_version"] > version
+    assert f"{version}" in run("inspect", saved)[1]
+    assert [path.name for path in saved.parent.iterdir()] == ["drafter"]
+
+
+def test_an_interrupted_answer_keeps_what_was_learned(run, tmp_path, monkeypatch):
+    step, count, whole = DecodeLoop.step, [], expected_text()
+
+    def interrupted(loop, requests):
+        count.append(1)
+        if len(count) == 8:
+            raise KeyboardInterrupt
+        step(loop, requests)
+
+    monkeypatch.setattr(DecodeLoop, "step", interrupted)
+    saved = tmp_path / "saved"
+    status, out, err = run("generate", "target", "-p", PROMPT, "--drafter", "drafter", "--save", saved)
+    assert status == 130
+    assert out
+    assert whole.startswith(out)
+    assert "in 7 steps" in err
+    assert (saved / "model.safetensors").is_file()
+
+
+# --- compare ---
+
+
+def test_compare_writes_its_files_and_shows_the_table(run, tmp_path):
+    out = tmp_path / "out"
+    options = ("--out", out, "--save", tmp_path / "saved", "--max-new-tokens", "8", "--num-requests", "2")
+    status, shown, _ = run(*COMPARE, "builtin:sql", "--drafter", "drafter", *options)
+    assert status == 0
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "requests.jsonl"]
+    assert [one.learner for one in read_report(out / "report.json").runs] == ["none", "frozen", "online_gradient"]
+    assert all(name in shown for name in ("none", "frozen", "online_gradient", "4 of 4"))
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["frozen", "online_gradient"]
+    assert_refused(run(*COMPARE, "--out", out), "results of another run")
+
+
+def accepts_everything(draft, target_probs_BLV, uniforms_BL3):
+    requests = torch.arange(len(draft.token_ids_BK))
+    last = target_probs_BLV[requests, draft.num_draft_tokens_B].argmax(-1, keepdim=True)
+    padded = torch.nn.functional.pad(draft.token_ids_BK, (0, 1), value=-1)
+    return Verdict(draft.num_draft_tokens_B, padded.scatter(1, draft.num_draft_tokens_B[:, None], last))
+
+
+def test_answers_that_differ_from_plain_decoding_fail_the_command(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(onlinespec.decode, "verify", accepts_everything)
+    options = ("--out", tmp_path / "out", "--max-new-tokens", "8", "--learners", "none,frozen")
+    status, _, err = run(*COMPARE, *options)
+    assert status == 1
+    assert "answers of frozen differ from plain decoding" in err
+
+
+def test_an_interrupted_comparison_is_shown_and_kept(run, tmp_path, monkeypatch):
+    complete = DecodeLoop.complete
+
+    def interrupted(loop, *arguments, request_id="", **tags):
+        if request_id == "a-3":
+            raise KeyboardInterrupt
+        return complete(loop, *arguments, request_id=request_id, **tags)
+
+    monkeypatch.setattr(DecodeLoop, "complete", interrupted)
+    status, shown, err = run(*COMPARE, "--out", tmp_path / "out", "--max-new-tokens", "8")
+    assert status == 130
+    assert "what was finished is kept" in err
+    assert "2 of 2" in shown
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert read_report(tmp_path / "out" / "report.json").provenance["partial"] is True
+
+
+@pytest.fixture(scope="session")
+def report(files, tmp_path_factory):
+    comparison = Comparison("eagle", ("none", "frozen", "online_gradient"), (str(files / "a.jsonl"),), 2)
+    return Comparing(load_target(files / "target"), comparison).run()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_tables_stay_readable_in_narrow_terminals(report, tmp_path, monkeypatch, width):
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "out", Console(file=shown, width=width))
+    cli._show(report, tmp_path)
+    table = shown.getvalue().partition("the page")[0]
+    assert all(len(line) <= width for line in table.splitlines())
+    words = table.split()
+    assert all(name in words for name in ("none", "frozen", "online_gradient"))
+    assert "…" not in table
+    assert words.count("of") == 3  # identical to plain: "2 of 2"
+
+
+def test_inspect_shows_target_and_drafter(run):
+    assert "LlamaForCausalLM" in run("inspect", "target")[1]
+    status, out, err = run("inspect", "drafter")
+    assert (status, err) == (0, "")
+    assert "drafter (eagle)" in out
+
+
+# --- as a process ---
+
+
+def start(*argv):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "onlinespec.cli", *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def num_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    process = start("generate", "target", "-p", "hi", "--max-new-tokens", "400")
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1
+    assert "Traceback" not in err
+    assert "Error" not in err
+    assert "error" not in err
+
+
+def test_ctrl_c_leaves_whole_files(tmp_path):
+    out = tmp_path / "out"
+    process = start(*COMPARE[:3], "builtin:sql", "--num-requests", "5000", "--max-new-tokens", "8", "--out", out)
+    wait_for(lambda: num_lines(out / "requests.jsonl") >= 9, process)
+    process.send_signal(signal.SIGINT)
+    shown, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "what was finished is kept" in err
+    assert "online_gradient" in shown
+    report = read_report(out / "report.json")
+    assert report.provenance["partial"] is True
+    lines = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    assert len(lines) == sum(one.totals.requests for one in report.runs) >= 9
+    assert "<html" in (out / "report.html").read_text()
+
+
+def test_a_killed_comparison_leaves_whole_lines_and_the_finished_segments(tmp_path):
+    out = tmp_path / "out"
+    data = ("a.jsonl", "builtin:sql", "--num-requests", "4")
+    process = start(*COMPARE[:3], *data, "--repeats", "1000", "--max-new-tokens", "8", "--out", out)
+    wait_for(lambda: (out / "report.json").exists() and num_lines(out / "requests.jsonl") >= 3 * 4 + 3, process)
+    process.kill()
+    process.communicate(timeout=60)
+    content = (out / "requests.jsonl").read_bytes()
+    assert content.endswith(b"\n")
+    lines = [json.loads(line) for line in content.splitlines()]
+    report = read_report(out / "report.json")
+    assert report.provenance["partial"] is True
+    assert report.runs[0].segments[0].requests == 4
+    assert len(lines) >= sum(one.totals.requests for one in report.runs) >= 3 * 4
+
+
+def test_a_mistake_is_one_line_of_a_process():
+    process = start("generate", "./nowhere", "-p", "hi")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: there is no directory")
+    assert len(err.splitlines()) == 1

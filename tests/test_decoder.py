@@ -1,0 +1,190 @@
+"""Our forward against transformers', and against itself: the same position has the same bits in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import save_tiny, tiny_model
+from torch import Tensor
+
+from onlinespec.models.decoder import Decoder
+from onlinespec.models.kv_cache import PAD
+from onlinespec.models.linear import PlainLinear, can_pack
+from onlinespec.models.loading import load_target
+
+SHAPES = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 32, "num_key_value_heads": 1}),
+    "llama-all-heads": ("llama", {"num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 24}),
+}
+PLACES = (0, 14, 15, 16, 31, 32, 33, 200, 511, 512, 690)  # around the borders of padding and of query blocks
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory):
+    """transformers' model and our decoder from the same files."""
+    family, overrides = SHAPES[request.param]
+    folder = save_tiny(tmp_path_factory.mktemp(request.param), family, **overrides)
+    return tiny_model(family, **overrides), load_target(folder).decoder
+
+
+@pytest.fixture(scope="module", params=[(64, 160), (96, 224), (256, 768)], ids=lambda sizes: f"hidden{sizes[0]}")
+def decoder(request, tmp_path_factory) -> Decoder:
+    hidden, intermediate = request.param
+    folder = save_tiny(
+        tmp_path_factory.mktemp("bits"), "qwen3", hidden_size=hidden, intermediate_size=intermediate, head_dim=hidden // 4
+    )
+    return load_target(folder).decoder
+
+
+def ids_of(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 288, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def expected(model, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    with torch.no_grad():
+        output = model(input_ids=ids[None], output_hidden_states=True)
+    return output.logits[0], tuple(states[0] for states in output.hidden_states)
+
+
+def run(decoder: Decoder, ids: Tensor, pieces: list[int]) -> Tensor:
+    """Logits of all positions, computed piece by piece with the cache."""
+    cache = decoder.new_cache()
+    cache.take(0, len(ids))
+    return torch.cat([decoder.forward(part, [0], [len(part)], cache).logits_MV for part in ids.split(pieces)])
+
+
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [7, 1, 20, 12]], ids=["at once", "one by one", "in pieces"])
+def test_logits_equal_transformers(pair, pieces):
+    model, decoder = pair
+    ids = ids_of(40)
+    torch.testing.assert_close(run(decoder, ids, pieces), expected(model, ids)[0], atol=1e-4, rtol=0)
+
+
+def test_logits_equal_transformers_after_crop(pair):
+    model, decoder = pair
+    ids, other = ids_of(40), ids_of(25, seed=1)
+    cache = decoder.new_cache()
+    cache.take(0, 64)
+    decoder.forward(torch.cat([ids[:15], other]), [0], [40], cache)
+    cache.crop(0, 15)
+    logits = decoder.forward(ids[15:], [0], [25], cache).logits_MV
+    torch.testing.assert_close(logits, expected(model, ids)[0][15:], atol=1e-4, rtol=0)
+
+
+def test_logits_equal_transformers_in_a_ragged_batch(pair):
+    model, decoder = pair
+    texts = [ids_of(n, seed=n) for n in (5, 33, 18)]
+    counts = [1, 8, 5]
+    cache = decoder.new_cache()
+    for slot, ids in enumerate(texts):
+        cache.take(slot, len(ids))
+        decoder.forward(ids[: -counts[slot]], [slot], [len(ids) - counts[slot]], cache, num_logits=[0])
+    new = torch.cat([ids[-count:] for ids, count in zip(texts, counts, strict=True)])
+    logits = decoder.forward(new, [0, 1, 2], counts, cache).logits_MV
+    wanted = torch.cat([expected(model, ids)[0][-count:] for ids, count in zip(texts, counts, strict=True)])
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_states_equal_transformers_by_layer(pair):
+    """Id n is the state after n layers; transformers' last entry is the final state, after the norm."""
+    model, decoder = pair
+    ids = ids_of(20)
+    cache = decoder.new_cache()
+    cache.take(0, 20)
+    output = decoder.forward(ids, [0], [20], cache, aux_layer_ids=(0, 1))
+    _, states = expected(model, ids)
+    assert sorted(output.aux_hidden_states) == [0, 1]
+    for layer, state in output.aux_hidden_states.items():
+        torch.testing.assert_close(state, states[layer], atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.hidden_states_ND, states[-1], atol=1e-4, rtol=0)
+    assert torch.equal(decoder.head(output.hidden_states_ND), output.logits_MV)
+
+
+def test_only_the_wanted_rows_get_logits(pair):
+    _, decoder = pair
+    ids = ids_of(30)
+    cache = decoder.new_cache()
+    for slot in (0, 1):
+        cache.take(slot, 30)
+    full = decoder.forward(ids, [0, 1], [10, 20], cache).logits_MV
+    for slot in (0, 1):
+        cache.crop(slot, 0)
+    some = decoder.forward(ids, [0, 1], [10, 20], cache, num_logits=[0, 3]).logits_MV
+    assert torch.equal(some, full[-3:])
+
+
+def test_wrong_counts_and_a_full_cache_are_refused_before_anything_is_written(pair):
+    _, decoder = pair
+    cache = decoder.new_cache()
+    cache.take(0, PAD)
+    with pytest.raises(ValueError, match=r"\[3\] do not add up to 5"):
+        decoder.forward(ids_of(5), [0], [3], cache)
+    with pytest.raises(ValueError, match=f"{PAD} tokens; {PAD + 1} more do not fit"):
+        decoder.forward(ids_of(PAD + 1), [0], [PAD + 1], cache)
+    assert cache.lengths[0] == 0
+
+
+def test_bfloat16_runs(tmp_path):
+    decoder = load_target(save_tiny(tmp_path), dtype="bfloat16").decoder
+    assert run(decoder, ids_of(12), [8, 4]).isfinite().all()
+
+
+# --- bits -----------------------------------------------------------------------------------------------------------
+
+exact = pytest.mark.skipif(not can_pack(), reason="this processor has no prepacked products; the tie rule serves there")
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def num_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@exact
+def test_a_position_has_the_same_bits_alone_and_among_eight_rows(decoder, num_threads):
+    ids = ids_of(700)
+    at_once = run(decoder, ids, [700])
+    cache = decoder.new_cache()
+    cache.take(0, 700)
+    decoder.forward(ids, [0], [700], cache, num_logits=[0])
+    for place in PLACES:
+        for count in (1, 2, 5, 8):
+            cache.lengths[0] = place  # keys and values of all positions are there; only these are computed again
+            logits = decoder.forward(ids[place : place + count], [0], [count], cache).logits_MV
+            assert torch.equal(logits, at_once[place : place + count]), (place, count)
+
+
+@exact
+def test_a_prompt_in_odd_pieces_has_the_same_bits(decoder, num_threads):
+    ids = ids_of(300)
+    assert torch.equal(run(decoder, ids, [1, 37, 2, 64, 131, 65]), run(decoder, ids, [300]))
+
+
+@exact
+def test_a_position_has_the_same_bits_in_a_mixed_batch(decoder, num_threads):
+    ids, other = ids_of(300), ids_of(500, seed=1)
+    alone = run(decoder, ids, [300])
+    cache = decoder.new_cache()
+    for slot, (text, done) in enumerate([(other, 480), (ids, 290), (other, 3)]):
+        cache.take(slot, 600)
+        decoder.forward(text[:done], [slot], [done], cache, num_logits=[0])
+    new = torch.cat([other[480:500], ids[290:295], other[3:4]])
+    mixed = decoder.forward(new, [0, 1, 2], [20, 5, 1], cache).logits_MV
+    assert torch.equal(mixed[20:25], alone[290:295])
+
+
+@exact
+def test_the_packed_path_is_the_default_and_close_to_the_plain_one(tmp_path):
+    folder = save_tiny(tmp_path)
+    packed, plain = load_target(folder).decoder, load_target(folder, make_linear=PlainLinear).decoder
+    assert packed.make_linear is not PlainLinear
+    ids = ids_of(50)
+    torch.testing.assert_close(run(packed, ids, [50]), run(plain, ids, [50]), atol=1e-4, rtol=0)

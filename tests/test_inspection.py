@@ -1,0 +1,125 @@
+import json
+import shutil
+
+import pytest
+from checkpoints import save_tiny
+from safetensors.torch import load_file, save_file
+
+from onlinespec import demo
+from onlinespec.drafters import load_drafter
+from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.inspection import describe
+from onlinespec.models.loading import load_target
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A target, and a drafter of each kind for it."""
+    root = tmp_path_factory.mktemp("inspected")
+    target = load_target(save_tiny(root / "target"))
+    for name in ("eagle", "ngram"):
+        load_drafter(name, target).save(root / name)
+    return root
+
+
+@pytest.fixture
+def copy_of(folders, tmp_path):
+    return lambda name: shutil.copytree(folders / name, tmp_path / name)
+
+
+def set_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def number_of_parameters(folder):
+    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_a_target_is_told_with_its_shape_and_fingerprint(folders):
+    facts = describe(str(folders / "target"))
+    assert facts["kind"] == "target"
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert (facts["hidden_size"], facts["vocab_size"], facts["num_hidden_layers"]) == (64, 288, 2)
+    assert facts["fingerprint"] == load_target(folders / "target").fingerprint
+    assert facts["parameters"] == f"{number_of_parameters(folders / 'target'):,}"
+    assert facts["stored as"] == "F32"
+    assert "history" not in facts
+
+
+def test_shards_are_counted_together(tmp_path):
+    facts = describe(str(save_tiny(tmp_path, max_shard_size="200KB")))
+    whole = describe(str(save_tiny(tmp_path / "whole")))
+    assert facts["parameters"] == whole["parameters"]
+    assert not facts["size"].endswith(" 1 file")
+
+
+def test_a_drafter_is_told_with_its_version_and_whom_it_fits(folders):
+    facts = describe(str(folders / "eagle"))
+    assert facts["kind"] == "drafter (eagle)"
+    assert facts["weights version"] == 0
+    assert facts["target fingerprint"] == load_target(folders / "target").fingerprint
+    assert facts["parameters"] == f"{number_of_parameters(folders / 'eagle'):,}"
+
+
+def test_a_drafter_without_weights_is_told(folders):
+    facts = describe(str(folders / "ngram"))
+    assert facts["kind"] == "drafter (ngram)"
+    assert facts["max_ngram"] == 3
+    assert "parameters" not in facts
+
+
+def test_a_drafter_of_another_program_has_no_history(copy_of):
+    folder = copy_of("eagle")
+    (folder / SIDE_FILE).unlink()
+    assert "written by another program" in describe(str(folder))["history"]
+
+
+def test_a_head_that_calls_itself_by_its_targets_architecture_is_a_drafter(copy_of):
+    folder = copy_of("eagle")
+    set_config(folder, architectures=["LlamaForCausalLM"])
+    assert describe(str(folder))["kind"] == "drafter (eagle)"
+
+
+def test_a_drafter_we_do_not_run_is_named(copy_of):
+    folder = copy_of("eagle")
+    set_config(folder, architectures=["LlamaForCausalLMEagle3"])
+    with pytest.raises(ValueError, match="EAGLE-3"):
+        describe(str(folder))
+
+
+@pytest.mark.parametrize("name", ["target", "eagle"])
+def test_weights_cut_short_are_named(copy_of, name):
+    path = copy_of(name) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors can't be read .* cut short"):
+        describe(str(path.parent))
+
+
+def test_tensors_of_neither_are_shown(tmp_path, copy_of):
+    folder = copy_of("eagle")
+    save_file({"strange.weight": load_file(folder / "model.safetensors")["fc.weight"]}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no drafter we know.*strange\.weight"):
+        describe(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda path: None, FileNotFoundError, "no directory"),
+        (lambda path: path.write_text("{}"), ValueError, "is a file"),
+        (lambda path: path.mkdir(), FileNotFoundError, r"config\.json is missing"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text("{")), ValueError, "not valid JSON"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text("[]")), ValueError, "holds a list"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text("{}")), FileNotFoundError, "neither model"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path, make, error, words):
+    make(tmp_path / "it")
+    with pytest.raises(error, match=words):
+        describe(str(tmp_path / "it"))
+
+
+def test_demo_is_the_shipped_drafter(folders, monkeypatch):
+    monkeypatch.setattr(demo, "DRAFTER", folders / "eagle")
+    assert describe("demo") == describe(str(folders / "eagle"))

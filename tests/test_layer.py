@@ -1,0 +1,69 @@
+"""The fast layer against the plain one, over random shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onlinespec.models.kv_cache import KVCache
+from onlinespec.models.layer import (
+    FastLayer,
+    LayerConfig,
+    RotaryTable,
+    Rows,
+    make_plan,
+    plain_keys_values,
+    plain_layer,
+    rotary_angles,
+)
+from onlinespec.models.linear import PlainLinear, linear_for
+
+CONFIGS = [
+    LayerConfig(64, 160, 4, 2, 16, 1e-6, 10_000.0),
+    LayerConfig(64, 96, 4, 4, 32, 1e-5, 1_000_000.0),
+    LayerConfig(96, 224, 6, 1, 8, 1e-6, 500.0),
+]
+
+
+def weights_of(config: LayerConfig, has_biases: bool, has_head_norms: bool, has_input_norm: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(config.hidden_size)
+    d, f, e = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * e, config.num_kv_heads * e
+    rows = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)}
+    rows |= {"self_attn.o_proj": (d, q), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+    weights = {f"{n}.weight": torch.randn(dims, generator=generator) / dims[1] ** 0.5 for n, dims in rows.items()}
+    if has_biases:
+        weights |= {f"{n}.bias": 0.3 * torch.randn(dims[0], generator=generator) for n, dims in rows.items()}
+    norms = {"post_attention_layernorm": d}
+    norms |= {"self_attn.q_norm": e, "self_attn.k_norm": e} if has_head_norms else {}
+    norms |= {"input_layernorm": d} if has_input_norm else {}
+    return weights | {f"{n}.weight": 1 + 0.3 * torch.randn(size, generator=generator) for n, size in norms.items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["grouped", "wide heads", "one key head"])
+@pytest.mark.parametrize("has_biases", [False, True])
+@pytest.mark.parametrize("has_head_norms", [False, True])
+@pytest.mark.parametrize("has_input_norm", [False, True])
+@pytest.mark.parametrize("make_linear", [PlainLinear, linear_for(torch.device("cpu"), torch.float32)])
+def test_fast_equals_plain(config, has_biases, has_head_norms, has_input_norm, make_linear):
+    weights = weights_of(config, has_biases, has_head_norms, has_input_norm)
+    x = torch.randn(45, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    angles = rotary_angles(torch.arange(45), config)
+    keys, values = plain_keys_values(config, weights, x, angles)
+    wanted = plain_layer(config, weights, x, angles, keys, values, torch.ones(45, 45).tril().bool())
+
+    cache = KVCache(1, config.num_kv_heads, config.head_dim, torch.device("cpu"), torch.float32)
+    cache.take(0, 45)
+    layer, rotary = FastLayer(config, weights, make_linear), RotaryTable(config, torch.device("cpu"))
+    pieces = []
+    for part in x.split([1, 40, 4]):
+        pieces.append(layer(part, make_plan(Rows([0], [cache.lengths[0]], [len(part)]), rotary), cache, 0))
+        cache.extend(0, len(part))
+    torch.testing.assert_close(torch.cat(pieces), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="4 heads can't share 3"):
+        LayerConfig(64, 160, 4, 3, 16, 1e-6, 10_000.0)
+    with pytest.raises(ValueError, match="head_dim is 15"):
+        LayerConfig(64, 160, 4, 2, 15, 1e-6, 10_000.0)

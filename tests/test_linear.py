@@ -1,0 +1,58 @@
+"""Products: the plain one is the reference, the prepacked one does not look at its neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onlinespec.models import linear as module
+from onlinespec.models.linear import (
+    FrozenProduct,
+    HalfLinear,
+    PackedLinear,
+    PlainLinear,
+    can_pack,
+    draft_linear_for,
+    linear_for,
+)
+
+packs = pytest.mark.skipif(not can_pack(), reason="this processor has no prepacked products")
+SHAPES = [(768, 256), (256, 768), (4096, 256), (1024, 1024), (48, 96), (33, 50)]
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@packs
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_packed_equals_plain_and_has_the_same_bits_for_any_number_of_rows(shape, has_bias):
+    weight, bias = draw(*shape), draw(shape[0]) if has_bias else None
+    x = draw(520, shape[1])
+    packed = PackedLinear(weight, bias)
+    together = packed(x)
+    torch.testing.assert_close(together, PlainLinear(weight, bias)(x), atol=1e-3, rtol=1e-4)
+    for rows in (1, 2, 3, 5, 8, 17, 64, 511):
+        assert torch.equal(packed(x[:rows].contiguous()), together[:rows]), rows
+
+
+@packs
+@pytest.mark.parametrize("make_linear", [PlainLinear, PackedLinear, HalfLinear])
+def test_a_frozen_product_has_the_gradient_of_the_plain_one(make_linear):
+    weight, x, grad = draw(96, 64), draw(5, 64).requires_grad_(), draw(5, 96)
+    tolerance = {"atol": 0.3, "rtol": 0.05} if make_linear is HalfLinear else {"atol": 1e-4, "rtol": 1e-4}
+    product = FrozenProduct(weight, make_linear)(x)
+    torch.testing.assert_close(product, x @ weight.T, **tolerance)
+    torch.testing.assert_close(torch.autograd.grad(product, x, grad)[0], grad @ weight, **tolerance)
+
+
+def test_where_packing_is_missing_the_plain_product_serves(monkeypatch):
+    monkeypatch.setattr(module, "can_pack", lambda: False)
+    assert linear_for(torch.device("cpu"), torch.float32) is PlainLinear
+    assert draft_linear_for(torch.device("cpu"), torch.float32) is PlainLinear
+
+
+def test_other_devices_and_half_precision_take_the_plain_product():
+    assert linear_for(torch.device("cuda"), torch.float32) is PlainLinear
+    assert linear_for(torch.device("cpu"), torch.float16) is PlainLinear

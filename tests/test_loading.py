@@ -1,0 +1,184 @@
+"""Checkpoints in, and what is said about broken ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CHAT_TEMPLATE, END_TOKEN_ID, save_tiny
+from safetensors.torch import load_file, save_file
+
+from onlinespec.config import SamplingParams
+from onlinespec.models.loading import as_device, fingerprint, load_target
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("target"), chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def folder(original, tmp_path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def logits(folder: Path) -> torch.Tensor:
+    decoder = load_target(folder).decoder
+    cache = decoder.new_cache()
+    cache.take(0, 8)
+    return decoder.forward(torch.arange(8), [0], [8], cache).logits_MV
+
+
+def test_sharded_and_single_files_give_the_same_model(original, tmp_path):
+    sharded = save_tiny(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(sharded), logits(original))
+
+
+def test_prompts_go_through_the_chat_template_unless_raw(original):
+    target = load_target(original)
+    assert target.tokenizer.decode(target.encode("hi")) == "<|user|>hi<|assistant|>"
+    assert target.tokenizer.decode(target.encode("hi", is_chat=False)) == "hi"
+
+
+def test_without_a_chat_template_a_prompt_stands_as_it_is(tmp_path):
+    target = load_target(save_tiny(tmp_path))
+    assert target.tokenizer.decode(target.encode("hi")) == "hi"
+
+
+def test_generation_config_brings_end_tokens_and_sampling(folder):
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [END_TOKEN_ID, 3]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    target = load_target(folder)
+    assert target.end_token_ids == {END_TOKEN_ID, 3}
+    assert target.sampling == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+
+
+def test_without_generation_config_the_end_token_is_the_config_s_and_sampling_greedy(folder):
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    target = load_target(folder)
+    assert target.end_token_ids == {END_TOKEN_ID}
+    assert target.sampling == SamplingParams()
+
+
+def test_the_fingerprint_follows_weights_and_tokenizer(original, folder):
+    before = fingerprint(original)
+    assert fingerprint(folder) == before
+    edit_weights(folder, lambda weights: weights["model.norm.weight"].add_(0.5))
+    changed = fingerprint(folder)
+    assert changed != before
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    assert fingerprint(folder) not in (before, changed)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def rewrite(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def config(**fields: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **fields)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def drop_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight") is None)
+
+
+def add_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.update({"model.layers.1.extra.weight": torch.zeros(2)}))
+
+
+def add_nan(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights["model.layers.0.mlp.up_proj.weight"][0].fill_(float("nan")))
+
+
+BROKEN = {
+    "no config": (remove("config.json"), FileNotFoundError, r"config\.json is missing"),
+    "config no JSON": (rewrite("config.json", "{"), ValueError, r"config\.json is not valid JSON"),
+    "config a list": (rewrite("config.json", "[]"), ValueError, "holds a list, expected an object"),
+    "architecture": (config(architectures=["GPT2LMHeadModel"]), ValueError, "GPT2LMHeadModel is not supported.*Qwen3"),
+    "no architecture": (config(architectures=None), ValueError, r"\(none\) is not supported"),
+    "rope scaling": (
+        config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        ValueError,
+        "rotary scaling 'linear' is not supported",
+    ),
+    "activation": (config(hidden_act="gelu"), ValueError, "activation 'gelu' is not supported"),
+    "no weights": (remove("model.safetensors"), FileNotFoundError, "neither model.safetensors nor"),
+    "cut short": (cut, ValueError, r"model\.safetensors can't be read .* cut short"),
+    "tensor missing": (drop_tensor, ValueError, r"1 tensors are missing, the first is model\.layers\.1\.mlp\.up_proj"),
+    "tensor too many": (add_tensor, ValueError, r"not part of the model.*layers\.1\.extra"),
+    "shape": (config(intermediate_size=100), ValueError, r"has shape \(160, 64\), config.json says \(100, 64\)"),
+    "NaN": (add_nan, ValueError, r"layers\.0\.mlp\.up_proj\.weight holds values that are not finite"),
+    "no tokenizer": (remove("tokenizer.json"), ValueError, "tokenizer can't be loaded"),
+    "small vocabulary": (config(vocab_size=200), ValueError, r"(259 tokens, the model only 200|config.json says \(200, 64\))"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_refused_with_its_reason(folder, name):
+    damage, error, message = BROKEN[name]
+    damage(folder)
+    with pytest.raises(error, match=message) as caught:
+        load_target(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = save_tiny(tmp_path, max_shard_size="100KB")
+    missing = min(folder.glob("*.safetensors"))
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match=missing.name):
+        load_target(folder)
+
+
+def test_sliding_windows_are_refused(tmp_path):
+    folder = save_tiny(tmp_path, "qwen2")
+    edit_json(folder / "config.json", use_sliding_window=True, sliding_window=16)
+    with pytest.raises(ValueError, match="sliding-window attention is not supported"):
+        load_target(folder)
+
+
+def test_a_wrong_path_is_named(original, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        load_target(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is a file; give the directory"):
+        load_target(original / "config.json")
+    with pytest.raises(FileNotFoundError, match="'someone/no-such-model' is neither a directory here nor"):
+        load_target("someone/no-such-model")
+
+
+def test_unknown_dtypes_and_devices_are_named(original):
+    with pytest.raises(ValueError, match="dtype is 'float8'; choose one of float32"):
+        load_target(original, dtype="float8")
+    with pytest.raises(ValueError, match="device 'warp' can't be used here"):
+        load_target(original, device="warp")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said_so():
+    with pytest.raises(ValueError, match="device 'cuda' can't be used here"):
+        as_device("cuda")
