@@ -82,7 +82,8 @@ def assert_refused(result, *words):
     status, out, err = result
     assert status == 2
     assert out == ""
-    assert err.count("error:") == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
     assert "Traceback" not in err
     for word in words:
         assert word in err, err
@@ -123,6 +124,7 @@ COMPARE = ("compare", "target", "--data", "a.jsonl")
         ((*GENERATE, "--step-size", "nan"), EARLY, ["step_size is nan"]),
         ((*GENERATE, "--dtype", "int4"), EARLY, ["int4", "bfloat16"]),
         ((*GENERATE, "--device", "abacus"), EARLY, ["abacus", "--device cpu"]),
+        ((*GENERATE, "--seed", "99999999999999999999"), EARLY, ["seed is 99999999999999999999", "64 bits"]),
         ((*GENERATE, "--num-threads", "0"), EARLY, ["num_threads is 0", "at least 1"]),
         ((*GENERATE, "--save", "foreign"), EARLY, ["foreign", "choose another"]),
         ((*GENERATE, "--save", "a.jsonl"), EARLY, ["a.jsonl", "choose another"]),
@@ -141,7 +143,7 @@ COMPARE = ("compare", "target", "--data", "a.jsonl")
         ((*COMPARE, "--learners", " , "), EARLY, ["no learners"]),
         ((*COMPARE, "--out", "taken"), EARLY, ["taken", "results of another run", "--out"]),
         ((*COMPARE, "--out", "a.jsonl/sub"), EARLY, ["a.jsonl/sub", "choose another --out"]),
-        ((*COMPARE, "--save", "foreign/../a.jsonl"), EARLY, ["a.jsonl/none", "choose another --save"]),
+        ((*COMPARE, "--save", "foreign/../a.jsonl"), EARLY, ["a.jsonl/frozen", "choose another --save"]),
         ((*COMPARE, "--drafter", "ngram"), LATE, ["ngram does not learn", "--learners none,frozen"]),
         ((*COMPARE, "--drafter", "for_twin"), LATE, ["for_twin was trained for target"]),
         (("inspect", "./nowhere"), EARLY, ["nowhere"]),

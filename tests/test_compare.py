@@ -28,7 +28,7 @@ def target(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    """Makes a data file of a name with some prompts, one of each length of answer by default."""
+    """Writes a data file; the ids of its rows start with its name."""
 
     def write(name="some", prompts=PROMPTS):
         path = tmp_path / f"{name}.jsonl"

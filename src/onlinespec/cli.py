@@ -196,6 +196,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its warnings speak of ways it is not used here
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
     command = tyro.extras.subcommand_cli_from_dict(
@@ -227,6 +228,8 @@ def _run(command: Generate | Compare | Demo | Inspect) -> int:
     machine = command.machine
     if machine.num_threads < 1:
         raise ValueError(f"num_threads is {machine.num_threads}; it must be at least 1")
+    if not -(2**63) <= machine.seed < 2**63:
+        raise ValueError(f"seed is {machine.seed}; it must fit in 64 bits")
     as_device(machine.device)
     as_dtype(machine.dtype)
     torch.set_num_threads(machine.num_threads)
@@ -314,7 +317,8 @@ def compare(command: Compare) -> int:
     _check_demo(command.target, comparison.drafter)
     check_results_folder(folder)
     for name in learners:
-        _check_save(command.save and command.save / name)
+        if name != NONE:
+            _check_save(command.save and command.save / name)
     for spec in command.data:
         load_workload(spec)  # a mistake is refused before a target is loaded
     comparing = Comparing(_load(command.target, command.machine), comparison, folder, " ".join(sys.argv[1:]))
@@ -345,18 +349,21 @@ def inspect(command: Inspect) -> int:
 
 
 def _run_with_progress(comparing: Comparing) -> None:
-    # what is cut off in a narrow terminal comes last
-    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    # only the text is cut off in a narrow terminal
+    text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), text)
-    with Progress(*columns, console=err) as progress:
+    with Progress(*columns, console=err, expand=True) as progress:
         task = progress.add_task("the first prompt", total=None)
 
         def on_progress(event: StreamProgress) -> None:
-            lengths = "  ".join(f"{name} {length:.2f}" for name, length in event.acceptance_lengths.items())
+            lengths = "  ".join(
+                f"{name} {length:.2f}" for name, length in event.acceptance_lengths.items() if name != NONE
+            )
             description = _escaped(f"{event.data}: acceptance length {lengths}")
             progress.update(task, completed=event.done, total=event.expected, description=description)
 
         comparing.run(on_progress)
+        progress.update(task, total=progress.tasks[task].completed)  # a file may have had fewer rows than asked for
 
 
 def _show(report: Report, folder: Path) -> None:

@@ -52,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rotary_angles(positions_N: Tensor, config: LayerConfig) -> Tensor:
-    """Angles [N, E/2] in radians, computed in float32 in the order in which transformers does, for the same roundings."""
+    """Angles [N, E/2] in radians, float32, computed in the same order as transformers does, for the same roundings."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions_N.device, dtype=torch.float32) / config.head_dim
     return positions_N[:, None].float() * (1.0 / config.rope_theta**exponents)
 
