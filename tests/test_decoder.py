@@ -37,7 +37,11 @@ def pair(request, tmp_path_factory):
 def decoder(request, tmp_path_factory) -> Decoder:
     hidden, intermediate = request.param
     folder = save_tiny(
-        tmp_path_factory.mktemp("bits"), "qwen3", hidden_size=hidden, intermediate_size=intermediate, head_dim=hidden // 4
+        tmp_path_factory.mktemp("bits"),
+        "qwen3",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        head_dim=hidden // 4,
     )
     return load_target(folder).decoder
 

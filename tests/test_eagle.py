@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import rigs
 import torch
+from checkpoints import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from rigs import Recorder, Script, hidden_states, other_weights, plain
@@ -22,6 +23,7 @@ from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.losses import soft_cross_entropy
 from onlinespec.models.linear import PlainLinear
+from onlinespec.models.loading import load_target
 from onlinespec.sampling import process_logits
 
 PROMPT = [5, 9, 200, 31, 77, 14, 9]
@@ -381,3 +383,15 @@ def test_a_file_cut_short_is_refused(saved):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cut short"):
         load_drafter(saved, TARGET)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_drafts_and_learns_for_a_target_in_half_precision(tmp_path, dtype):
+    target = load_target(save_tiny(tmp_path), dtype=dtype)
+    drafter = Eagle.fresh(target)
+    learning = InlineLearning(drafter, make_learner("online_gradient", 1e-3), LearnConfig(min_interval=8))
+    request = DecodeLoop(target, drafter, learning).complete([1, 2, 3], GenerationParams(max_new_tokens=30))
+    assert request.stats.drafted > 0
+    assert learning.num_rounds > 1
+    assert not learning.is_frozen
+    assert all(p.dtype == torch.float32 for p in drafter.weights.params.values())

@@ -25,7 +25,9 @@ CONFIGS = [
 ]
 
 
-def weights_of(config: LayerConfig, has_biases: bool, has_head_norms: bool, has_input_norm: bool) -> dict[str, torch.Tensor]:
+def weights_of(
+    config: LayerConfig, has_biases: bool, has_head_norms: bool, has_input_norm: bool
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(config.hidden_size)
     d, f, e = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * e, config.num_kv_heads * e

@@ -18,7 +18,17 @@ SOURCE = Path(__file__).parents[1] / "src" / "onlinespec"
 # From the ground up. A module imports from the rows above its own and from itself; a package's name stands for
 # all its modules, unless one of them has a place of its own. A new module gets its place here.
 LEVELS = (
-    ("core", "config", "tables", "randomness", "records", "provenance", "text", "learners", "demo"),  # demo: the paths of the shipped pair
+    (
+        "core",
+        "config",
+        "tables",
+        "randomness",
+        "records",
+        "provenance",
+        "text",
+        "learners",
+        "demo",
+    ),  # demo: the paths of the shipped pair
     ("sampling", "losses", "replay", "metrics", "workloads"),
     ("verify", "models"),
     ("drafters",),

@@ -133,7 +133,11 @@ BROKEN = {
     "shape": (config(intermediate_size=100), ValueError, r"has shape \(160, 64\), config.json says \(100, 64\)"),
     "NaN": (add_nan, ValueError, r"layers\.0\.mlp\.up_proj\.weight holds values that are not finite"),
     "no tokenizer": (remove("tokenizer.json"), ValueError, "tokenizer can't be loaded"),
-    "small vocabulary": (config(vocab_size=200), ValueError, r"(259 tokens, the model only 200|config.json says \(200, 64\))"),
+    "small vocabulary": (
+        config(vocab_size=200),
+        ValueError,
+        r"(259 tokens, the model only 200|config.json says \(200, 64\))",
+    ),
 }
 
 

@@ -97,12 +97,19 @@ class Learning:
     """Rate of learning; 1e-3 suits drafters of about a million parameters, 1e-4 of a hundred million."""
     geometry: str = LearnConfig.geometry
     """Norm of the updates: diagonal (Adam-like) or euclidean (plain gradient)."""
+    min_interval: int = LearnConfig.min_interval
+    """Committed tokens between two updates while the loss falls."""
     max_interval: int = LearnConfig.max_interval
     """Most committed tokens between two updates once the loss is flat."""
 
     def config(self) -> LearnConfig:
         """As the library takes it."""
-        return LearnConfig(step_size=self.step_size, geometry=self.geometry, max_interval=self.max_interval)
+        return LearnConfig(
+            step_size=self.step_size,
+            geometry=self.geometry,
+            min_interval=self.min_interval,
+            max_interval=self.max_interval,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ given all that is committed so far they are still uniform and independent.
 It follows that nothing of a discarded draft may reach a later step: not the weights (`Feedback` ends with the row
 that refused), not the drafter's cache (it is cropped), not the next `num_draft_tokens`.
 
-**Requests have seeds of their own.** While a drafter learns, its weights depend on what earlier requests drew; a request
-that draws the same numbers at the same positions is then not independent of the weights that draft for it.
+**Requests have seeds of their own.** While a drafter learns, its weights depend on what earlier requests drew; a
+request that draws the same numbers at the same positions is then not independent of the weights that draft for it.
 """
 
 from __future__ import annotations

@@ -89,8 +89,9 @@ class Eagle(Drafter):
         self._layer_config = _layer_config(config)
         self._decoder = target.decoder
         self._fingerprint = target.fingerprint
-        self._make_linear = make_linear or draft_linear_for(target.decoder.device, target.decoder.dtype)
-        self._head = FrozenProduct(target.decoder.head_VD, self._make_linear)
+        device, target_dtype = target.decoder.device, target.decoder.dtype
+        self._make_linear = make_linear or draft_linear_for(device, torch.float32)
+        self._head = FrozenProduct(target.decoder.head_VD, make_linear or draft_linear_for(device, target_dtype))
         self._embedding_VD = target.decoder.embedding_VD
         self._cache = KVCache(
             1, self._layer_config.num_kv_heads, self._layer_config.head_dim, self._decoder.device, torch.float32
@@ -208,7 +209,7 @@ class Eagle(Drafter):
         state_RD, drafted, rows = self._absorb(slots), [], []
         lengths = [self._cache.lengths[slot] for slot in slots]
         for k in range(num_draft_tokens):
-            ids_R, probs_RV = _draw(self._head(state_RD), sampling, uniforms_RK[:, k])
+            ids_R, probs_RV = _draw(self._logits(state_RD), sampling, uniforms_RK[:, k])
             drafted.append(ids_R)
             if probs_RV is not None:
                 rows.append(probs_RV)
@@ -235,9 +236,12 @@ class Eagle(Drafter):
         states = [state for slot in slots if (state := self._slots[slot].state_1D) is not None]
         return states[0] if len(states) == 1 else torch.cat(states)
 
+    def _logits(self, states_ND: Tensor) -> Tensor:
+        return self._head(states_ND.to(self._decoder.dtype)).float()
+
     def _forward(self, next_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         plan = make_plan(Rows(slots, [self._cache.lengths[slot] for slot in slots], counts), self._rotary)
-        x_ND = self._fc(torch.cat([F.embedding(next_ids_N, self._embedding_VD), states_ND], dim=-1))
+        x_ND = self._fc(torch.cat([F.embedding(next_ids_N, self._embedding_VD), states_ND], dim=-1).float())
         x_ND = self._layer(x_ND, plan, self._cache, 0)
         for slot, count in zip(slots, counts, strict=True):
             self._cache.extend(slot, count)
@@ -292,7 +296,7 @@ class Eagle(Drafter):
                 own = torch.eye(rows, dtype=torch.bool, device=device)
                 is_visible = torch.cat([is_visible[:rows], own], dim=1)
             states_ND = plain_layer(config, weights, inputs_ND, angles_SR[first + depth :], keys, values, is_visible)
-            logits_NV = self._head(states_ND.to(self._decoder.dtype))
+            logits_NV = self._logits(states_ND)
             loss = soft_cross_entropy(logits_NV, target_probs_NV[depth:]).sum()
             fresh = loss.detach() if depth == 0 else fresh
             total = total + loss
