@@ -55,7 +55,7 @@ class Options:
     sizes: tuple[str, ...] = tuple(SIZES)
     """Models to measure, by number of parameters."""
     repeats: int = 40
-    """Timed calls of every contender; the table shows their median and quartiles."""
+    """Timed calls of every contender."""
     threads: int = 1
     """Threads torch may use."""
     context: int = 128
@@ -179,12 +179,11 @@ def main(options: Options) -> None:
         raise SystemExit(f"--repeats is {options.repeats}; quartiles need at least 2")
     table = Table(
         "size",
-        "positions",
-        *(f"{name}, ms" for name in CONTENDERS),
-        "onlinespec / transformers",
-        "onlinespec / products",
-        title=f"one forward behind {options.context} tokens, float32, {options.threads} thread(s)",
-        caption="medians, quartiles in brackets",
+        "new",
+        *CONTENDERS,
+        "ratio",
+        title=f"one forward behind {options.context} tokens, in milliseconds; float32, {options.threads} thread(s)",
+        caption="new: tokens in the call. Medians, quartiles in brackets. ratio: onlinespec / transformers.",
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -211,9 +210,8 @@ def main(options: Options) -> None:
                 table.add_row(
                     size,
                     str(count),
-                    *(f"{median:.2f} ({first:.2f}–{third:.2f})" for first, median, third in times.values()),
+                    *(f"{median:.1f} ({first:.1f}–{third:.1f})" for first, median, third in times.values()),
                     f"{ratio:.2f}",
-                    f"{medians['onlinespec'] / medians['products']:.2f}",
                 )
             table.add_section()
     Console().print(table)

@@ -42,3 +42,7 @@ def test_a_full_slot_refuses_more(cache):
     with pytest.raises(ValueError, match=f"holds {PAD - 2} of {PAD} tokens; 3 more"):
         cache.extend(5, 3)
     assert cache.lengths[5] == PAD - 2
+
+
+def test_a_slot_s_memory_is_what_the_docstring_says(cache):
+    assert sum(cache.block(5, layer).nbytes for layer in range(3)) == 3 * 2 * 2 * PAD * 8 * 4

@@ -53,6 +53,19 @@ def test_where_packing_is_missing_the_plain_product_serves(monkeypatch):
     assert draft_linear_for(torch.device("cpu"), torch.float32) is PlainLinear
 
 
+def test_an_operator_that_fails_means_packing_is_missing(monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("not compiled in")
+
+    monkeypatch.setattr(PackedLinear, "__init__", fail)
+    assert not can_pack.__wrapped__()
+
+
+@packs
+def test_no_rows_give_no_rows():
+    assert PackedLinear(draw(48, 96))(draw(0, 96)).shape == (0, 48)
+
+
 def test_other_devices_and_half_precision_take_the_plain_product():
     assert linear_for(torch.device("cuda"), torch.float32) is PlainLinear
     assert linear_for(torch.device("cpu"), torch.float16) is PlainLinear

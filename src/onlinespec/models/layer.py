@@ -254,5 +254,8 @@ class FastLayer:
 
     def _attend_one(self, q_NGME: Tensor, call: _Attention, block: Tensor) -> Tensor:
         q = q_NGME[call.first : call.last]
+        num_rows = len(q)
+        if num_rows * self._config.num_kv_heads == 1:  # alone, its products would be shared by threads: other bits
+            q = q.expand(2, -1, -1, -1)
         k, v = block[:, :, : call.num_keys].unsqueeze(1).expand(-1, len(q), -1, -1, -1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask_N11S.to(q.dtype))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask_N11S.to(q.dtype))[:num_rows]

@@ -178,7 +178,11 @@ def decoder_config(config: PretrainedConfig, folder: Path) -> DecoderConfig:
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{folder}: rotary scaling {rope['rope_type']!r} is not supported; only 'default' is")
-    if getattr(config, "use_sliding_window", False):
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{folder}: its weights are quantized ({method}), which is not supported; give the original")
+    has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if has_window or getattr(config, "use_sliding_window", False):
         raise ValueError(f"{folder}: sliding-window attention is not supported")
     if config.hidden_act != "silu":
         raise ValueError(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
@@ -213,10 +217,14 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there are none, or the index names one that is missing.
+        ValueError: if there is an index that is not one.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: its weight_map must name a file for every tensor")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise FileNotFoundError(f"{index} names {missing or 'no files'}, which {folder} does not hold")
@@ -294,7 +302,7 @@ def check_tensors(
 
 def _read_tokenizer(folder: Path, shape: DecoderConfig) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in many ways; all of them are the checkpoint's
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: the tokenizer can't be loaded ({reason}); is tokenizer.json there?") from error
