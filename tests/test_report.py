@@ -129,7 +129,7 @@ def test_headline_has_the_figures_of_the_records():
     (group,) = groups_of(full_report())
     assert group.headline == (
         "online_gradient: 1.46× plain decoding and 1.90× frozen, learning counted (7.8 % of decode time). "
-        "Output identical to plain decoding on 450 of 450 requests."
+        "Output identical to plain decoding on 450 of 450 answers."
     )
     assert parse(render_html(full_report())).shows(group.headline)
 

@@ -183,7 +183,7 @@ class Demo:
     """0 is greedy."""
     save: SaveFolder = None
     """Write every learner's adapted drafter to a directory of its name in here."""
-    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(num_draft_tokens=3)  # pays best with this small pair
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
@@ -265,7 +265,8 @@ def generate(command: Generate) -> int:
     if command.learner != FROZEN and not drafter.is_trainable:
         raise ValueError(f"drafter {drafter_name} does not learn; leave out --learner {command.learner}")
     params = command.decoding.params(command.temperature, target.sampling, **more)
-    loop = DecodeLoop(target, drafter, InlineLearning(drafter, learner, learn))
+    learning = InlineLearning(drafter, learner, learn)
+    loop = DecodeLoop(target, drafter, learning)
     stats = DecodeStats()
     stopped: BaseException | None = None
     try:
@@ -277,7 +278,7 @@ def generate(command: Generate) -> int:
     except (KeyboardInterrupt, BrokenPipeError) as reason:
         stopped = reason
         err.print()
-    _print_figures(stats)
+    _print_figures(stats, learning.num_rounds)
     if command.save:
         drafter.save(command.save.absolute())
         err.print(f"drafter (weights version {drafter.weights.version}) saved to {command.save}", highlight=False)
@@ -378,6 +379,9 @@ def _show(report: Report, folder: Path) -> None:
     if not _fits(table):
         table.show_edge, table.pad_edge, table.padding = False, False, (0, 1, 0, 0)
     out.print(table if _fits(table) else _as_list(table))
+    skipped = max((run.totals.skipped for run in report.runs), default=0)
+    if skipped:
+        out.print(f"{skipped} prompts were longer than the target's context, and skipped in every run", highlight=False)
     out.print(f"the page:    {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
 
@@ -409,12 +413,12 @@ def _load(name: str, machine: Machine) -> Target:
         return load_target(name, machine.device, machine.dtype)
 
 
-def _print_figures(stats: DecodeStats) -> None:
+def _print_figures(stats: DecodeStats, num_rounds: int) -> None:
     if stats.tokens:
         err.print(
             f"{stats.tokens} tokens in {stats.steps} steps, acceptance length {stats.acceptance_length:.2f}, "
             f"{stats.tokens_per_second:.0f} tokens/s (decoding {stats.decode_seconds:.2f} s, "
-            f"learning {stats.learn_seconds:.2f} s)",
+            f"learning {stats.learn_seconds:.2f} s in {num_rounds} rounds)",
             highlight=False,
             soft_wrap=True,
         )

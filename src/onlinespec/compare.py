@@ -325,7 +325,8 @@ def check_results_folder(out: Path) -> None:
     Raises:
         ValueError: if the folder can't be written to or holds results already.
     """
-    if (out / "report.json").exists() or (out / "requests.jsonl").exists():
+    lines, report = out / "requests.jsonl", out / "report.json"
+    if lines.stat().st_size if lines.exists() else report.exists():  # a run that finished no request holds nothing
         raise ValueError(f"{out} holds the results of another run; choose another --out, or move them away")
     if reason := why_not_writable(out):
         raise ValueError(f"results can't be written to {out}: {reason}; choose another --out")

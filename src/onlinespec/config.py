@@ -85,7 +85,7 @@ class LearnConfig:
     step_size: float = 1e-3  # for drafters of about a million parameters
     geometry: str = "diagonal"  # or "euclidean"
     clip_norm: float = 1.0
-    min_interval: int = 48  # committed tokens between rounds while the loss falls ...
+    min_interval: int = 32  # committed tokens between rounds while the loss falls ...
     max_interval: int = 384  # ... and once it is flat
     max_rows: int = 96  # newest rows a round trains; bounds what a long answer can cost
 
