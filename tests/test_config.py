@@ -18,7 +18,7 @@ WRONG = [
     (LearnConfig, "step_size", [-1e-3, math.inf, math.nan]),
     (LearnConfig, "clip_norm", [0, -1, math.nan]),
     (LearnConfig, "min_interval", [0]),
-    (LearnConfig, "max_interval", [47]),
+    (LearnConfig, "max_interval", [LearnConfig.min_interval - 1]),
     (LearnConfig, "max_rows", [0]),
 ]
 RIGHT = [
@@ -29,7 +29,7 @@ RIGHT = [
     (GenerationParams, "max_new_tokens", [1]),
     (GenerationParams, "num_draft_tokens", [0, MAX_DRAFT_TOKENS]),
     (LearnConfig, "step_size", [0]),
-    (LearnConfig, "max_interval", [48]),
+    (LearnConfig, "max_interval", [LearnConfig.min_interval]),
 ]
 
 

@@ -98,9 +98,9 @@ class Learning:
     geometry: str = LearnConfig.geometry
     """Norm of the updates: diagonal (Adam-like) or euclidean (plain gradient)."""
     min_interval: int = LearnConfig.min_interval
-    """Committed tokens between two updates while the loss falls."""
+    """Steps between two updates while the loss falls."""
     max_interval: int = LearnConfig.max_interval
-    """Most committed tokens between two updates once the loss is flat."""
+    """Most steps between two updates once the loss is flat."""
 
     def config(self) -> LearnConfig:
         """As the library takes it."""

@@ -22,19 +22,22 @@ log = logging.getLogger(__name__)
 
 
 class Cadence:
-    """How many committed tokens lie between rounds: few while the loss falls or has jumped, more once it is flat.
+    """How many steps lie between rounds: few while the loss falls or has jumped, more once it is flat.
+
+    Steps and not tokens, because a step is what decoding time is made of: a drafter that is accepted often commits
+    more tokens in it, has less to learn, and should not pay more for it.
 
     The judge is the served acceptance as well as the loss: acceptance costs nothing to watch, so a drift is seen
     before the next round is due.
     """
 
-    _FALL, _JUMP = 0.03, 0.10  # relative changes that count as news; smaller ones are noise of small rounds
+    _FALL, _JUMP = 0.05, 0.10  # relative changes that count as news; smaller ones are noise of small rounds
     _STRETCH = 1.5
 
     def __init__(self, min_interval: int, max_interval: int) -> None:
         self._min, self._max = min_interval, max_interval
         self.interval = float(min_interval)
-        self._losses = _Averages(fast=0.5, slow=0.85)
+        self._losses = _Averages(fast=0.7, slow=0.93)
         self._acceptance = _Averages(fast=0.9, slow=0.985)
 
     def observe_step(self, num_accepted: int, num_draft_tokens: int) -> None:
@@ -89,7 +92,6 @@ class InlineLearning:
         self.config = config or LearnConfig()
         self.cadence = Cadence(self.config.min_interval, self.config.max_interval)
         self._waiting: list[Feedback] = []
-        self._num_waiting_rows = 0
         self._state = learner.init(drafter.weights.params)
         self._last_good = drafter.weights  # the newest that scored a finite loss, or the start
         self.num_rounds = 0
@@ -103,9 +105,8 @@ class InlineLearning:
             return
         for record in feedback:
             self._waiting.append(record)
-            self._num_waiting_rows += record.num_rows
             self.cadence.observe_step(record.num_rows - 1, record.num_draft_tokens)
-        if self._num_waiting_rows >= self.cadence.interval:
+        if len(self._waiting) >= self.cadence.interval:
             self._round_or_freeze()
 
     def _round_or_freeze(self) -> None:
@@ -120,7 +121,7 @@ class InlineLearning:
                 self.num_rounds, type(error).__name__, error, self._last_good.version,
             )  # fmt: skip
         finally:
-            self._waiting, self._num_waiting_rows = [], 0
+            self._waiting = []
 
     def _round(self) -> None:
         rows = newest_rows(self._waiting, self.config.max_rows)

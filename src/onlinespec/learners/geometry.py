@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from onlinespec.learners.base import Params
 
@@ -60,20 +59,17 @@ class Diagonal:
 
     def direction(self, grads: Params, state: DiagonalState) -> tuple[Params, DiagonalState]:
         num_rounds = state.num_rounds + 1
-        first = {name: _average(state.first[name], g.float(), self.first_decay) for name, g in grads.items()}
-        second = {
-            name: _average(state.second[name], g.float().square(), self.second_decay) for name, g in grads.items()
-        }
-        first_scale, second_scale = 1 - self.first_decay**num_rounds, 1 - self.second_decay**num_rounds
-        moves = {
-            name: (first[name] / first_scale) / ((second[name] / second_scale).sqrt_().add_(self.epsilon))
-            for name in grads
-        }
+        first_scale = 1 - self.first_decay**num_rounds
+        second_scale = (1 - self.second_decay**num_rounds) ** 0.5
+        first, second, moves = {}, {}, {}
+        for name, g in grads.items():
+            g = g.float()
+            first[name] = torch.lerp(state.first[name], g, 1 - self.first_decay)
+            second[name] = (state.second[name] * self.second_decay).addcmul_(g, g, value=1 - self.second_decay)
+            # (first / first_scale) / (sqrt(second) / second_scale + epsilon), without a temporary for each operation
+            root = second[name].sqrt().add_(self.epsilon * second_scale)
+            moves[name] = torch.div(first[name], root, out=root).mul_(second_scale / first_scale)
         return moves, DiagonalState(first, second, num_rounds)
-
-
-def _average(old: Tensor, new: Tensor, decay: float) -> Tensor:
-    return old * decay + new * (1 - decay)
 
 
 def clip_by_norm(grads: Params, max_norm: float) -> Params:
@@ -89,7 +85,7 @@ def clip_by_norm(grads: Params, max_norm: float) -> Params:
 
 def descend(params: Params, direction: Params, step_size: float) -> Params:
     """params - step_size * direction, in each tensor's own dtype; params are left alone."""
-    return {name: (p - step_size * direction[name]).to(p.dtype) for name, p in params.items()}
+    return {name: torch.sub(p.float(), direction[name], alpha=step_size).to(p.dtype) for name, p in params.items()}
 
 
 GEOMETRIES = {
