@@ -254,7 +254,9 @@ def acceptance_after_counting(cls):
     target = rigs.counting_target()
     drafter = cls.fresh(target)
     drafter.unroll = 4
-    learning = InlineLearning(drafter, make_learner("online_gradient", 1e-2), LearnConfig(min_interval=8, max_interval=16))
+    learning = InlineLearning(
+        drafter, make_learner("online_gradient", 1e-2), LearnConfig(min_interval=8, max_interval=16)
+    )
     loop = DecodeLoop(target, drafter, learning)
     for first in range(60):
         loop.complete([first % 12, (first + 1) % 12], GenerationParams(max_new_tokens=48))
