@@ -55,7 +55,7 @@ class Drafter(ABC):
 
         Args:
             token_ids: The prompt, its last token (the first anchor) included.
-            features_SD: The target's final hidden states of all prompt tokens but the last. Not kept by reference.
+            features_SD: The target's final hidden states of all prompt tokens but the last; these rows never change.
             capacity: Most tokens the request can come to have.
         """
 
