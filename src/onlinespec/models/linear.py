@@ -93,7 +93,7 @@ class HalfLinear:
 class FrozenProduct:
     """A product with a weight that never learns, differentiable in its input, in either direction made by make_linear.
 
-    The target's head is a large part of a round; prepacked it took 0.2 (bfloat16) to 0.4 (float32) of `F.linear`'s time.
+    The target's head is much of a round; prepacked it took 0.2 (bfloat16) to 0.4 (float32) of `F.linear`'s time.
     """
 
     def __init__(self, weight: Tensor, make_linear: MakeLinear) -> None:
