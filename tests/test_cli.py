@@ -15,8 +15,9 @@ from checkpoints import CHAT_TEMPLATE, save_tiny
 from rich.console import Console
 
 import onlinespec.decode
-from onlinespec import cli, demo
-from onlinespec.compare import Comparing, Comparison
+from onlinespec import demo
+from onlinespec.cli import checks, compare, dispatch, progress
+from onlinespec.compare import Comparing, Comparison, Progress
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Verdict
 from onlinespec.decode import DecodeLoop
@@ -68,7 +69,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["onlinespec", *map(str, argv)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as exited:
-            cli.main()
+            dispatch.main()
         return exited.value.code, *capsys.readouterr()
 
     return run_main
@@ -153,7 +154,7 @@ COMPARE = ("compare", "target", "--data", "a.jsonl")
 def test_mistakes_are_refused_in_one_message_and_leave_nothing_behind(run, files, monkeypatch, argv, is_early, words):
     """EARLY: before a target is loaded."""
     if is_early:
-        monkeypatch.setattr(cli, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
+        monkeypatch.setattr(checks, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
     monkeypatch.setattr(DecodeLoop, "step", lambda *_: pytest.fail("there was a step before the refusal"))
     before = contents(files)
     assert_refused(run(*argv), *words)
@@ -265,7 +266,7 @@ def test_sampling_follows_the_checkpoint_where_nothing_is_said(run, monkeypatch)
         seen.append(params.sampling)
         return start(loop, prompt_ids, params, **tags)
 
-    monkeypatch.setattr(cli, "load_target", lambda *machine: replace(load_target(*machine), sampling=recommended))
+    monkeypatch.setattr(checks, "load_target", lambda *machine: replace(load_target(*machine), sampling=recommended))
     monkeypatch.setattr(DecodeLoop, "start", recording)
     run(*GENERATE, "--max-new-tokens", "2")
     run(*GENERATE, "--max-new-tokens", "2", "--temperature", "0", "--top-k", "0")
@@ -352,23 +353,88 @@ def test_an_interrupted_comparison_is_shown_and_kept(run, tmp_path, monkeypatch)
     assert read_report(tmp_path / "out" / "report.json").provenance["partial"] is True
 
 
+def event(done, data, frozen, learning, expected=None, segment=0):
+    lengths = {"none": float(frozen > 0), "frozen": frozen, "online_gradient": learning}
+    return Progress(done, expected, segment, data, lengths)
+
+
+def test_a_log_gets_a_line_per_stretch_with_the_means_of_its_requests(capsys):
+    with progress.shown() as on_progress:
+        on_progress(event(1, "a", 1.0, 1.5, expected=4))
+        on_progress(event(2, "a", 2.0, 2.5, expected=4))
+        assert capsys.readouterr().err == ""
+        on_progress(event(3, "b", 1.0, 1.25, expected=4, segment=1))
+        first = "2/4  a: 2 requests, mean acceptance length frozen 1.50, online_gradient 2.00\n"
+        assert capsys.readouterr().err == first
+    last = "3/4  b: 1 request, mean acceptance length frozen 1.00, online_gradient 1.25\n"
+    assert capsys.readouterr().err == last  # cut short, by Ctrl-C say
+
+
+def test_the_same_data_twice_in_a_row_is_two_stretches(capsys):
+    with progress.shown() as on_progress:
+        for done, segment in enumerate([0, 1, 1, 2], start=1):
+            on_progress(event(done, "a", 1.0, 1.0, expected=6, segment=segment))
+    starts = [line.partition(" request")[0] for line in capsys.readouterr().err.splitlines()]
+    assert starts == ["1/6  a: 1", "3/6  a: 2", "4/6  a: 1"]
+
+
+def test_skipped_requests_are_told_and_not_averaged(capsys):
+    with progress.shown() as on_progress:
+        on_progress(event(1, "a", 0.0, 0.0, expected=2))
+        on_progress(event(2, "a", 2.0, 3.0, expected=2))
+    shown = capsys.readouterr().err
+    assert shown == "2/2  a: 1 request (1 skipped), mean acceptance length frozen 2.00, online_gradient 3.00\n"
+
+
+def test_without_a_drafter_there_is_no_acceptance_length_to_tell(capsys):
+    with progress.shown() as on_progress:
+        on_progress(Progress(1, None, 0, "a", {"none": 1.0}))
+    assert capsys.readouterr().err == "1/?  a: 1 request\n"
+
+
+def test_a_comparison_tells_a_log_how_far_it_is(run, tmp_path):
+    options = ("--out", tmp_path / "out", "--max-new-tokens", "4", "--num-requests", "2", "1", "--drafter", "drafter")
+    err = run(*COMPARE, "builtin:sql", *options)[2]
+    assert [line.partition(",")[0] for line in err.splitlines()] == ["2/3  a: 2 requests", "3/3  sql: 1 request"]
+
+
+@pytest.mark.parametrize("data", ["sql", "arithmetic", "code_search.stream"])
+def test_the_bar_shows_every_figure_in_80_columns(monkeypatch, data):
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, force_terminal=True, force_interactive=True, color_system=None)
+    monkeypatch.setattr(progress, "err", console)
+    with progress.shown() as on_progress:
+        on_progress(event(1234, data, 1.07, 10.48, expected=5000))
+    last = shown.getvalue().split("\r")[-1]
+    assert "1234/" in last
+    assert f" {data[:6]}" in last
+    assert "frozen 1.07  online_gradient 10.48" in last
+
+
 @pytest.fixture(scope="session")
 def report(files, tmp_path_factory):
-    comparison = Comparison("eagle", ("none", "frozen", "online_gradient"), (str(files / "a.jsonl"),), 2)
+    comparison = Comparison("eagle", ("none", "frozen", "online_gradient"), (str(files / "a.jsonl"),), (2,))
     return Comparing(load_target(files / "target"), comparison).run()
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_tables_stay_readable_in_narrow_terminals(report, tmp_path, monkeypatch, width):
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "out", Console(file=shown, width=width))
-    cli._show(report, tmp_path)
+    monkeypatch.setattr(compare, "out", Console(file=shown, width=width))
+    compare._show(report, tmp_path)
     table = shown.getvalue().partition("the page")[0]
     assert all(len(line) <= width for line in table.splitlines())
     words = table.split()
     assert all(name in words for name in ("none", "frozen", "online_gradient"))
     assert "…" not in table
     assert words.count("of") == 3  # identical to plain: "2 of 2"
+
+
+def test_inspecting_demo_shows_the_target_and_the_drafter(run):
+    status, shown, _ = run("inspect", "demo")
+    assert status == 0
+    kinds = [line.split(maxsplit=1)[1].strip() for line in shown.splitlines() if line.startswith("kind ")]
+    assert kinds == ["target", "drafter (eagle)"]
 
 
 def test_inspect_shows_target_and_drafter(run):
@@ -410,6 +476,12 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
     assert "error" not in err
 
 
+def test_a_reader_of_help_that_has_seen_enough_gets_no_traceback():
+    process = start("compare", "--help")
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 1)
+
+
 def test_ctrl_c_leaves_whole_files(tmp_path):
     out = tmp_path / "out"
     process = start(*COMPARE[:3], "builtin:sql", "--num-requests", "5000", "--max-new-tokens", "8", "--out", out)
@@ -441,6 +513,87 @@ def test_a_killed_comparison_leaves_whole_lines_and_the_finished_segments(tmp_pa
     assert report.provenance["partial"] is True
     assert report.runs[0].segments[0].requests == 4
     assert len(lines) >= sum(one.totals.requests for one in report.runs) >= 3 * 4
+
+
+def run_python(code, *argv):
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+TELLING = """
+import atexit, sys
+from onlinespec.cli import main
+atexit.register(lambda: print(*sys.modules))
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        (("--help",), 0),
+        (("demo", "--help"), 0),
+        (("dance",), 2),
+        ((*GENERATE, "--bogus", "3"), 2),
+        ((*GENERATE, "--num-draft-tokens", "99"), 2),
+        ((*GENERATE, "--num-threads", "0"), 2),
+        ((*GENERATE, "--step-size", "-1"), 2),
+        ((*GENERATE, "--stop", ""), 2),
+        ((*COMPARE, "--temperature", "-1"), 2),
+        ((*COMPARE[:3], "gone.jsonl"), 2),
+    ],
+    ids=lambda part: part[-1] if isinstance(part, tuple) else "",
+)
+def test_help_and_plain_mistakes_wait_for_no_large_import(argv, status):
+    done = run_python(TELLING, *argv)
+    assert done.returncode == status, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "onlinespec.cli.dispatch" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "matplotlib", "huggingface_hub"}
+
+
+def test_inspecting_waits_for_torch_only():
+    loaded = set(run_python(TELLING, "inspect", "drafter").stdout.splitlines()[-1].split())
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "matplotlib", "huggingface_hub"}
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+module = sys.argv.pop(1)
+
+class Finder:
+    def find_spec(name, *_):
+        if name == module:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                pass  # as C code and destructors do, and the Ctrl-C is lost
+
+sys.meta_path.insert(0, Finder)
+from onlinespec.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["tyro", "torch", "transformers.models.auto.tokenization_auto"])
+def test_ctrl_c_amid_an_import_ends_in_one_line(module):
+    done = run_python(INTERRUPTED, module, *GENERATE)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    done = run_python(ignoring + INTERRUPTED, "torch", "inspect", "drafter")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "drafter (eagle)" in done.stdout
+
+
+def test_ctrl_c_after_the_end_changes_nothing():
+    at_exit = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    done = run_python(at_exit + "from onlinespec.cli import main; main()", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_mistake_is_one_line_of_a_process():

@@ -39,7 +39,7 @@ def data(tmp_path):
 
 
 def comparison_of(*data, max_new_tokens=12, learn=LearnConfig(min_interval=8, max_interval=8), **more):
-    settings = {"drafter": "eagle", "learners": LEARNERS, "num_requests": 0} | more
+    settings = {"drafter": "eagle", "learners": LEARNERS, "num_requests": (0,)} | more
     return Comparison(data=data, generation=GenerationParams(max_new_tokens), learn=learn, **settings)
 
 
@@ -249,7 +249,7 @@ def test_where_all_was_skipped_nothing_is_called_identical(target, data, tmp_pat
 
 def test_data_named_twice_goes_on_where_it_was_left_and_starts_again_at_its_end(target, data, tmp_path):
     a, b = data("a", PROMPTS[:4]), data("b", PROMPTS[:2])
-    report = run(target, a, b, a, a, out=tmp_path, num_requests=2, learners=("none",))
+    report = run(target, a, b, a, a, out=tmp_path, num_requests=(2,), learners=("none",))
     lines = lines_of(tmp_path)
     assert [line["id"] for line in lines] == ["a0", "a1", "b0", "b1", "a2", "a3", "a0", "a1"]
     assert [line["index"] for line in lines] == list(range(8))
@@ -258,7 +258,7 @@ def test_data_named_twice_goes_on_where_it_was_left_and_starts_again_at_its_end(
 
 
 def test_every_temperature_and_repeat_is_a_run_over_the_same_stream(target, data, tmp_path):
-    report = run(target, data(), out=tmp_path, temperatures=(0.0, 0.8), repeats=2, num_requests=2)
+    report = run(target, data(), out=tmp_path, temperatures=(0.0, 0.8), repeats=2, num_requests=(2,))
     settings = [(one.learner, one.temperature, one.repeat) for one in report.runs]
     assert sorted(settings) == sorted((n, t, r) for n in LEARNERS for t in (0.0, 0.8) for r in (0, 1))
     lines = lines_of(tmp_path)
@@ -302,9 +302,25 @@ def test_the_same_seed_gives_the_same_tokens_and_acceptance(target, data, tmp_pa
 
 def test_progress_counts_up_to_what_is_expected(target, data):
     events = []
-    run(target, data(), data("more"), num_requests=2, repeats=2, on_progress=events.append)
+    run(target, data(), data("more"), num_requests=(2,), repeats=2, on_progress=events.append)
     assert [(event.done, event.expected) for event in events] == [(i, 8) for i in range(1, 9)]
     assert set(events[0].acceptance_lengths) == set(LEARNERS)
+
+
+def test_segments_may_have_unlike_lengths(target, data):
+    report = run(target, data("a"), data("b"), data("a"), num_requests=(1, 3, 2), learners=("none",))
+    assert [segment.requests for segment in report.runs[0].segments] == [1, 3, 2]
+
+
+def test_a_stream_out_of_time_is_cut_short_in_every_segment_but_skips_none(target, data):
+    report = run(target, data("a"), data("b"), num_requests=(3,), minutes=1e-6)
+    assert [[segment.requests for segment in one.segments] for one in report.runs] == [[1, 1]] * 3
+    assert report.provenance["partial"] is False
+
+
+def test_a_stream_in_time_is_left_alone(target, data):
+    report = run(target, data("a"), data("b"), num_requests=(3,), minutes=60.0, repeats=2)
+    assert [[segment.requests for segment in one.segments] for one in report.runs] == [[3, 3]] * 6
 
 
 # --- what goes wrong ---
@@ -368,7 +384,10 @@ def test_the_report_of_a_comparison_that_never_ran_is_empty(target, data):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_requests": -1}, "num_requests is -1"),
+        ({"num_requests": (-1,)}, "num_requests is -1 for some.jsonl; it must be at least 0"),
+        ({"num_requests": (1, 2)}, "2 numbers for 1 data"),
+        ({"minutes": -1.0}, "minutes is -1"),
+        ({"minutes": 1.0}, "shares of time need a number"),
         ({"repeats": 0}, "repeats is 0"),
         ({"window": 0}, "window is 0"),
         ({"learners": ()}, "no learners"),

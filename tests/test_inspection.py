@@ -5,10 +5,9 @@ import pytest
 from checkpoints import save_tiny
 from safetensors.torch import load_file, save_file
 
-from onlinespec import demo
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.formats import SIDE_FILE
-from onlinespec.inspection import describe
+from onlinespec.inspection import describe, folders_of
 from onlinespec.models.loading import load_target
 
 
@@ -37,7 +36,7 @@ def number_of_parameters(folder):
 
 
 def test_a_target_is_told_with_its_shape_and_fingerprint(folders):
-    facts = describe(str(folders / "target"))
+    facts = describe(folders / "target")
     assert facts["kind"] == "target"
     assert facts["architecture"] == "LlamaForCausalLM"
     assert (facts["hidden_size"], facts["vocab_size"], facts["num_hidden_layers"]) == (64, 288, 2)
@@ -48,14 +47,14 @@ def test_a_target_is_told_with_its_shape_and_fingerprint(folders):
 
 
 def test_shards_are_counted_together(tmp_path):
-    facts = describe(str(save_tiny(tmp_path, max_shard_size="200KB")))
-    whole = describe(str(save_tiny(tmp_path / "whole")))
+    facts = describe(save_tiny(tmp_path, max_shard_size="200KB"))
+    whole = describe(save_tiny(tmp_path / "whole"))
     assert facts["parameters"] == whole["parameters"]
     assert not facts["size"].endswith(" 1 file")
 
 
 def test_a_drafter_is_told_with_its_version_and_whom_it_fits(folders):
-    facts = describe(str(folders / "eagle"))
+    facts = describe(folders / "eagle")
     assert facts["kind"] == "drafter (eagle)"
     assert facts["weights version"] == 0
     assert facts["target fingerprint"] == load_target(folders / "target").fingerprint
@@ -63,7 +62,7 @@ def test_a_drafter_is_told_with_its_version_and_whom_it_fits(folders):
 
 
 def test_a_drafter_without_weights_is_told(folders):
-    facts = describe(str(folders / "ngram"))
+    facts = describe(folders / "ngram")
     assert facts["kind"] == "drafter (ngram)"
     assert facts["max_ngram"] == 3
     assert "parameters" not in facts
@@ -72,20 +71,20 @@ def test_a_drafter_without_weights_is_told(folders):
 def test_a_drafter_of_another_program_has_no_history(copy_of):
     folder = copy_of("eagle")
     (folder / SIDE_FILE).unlink()
-    assert "written by another program" in describe(str(folder))["history"]
+    assert "written by another program" in describe(folder)["history"]
 
 
 def test_a_head_that_calls_itself_by_its_targets_architecture_is_a_drafter(copy_of):
     folder = copy_of("eagle")
     set_config(folder, architectures=["LlamaForCausalLM"])
-    assert describe(str(folder))["kind"] == "drafter (eagle)"
+    assert describe(folder)["kind"] == "drafter (eagle)"
 
 
 def test_a_drafter_we_do_not_run_is_named(copy_of):
     folder = copy_of("eagle")
     set_config(folder, architectures=["LlamaForCausalLMEagle3"])
     with pytest.raises(ValueError, match="EAGLE-3"):
-        describe(str(folder))
+        describe(folder)
 
 
 @pytest.mark.parametrize("name", ["target", "eagle"])
@@ -93,14 +92,14 @@ def test_weights_cut_short_are_named(copy_of, name):
     path = copy_of(name) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors can't be read .* cut short"):
-        describe(str(path.parent))
+        describe(path.parent)
 
 
 def test_tensors_of_neither_are_shown(tmp_path, copy_of):
     folder = copy_of("eagle")
     save_file({"strange.weight": load_file(folder / "model.safetensors")["fc.weight"]}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"no drafter we know.*strange\.weight"):
-        describe(str(folder))
+        describe(folder)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +116,19 @@ def test_tensors_of_neither_are_shown(tmp_path, copy_of):
 def test_what_is_no_checkpoint_is_named(tmp_path, make, error, words):
     make(tmp_path / "it")
     with pytest.raises(error, match=words):
-        describe(str(tmp_path / "it"))
+        describe(*folders_of(str(tmp_path / "it")))
 
 
-def test_demo_is_the_shipped_drafter(folders, monkeypatch):
-    monkeypatch.setattr(demo, "DRAFTER", folders / "eagle")
-    assert describe("demo") == describe(str(folders / "eagle"))
+def test_demo_is_the_shipped_pair_the_target_first():
+    target, drafter = (describe(folder) for folder in folders_of("demo"))
+    assert target["kind"] == "target"
+    assert drafter["kind"] == "drafter (eagle)"
+    assert drafter["target fingerprint"] == target["fingerprint"]
+
+
+@pytest.mark.parametrize("names", ["LlamaForCausalLM", [3], {"a": 1}], ids=str)
+def test_architectures_that_are_no_list_of_names_are_refused(copy_of, names):
+    folder = copy_of("target")
+    set_config(folder, architectures=names)
+    with pytest.raises(ValueError, match=r"config\.json: architectures is .* list of names"):
+        describe(folder)

@@ -18,7 +18,7 @@ def cache() -> KVCache:
 def test_a_slot_is_padded_and_starts_empty(cache):
     assert cache.capacity(5) == PAD
     assert cache.lengths[5] == 0
-    assert cache.block(5, 2).shape == (2, 2, PAD, 8)
+    assert cache.block(5).shape == (3, 2, 2, PAD, 8)
 
 
 def test_a_taken_slot_is_refused_until_released(cache):
@@ -45,4 +45,4 @@ def test_a_full_slot_refuses_more(cache):
 
 
 def test_a_slot_s_memory_is_what_the_docstring_says(cache):
-    assert sum(cache.block(5, layer).nbytes for layer in range(3)) == 3 * 2 * 2 * PAD * 8 * 4
+    assert cache.block(5).nbytes == 3 * 2 * 2 * PAD * 8 * 4

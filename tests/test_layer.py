@@ -59,7 +59,7 @@ def test_fast_equals_plain(config, has_biases, has_head_norms, has_input_norm, m
     layer, rotary = FastLayer(config, weights, make_linear), RotaryTable(config, torch.device("cpu"))
     pieces = []
     for part in x.split([1, 40, 4]):
-        pieces.append(layer(part, make_plan(Rows([0], [cache.lengths[0]], [len(part)]), rotary), cache, 0))
+        pieces.append(layer(part, make_plan(Rows([0], [cache.lengths[0]], [len(part)]), rotary, cache), 0))
         cache.extend(0, len(part))
     torch.testing.assert_close(torch.cat(pieces), wanted, atol=1e-5, rtol=1e-5)
 

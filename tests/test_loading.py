@@ -102,6 +102,16 @@ def test_generation_config_brings_end_tokens_and_sampling(folder):
     assert target.sampling == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
 
 
+def test_sampling_that_is_recommended_without_numbers_is_transformers_own(folder):
+    edit_json(folder / "generation_config.json", do_sample=True, temperature=None)
+    assert load_target(folder).sampling == SamplingParams(temperature=1.0, top_k=50)
+
+
+def test_what_a_checkpoint_says_of_sampling_is_not_looked_at_where_it_does_not_sample(folder):
+    edit_json(folder / "generation_config.json", do_sample=False, temperature=-1)
+    assert load_target(folder).sampling == SamplingParams()
+
+
 def test_without_generation_config_the_end_token_is_the_config_s_and_sampling_greedy(folder):
     (folder / "generation_config.json").unlink(missing_ok=True)
     target = load_target(folder)
@@ -129,6 +139,10 @@ def rewrite(name: str, text: str) -> Callable[[Path], None]:
 
 def config(**fields: object) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "config.json", **fields)
+
+
+def generation(**fields: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "generation_config.json", **fields)
 
 
 def cut(folder: Path) -> None:
@@ -159,6 +173,12 @@ BROKEN = {
     "config no JSON": (rewrite("config.json", "{"), ValueError, r"config\.json is not valid JSON"),
     "config a list": (rewrite("config.json", "[]"), ValueError, "holds a list, expected an object"),
     "architecture": (config(architectures=["GPT2LMHeadModel"]), ValueError, "GPT2LMHeadModel is not supported.*Qwen3"),
+    "architecture as text": (
+        config(architectures="LlamaForCausalLM"),
+        ValueError,
+        r"/config\.json: architectures is 'LlamaForCausalLM'; it must be a list of names",
+    ),
+    "architecture a number": (config(architectures=[3]), ValueError, r"/config\.json: architectures is \[3\]; .* list"),
     "no architecture": (config(architectures=None), ValueError, r"\(none\) is not supported"),
     "rope scaling": (
         config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
@@ -171,8 +191,39 @@ BROKEN = {
     "tensor missing": (drop_tensor, ValueError, r"1 tensors are missing, the first is model\.layers\.1\.mlp\.up_proj"),
     "tensor too many": (add_tensor, ValueError, r"not part of the model.*layers\.1\.extra"),
     "shape": (config(intermediate_size=100), ValueError, r"has shape \(160, 64\), config.json says \(100, 64\)"),
+    "sizes as text": (config(hidden_size="64"), ValueError, r"/config\.json: Validation error.* int, got str.*'64'\)$"),
+    "no size": (config(num_key_value_heads=0), ValueError, r"/config\.json: num_key_value_heads is 0; .* at least 1"),
+    "uneven heads": (config(num_key_value_heads=3), ValueError, r"/config\.json: 4 heads can't share 3 key-value"),
     "NaN": (add_nan, ValueError, r"layers\.0\.mlp\.up_proj\.weight holds values that are not finite"),
     "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ValueError, r"quantized \(gptq\)"),
+    "end token as text": (config(eos_token_id="</s>"), ValueError, r"/config\.json: eos_token_id is '</s>'; .*number"),
+    "end token as text in generation": (
+        generation(eos_token_id=[256, "</s>"]),
+        ValueError,
+        r"/generation_config\.json: eos_token_id is \[256, '</s>'\]; it must be a token's number or a list of numbers",
+    ),
+    "end token a fraction": (
+        generation(eos_token_id=2.5),
+        ValueError,
+        r"/generation_config\.json: eos_token_id is 2\.5",
+    ),
+    "temperature": (
+        generation(do_sample=True, temperature=-1),
+        ValueError,
+        r"/generation_config\.json: temperature is -1; it must be 0 .* or a positive number; correct it there",
+    ),
+    "temperature as text": (
+        generation(do_sample=True, temperature="0.5"),
+        ValueError,
+        r"/generation_config\.json: temperature is '0\.5'; it must be a number; correct it",
+    ),
+    "top_p": (generation(do_sample=True, top_p=3), ValueError, r"/generation_config\.json: top_p is 3; .* at most 1"),
+    "top_k": (generation(do_sample=True, top_k=2.5), ValueError, r"/generation_config\.json: top_k is 2\.5; .* whole"),
+    "do_sample": (
+        generation(do_sample="false"),
+        ValueError,
+        r"/generation_config\.json: do_sample is 'false'; .* true",
+    ),
     "no tokenizer": (remove("tokenizer.json"), ValueError, "tokenizer can't be loaded"),
     "small vocabulary": (shrink_vocabulary, ValueError, "the tokenizer has 259 tokens, the model only 200"),
 }
@@ -218,6 +269,8 @@ def test_a_wrong_path_is_named(original, tmp_path, monkeypatch):
         load_target(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is a file; give the directory"):
         load_target(original / "config.json")
+    with pytest.raises(ValueError, match="the name is empty; give a directory"):
+        load_target("")
     with pytest.raises(FileNotFoundError, match="'someone/no-such-model' is neither a directory here nor"):
         load_target("someone/no-such-model")
 
@@ -227,6 +280,8 @@ def test_unknown_dtypes_and_devices_are_named(original):
         load_target(original, dtype="float8")
     with pytest.raises(ValueError, match="device 'warp' can't be used here"):
         load_target(original, device="warp")
+    with pytest.raises(ValueError, match=r"device 'meta' can't be used here .*choose --device cpu, or cuda or mps"):
+        load_target(original, device="meta")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

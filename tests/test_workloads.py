@@ -8,7 +8,7 @@ import sqlite3
 import sys
 from collections.abc import Callable
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from types import ModuleType, SimpleNamespace
@@ -55,6 +55,20 @@ def test_no_prompt_of_a_stream_is_in_train_whatever_the_seeds(name: str) -> None
 def test_no_prompt_or_id_comes_twice(name: str) -> None:
     prompts = first(name, 2000, split="train")
     assert len({prompt.text for prompt in prompts}) == len({prompt.id for prompt in prompts}) == len(prompts) == 2000
+
+
+def subjects(name: str, split: Split, count: int) -> list[str]:
+    """What each of the first prompts is about: its database, or its module."""
+    prompts = islice(load_workload(f"builtin:{name}").prompts(0, split), count)
+    return [p.text.split(INSTRUCTION)[0] if name == "sql" else p.id.split(":")[0] for p in prompts]
+
+
+@pytest.mark.parametrize("name", ["sql", "code"])
+def test_a_stream_stays_with_a_subject_for_a_while_and_training_text_does_not(name: str) -> None:
+    streamed, trained = subjects(name, "stream", 60), subjects(name, "train", 60)
+    assert len(set(streamed)) <= 25
+    assert sum(a != b for a, b in pairwise(streamed)) == len(set(streamed)) - 1  # it does not come back either
+    assert sum(a != b for a, b in pairwise(trained)) >= 40
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -1,17 +1,36 @@
 """Lossless speculative decoding whose drafter learns online."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
 
-from onlinespec.compare import Comparing, Comparison
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
-from onlinespec.decode import ContextOverflow, DecodeLoop, Request
-from onlinespec.drafters import DRAFTERS, load_drafter
-from onlinespec.drafters.base import Drafter
-from onlinespec.learn import InlineLearning
-from onlinespec.learners import LEARNERS, Learner, make_learner
-from onlinespec.models.loading import Target, load_target
-from onlinespec.workloads import WORKLOADS, load_workload
+# True to type checkers, as in `typing`. At run time each name is imported when it is first asked for: torch and
+# transformers take seconds, and the command line answers without them where it can.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from onlinespec.compare import Comparing, Comparison
+    from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+    from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
+    from onlinespec.decode import ContextOverflow, DecodeLoop, Request
+    from onlinespec.drafters import DRAFTERS, load_drafter
+    from onlinespec.drafters.base import Drafter
+    from onlinespec.learn import InlineLearning
+    from onlinespec.learners import LEARNERS, Learner, make_learner
+    from onlinespec.models.loading import Target, load_target
+    from onlinespec.workloads import WORKLOADS, load_workload
+
+_MODULES = {
+    "compare": ("Comparing", "Comparison"),
+    "config": ("GenerationParams", "LearnConfig", "SamplingParams"),
+    "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
+    "decode": ("ContextOverflow", "DecodeLoop", "Request"),
+    "drafters": ("DRAFTERS", "load_drafter"),
+    "drafters.base": ("Drafter",),
+    "learn": ("InlineLearning",),
+    "learners": ("LEARNERS", "Learner", "make_learner"),
+    "models.loading": ("Target", "load_target"),
+    "workloads": ("WORKLOADS", "load_workload"),
+}
 
 __all__ = [
     "DRAFTERS",
@@ -39,3 +58,16 @@ __all__ = [
     "load_workload",
     "make_learner",
 ]
+
+
+if not TYPE_CHECKING:  # which would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"onlinespec.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

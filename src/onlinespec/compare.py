@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class Comparison:
     drafter: str
     learners: tuple[str, ...]
     data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
-    num_requests: int = 50  # per segment; 0 for all a file has
+    num_requests: tuple[int, ...] = (50,)  # for all segments, or for each; 0 for all a file has
+    minutes: float = 0.0  # a stream that would take longer has its segments shortened, all alike; 0 for no limit
     temperatures: tuple[float, ...] = (0.0,)
     seed: int = 0
     repeats: int = 1
@@ -52,10 +54,11 @@ class Comparison:
     learn: LearnConfig = LearnConfig()
 
     def __post_init__(self) -> None:
-        for name in ("num_requests", "repeats", "window"):
-            least = 0 if name == "num_requests" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("repeats", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.minutes < float("inf"):
+            raise ValueError(f"minutes is {self.minutes}; it must be 0 (no limit) or a positive number")
         for name in ("learners", "data", "temperatures"):
             if not getattr(self, name):
                 raise ValueError(f"no {name} given; name at least one")
@@ -65,8 +68,29 @@ class Comparison:
                 raise ValueError(f"{name} {', '.join(map(str, values))} name one twice")
         for temperature in self.temperatures:
             replace(self.generation.sampling, temperature=temperature)  # refused now, not after the first run
-        if self.num_requests == 0 and (endless := [spec for spec in self.data if spec.startswith("builtin:")]):
-            raise ValueError(f"{endless[0]} has no end; give a number of requests per segment")
+        for spec, count in self.segments:
+            if count < 0:
+                raise ValueError(f"num_requests is {count} for {spec}; it must be at least 0")
+            if count == 0 and spec.startswith("builtin:"):
+                raise ValueError(f"{spec} has no end; give a number of requests for it")
+            if count == 0 and self.minutes:
+                raise ValueError(
+                    f"minutes is {self.minutes} but num_requests 0 for {spec}; to share out time takes a number"
+                )
+
+    @property
+    def segments(self) -> list[tuple[str, int]]:
+        """(data, number of requests) of every segment.
+
+        >>> Comparison("eagle", ("none",), ("a.jsonl", "b.jsonl"), num_requests=(7,)).segments
+        [('a.jsonl', 7), ('b.jsonl', 7)]
+        """
+        counts = self.num_requests * len(self.data) if len(self.num_requests) == 1 else self.num_requests
+        if len(counts) != len(self.data):
+            raise ValueError(
+                f"num_requests has {len(counts)} numbers for {len(self.data)} data; give one for all or one for each"
+            )
+        return list(zip(self.data, counts, strict=True))
 
 
 @dataclass
@@ -90,6 +114,7 @@ class Progress:
 
     done: int
     expected: int | None  # None while the length of a file is not known
+    segment: int  # counted on through repeats and temperatures
     data: str
     acceptance_lengths: dict[str, float]  # of the last request, by learner
 
@@ -120,17 +145,18 @@ class Comparing:
         """Runs everything; files in `out` are brought up to date after every segment and when interrupted."""
         comparison = self.comparison
         settings = [(t, r) for r in range(comparison.repeats) for t in comparison.temperatures]
-        known = comparison.num_requests * len(comparison.data) * len(settings) or None
+        counts = [count for _, count in comparison.segments]
+        known = sum(counts) * len(settings) if all(counts) else None
         done = 0
         try:
-            for setting in settings:
+            for number, setting in enumerate(settings):
                 self._setting = setting
                 self._make_group()
                 self._warm_up()
                 for segment, index, prompt in self._stream():
                     lengths = self._request(segment, index, prompt)
                     done += 1
-                    on_progress(Progress(done, known, prompt.domain, lengths))
+                    on_progress(Progress(done, known, number * len(counts) + segment, prompt.domain, lengths))
                 self._runs += self._finished_runs()
                 self._group_is_counted = True
             self._is_partial = False
@@ -149,25 +175,33 @@ class Comparing:
 
     def _stream(self) -> Iterator[tuple[int, int, Prompt]]:
         """(segment, index, prompt) of the whole stream."""
-        comparison, index = self.comparison, 0
+        index = 0
         iterators: dict[str, Iterator[Prompt]] = {}
-        for segment, spec in enumerate(comparison.data):
+        segments = zip(self.comparison.segments, self._deadlines(), strict=True)
+        for segment, ((spec, count), deadline) in enumerate(segments):
             for runner in self._group:
                 runner.stats.append([])
-            prompts = list(self._visit(iterators, spec))
-            for prompt in prompts:
+            for visited, prompt in enumerate(self._visit(iterators, spec, count or None)):
+                if visited and time.monotonic() > deadline:
+                    break
                 yield segment, index, prompt
                 index += 1
             self._write()
 
-    def _visit(self, iterators: dict[str, Iterator[Prompt]], spec: str) -> Iterator[Prompt]:
-        limit = self.comparison.num_requests or None
+    def _deadlines(self) -> list[float]:
+        """When each segment has to end, by its share of the requests; a fast one leaves its time to the next."""
+        comparison, now = self.comparison, time.monotonic()
+        counts = [count for _, count in comparison.segments]
+        seconds = comparison.minutes * 60 / comparison.repeats / len(comparison.temperatures) or float("inf")
+        return [now + seconds * done / max(sum(counts), 1) for done in accumulate(counts)]
+
+    def _visit(self, iterators: dict[str, Iterator[Prompt]], spec: str, limit: int | None) -> list[Prompt]:
         iterators.setdefault(spec, self._workloads[spec].prompts(self.comparison.seed))
         prompts = list(islice(iterators[spec], limit))
         if not prompts:  # visited before, to its end
             iterators[spec] = self._workloads[spec].prompts(self.comparison.seed)
             prompts = list(islice(iterators[spec], limit))
-        yield from prompts
+        return prompts
 
     def _request(self, segment: int, index: int, prompt: Prompt) -> dict[str, float]:
         """One prompt through every run, each time another one first; skipped by all if it is too long."""

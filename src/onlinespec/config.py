@@ -85,8 +85,8 @@ class LearnConfig:
     step_size: float = 1e-3  # for drafters of about a million parameters
     geometry: str = "diagonal"  # or "euclidean"
     clip_norm: float = 1.0
-    min_interval: int = 40  # steps between rounds while the loss falls ...
-    max_interval: int = 320  # ... and once it is flat
+    min_interval: int = 24  # steps between rounds while the loss falls ...
+    max_interval: int = 96  # ... and once it is flat
     max_rows: int = 64  # newest rows a round trains; bounds what a long answer can cost
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from onlinespec import demo
 from onlinespec.drafters.formats import SIDE_FILE, read_drafter_config, read_format, read_side, tensor_names
-from onlinespec.models.loading import ARCHITECTURES, find_folder, fingerprint, weight_files
+from onlinespec.models.loading import ARCHITECTURES, architecture_of, find_folder, fingerprint, weight_files
 
 _SHAPE_KEYS = (
     "hidden_size",
@@ -25,19 +25,23 @@ _SHAPE_KEYS = (
 )
 
 
-def describe(name: str) -> dict[str, Any]:
+def folders_of(name: str) -> tuple[Path, ...]:
+    """The directories a path or Hub id stands for: one, but `demo` is a target and a drafter."""
+    return (demo.TARGET, demo.DRAFTER) if name == "demo" else (find_folder(name),)
+
+
+def describe(folder: Path) -> dict[str, Any]:
     """Facts about a target or drafter directory, for reading.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such directory, or it is neither.
+        FileNotFoundError, ValueError: if a file is missing, or it is neither.
     """
-    folder = demo.DRAFTER if name == "demo" else find_folder(name)
     config = read_drafter_config(folder)
-    architecture = (config.get("architectures") or ["(none)"])[0]
+    architecture = architecture_of(config, folder / "config.json")
     # published EAGLE heads call themselves by their target's architecture, so the tensors decide
     is_target = architecture in ARCHITECTURES and "model.embed_tokens.weight" in tensor_names(folder)
     kind = "target" if is_target else read_format(folder)
-    facts: dict[str, Any] = {"path": folder, "kind": kind if is_target else f"drafter ({kind})"}
+    facts: dict[str, Any] = {"kind": kind if is_target else f"drafter ({kind})", "path": folder}
     facts |= {"architecture": architecture} | {key: config[key] for key in _SHAPE_KEYS if key in config}
     if is_target:
         facts["fingerprint"] = fingerprint(folder)

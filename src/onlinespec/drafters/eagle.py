@@ -240,9 +240,9 @@ class Eagle(Drafter):
         return self._head(states_ND.to(self._decoder.dtype)).float()
 
     def _forward(self, next_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        plan = make_plan(Rows(slots, [self._cache.lengths[slot] for slot in slots], counts), self._rotary)
+        plan = make_plan(Rows(slots, [self._cache.lengths[slot] for slot in slots], counts), self._rotary, self._cache)
         x_ND = self._fc(torch.cat([F.embedding(next_ids_N, self._embedding_VD), states_ND], dim=-1).float())
-        x_ND = self._layer(x_ND, plan, self._cache, 0)
+        x_ND = self._layer(x_ND, plan, 0)
         for slot, count in zip(slots, counts, strict=True):
             self._cache.extend(slot, count)
         return x_ND
@@ -265,42 +265,74 @@ class Eagle(Drafter):
         return Span(states[: last - 1].float(), next_ids, states[first:last].clone())
 
     def loss(self, params: Params, batch: Sequence[Span]) -> Loss:
-        sums = [self._span_loss(params, span) for span in batch]
-        num_rows = sum(len(span.target_states_ND) for span in batch)
-        if not num_rows:
+        if not any(len(span.target_states_ND) for span in batch):
             raise ValueError("a batch without verified rows has no loss")
-        total = torch.stack([total for total, _ in sums]).sum() / num_rows
-        return Loss(total, float(sum(fresh for _, fresh in sums)) / num_rows, num_rows)
-
-    def _span_loss(self, params: Params, span: Span) -> tuple[Tensor, Tensor]:
-        """Sums over the span's rows: the loss over all depths, and the cross-entropy at the first depth."""
-        config, weights, N = self._layer_config, _layer_weights(params), len(span.target_states_ND)
-        S = len(span.next_ids_S)
-        first, device = S - N, span.features_SD.device
-        embedded_SD = F.embedding(span.next_ids_S, self._embedding_VD).float()
-        target_probs_NV = self._decoder.head(span.target_states_ND).softmax(-1)
-        angles_SR = rotary_angles(torch.arange(S, device=device), config)
+        config, weights, rows = self._layer_config, _layer_weights(params), _lay_out(batch)
+        context_C, trained_N, left_M, states_MD = rows.context_C, rows.trained_N, rows.left_N, rows.states_ND
+        embedded_SD = F.embedding(rows.next_ids_S, self._embedding_VD).float()
+        angles_SR = rotary_angles(rows.positions_S, config)
+        target_probs_NV = self._decoder.head(rows.target_states_ND).softmax(-1)
 
         with torch.no_grad():  # context rows lend keys and values only; their own gradient is left out
-            inputs_CD = _fuse(params, embedded_SD[:first], span.features_SD[:first])
-            keys, values = plain_keys_values(config, weights, inputs_CD, angles_SR[:first])
-        positions = torch.arange(S, device=device)
-        is_visible = positions[first:, None] >= positions[None, :]
-        states_ND, total, fresh = span.features_SD[first:], torch.zeros((), device=device), torch.zeros(())
-        for depth in range(min(self.unroll, N)):
-            rows = N - depth  # row i of this depth reads the token `depth` further on
-            inputs_ND = _fuse(params, embedded_SD[first + depth :], states_ND[:rows])
-            k, v = plain_keys_values(config, weights, inputs_ND, angles_SR[first + depth :])
+            inputs_CD = _fuse(params, embedded_SD[context_C], rows.features_CD)
+            keys, values = plain_keys_values(config, weights, inputs_CD, angles_SR[context_C])
+        is_visible_MS, at_M = rows.is_visible_NS, torch.arange(len(trained_N), device=trained_N.device)
+        losses = []
+        for depth in range(self.unroll):
+            if depth:  # each row that its span goes on behind reads the next token, and its own earlier depths
+                is_kept_M = left_M > depth
+                states_MD, left_M, at_M = states_MD[is_kept_M], left_M[is_kept_M], at_M[is_kept_M] + 1
+                own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device)
+                is_visible_MS = torch.cat([is_visible_MS[is_kept_M], own], dim=1)
+            if not len(at_M):
+                break
+            read_M = trained_N[at_M]
+            inputs_MD = _fuse(params, embedded_SD[read_M], states_MD)
+            k, v = plain_keys_values(config, weights, inputs_MD, angles_SR[read_M])
             keys, values = torch.cat([keys, k]), torch.cat([values, v])
-            if depth:
-                own = torch.eye(rows, dtype=torch.bool, device=device)
-                is_visible = torch.cat([is_visible[:rows], own], dim=1)
-            states_ND = plain_layer(config, weights, inputs_ND, angles_SR[first + depth :], keys, values, is_visible)
-            logits_NV = self._logits(states_ND)
-            loss = soft_cross_entropy(logits_NV, target_probs_NV[depth:]).sum()
-            fresh = loss.detach() if depth == 0 else fresh
-            total = total + loss
-        return total, fresh
+            states_MD = plain_layer(config, weights, inputs_MD, angles_SR[read_M], keys, values, is_visible_MS)
+            losses.append(soft_cross_entropy(self._logits(states_MD), target_probs_NV[at_M]).sum())
+        num_rows = len(trained_N)
+        return Loss(torch.stack(losses).sum() / num_rows, float(losses[0].detach()) / num_rows, num_rows)
+
+
+class _Layout(NamedTuple):
+    """The spans of a batch side by side: S rows in all, the loss on N of them, the other C are context."""
+
+    next_ids_S: Tensor
+    positions_S: Tensor  # inside the request
+    context_C: Tensor  # which rows
+    trained_N: Tensor  # which rows; a span's follow each other
+    left_N: Tensor  # rows of the span from this one on, itself included
+    features_CD: Tensor
+    states_ND: Tensor  # features of the trained rows
+    target_states_ND: Tensor
+    is_visible_NS: Tensor  # keys of the context rows, then of the trained ones: of the same span and no later
+
+
+def _lay_out(batch: Sequence[Span]) -> _Layout:
+    device = batch[0].features_SD.device
+    sizes = torch.tensor([len(span.next_ids_S) for span in batch])
+    counts = torch.tensor([len(span.target_states_ND) for span in batch])
+    span_S = torch.arange(len(batch)).repeat_interleave(sizes)
+    positions_S = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    is_trained_S = positions_S >= (sizes - counts)[span_S]
+    context_C, trained_N = (~is_trained_S).nonzero()[:, 0], is_trained_S.nonzero()[:, 0]
+    key_S = torch.cat([context_C, trained_N])
+    is_same = span_S[trained_N][:, None] == span_S[key_S]
+    left_N = sizes[span_S[trained_N]] - positions_S[trained_N]
+    is_visible_NS = is_same & (positions_S[trained_N][:, None] >= positions_S[key_S])
+    return _Layout(
+        next_ids_S=torch.cat([span.next_ids_S for span in batch]),
+        positions_S=positions_S.to(device),
+        context_C=context_C.to(device),
+        trained_N=trained_N.to(device),
+        left_N=left_N.to(device),
+        features_CD=torch.cat([s.features_SD[: len(s.next_ids_S) - len(s.target_states_ND)] for s in batch]),
+        states_ND=torch.cat([s.features_SD[len(s.next_ids_S) - len(s.target_states_ND) :] for s in batch]),
+        target_states_ND=torch.cat([span.target_states_ND for span in batch]),
+        is_visible_NS=is_visible_NS.to(device),
+    )
 
 
 def _draw(logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Tensor) -> tuple[Tensor, Tensor | None]:

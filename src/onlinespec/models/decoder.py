@@ -100,11 +100,11 @@ class Decoder:
         for slot, count in zip(slots, counts, strict=True):
             cache.check_room(slot, count)
         self.num_forwards += 1
-        plan = make_plan(Rows(slots, [cache.lengths[slot] for slot in slots], counts), self._rotary)
+        plan = make_plan(Rows(slots, [cache.lengths[slot] for slot in slots], counts), self._rotary, cache)
         x_ND = F.embedding(token_ids_N, self.embedding_VD)
         aux = {0: x_ND} if 0 in aux_layer_ids else {}
         for index, layer in enumerate(self._layers):
-            x_ND = layer(x_ND, plan, cache, index)
+            x_ND = layer(x_ND, plan, index)
             if index + 1 in aux_layer_ids:
                 aux[index + 1] = x_ND
         for slot, count in zip(slots, counts, strict=True):

@@ -61,6 +61,6 @@ class KVCache:
         self.check_room(slot, count)
         self.lengths[slot] += count
 
-    def block(self, slot: int, layer: int) -> Tensor:
-        """Keys and values [2, G, C, E] of one layer, to write into and to attend over."""
-        return self._blocks[slot][layer]
+    def block(self, slot: int) -> Tensor:
+        """Keys and values [layers, 2, G, C, E], to write into and to attend over."""
+        return self._blocks[slot]

@@ -37,24 +37,37 @@ class PackedLinear:
     """The same product from a weight laid out once for oneDNN. No gradient; CPU only.
 
     A weight of more than some 1024 columns is summed in another order for one row than for several. That is
-    measured here, once per weight, and such a weight computes a single row twice.
+    measured, once per shape, and such a weight computes a single row twice.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_PACKED_FOR)
+        self._packed = _pack(weight.detach().contiguous())
         self._bias = None if bias is None else bias.detach().contiguous()
-        self._operator = torch.ops.mkldnn._linear_pointwise.default
-        probe_2D = torch.linspace(-1, 1, weight.shape[1]).sin().to(weight.dtype).expand(2, -1)
-        self._can_be_alone = torch.equal(self._product(probe_2D[:1]), self._product(probe_2D)[:1])
+        self._can_be_alone = _can_be_alone(*weight.shape, weight.dtype)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        if len(x_ND) == 1 and not self._can_be_alone:
-            return self._product(x_ND.expand(2, -1))[:1]
-        return self._product(x_ND)
+        if not self._can_be_alone and x_ND.shape[0] == 1:
+            return _multiply(x_ND.expand(2, -1), self._packed, self._bias)[:1]
+        return _multiply(x_ND, self._packed, self._bias)
 
-    def _product(self, x_ND: Tensor) -> Tensor:
-        product: Tensor = self._operator(x_ND, self._packed, self._bias, "none", [], "")
-        return product
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_PACKED_FOR)
+    return packed
+
+
+def _multiply(x_ND: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_ND, packed, bias, "none", [], "")
+    return product
+
+
+@cache
+def _can_be_alone(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
+    """Whether one row has the bits it has among several, in a product of this shape."""
+    generator = torch.Generator().manual_seed(0)
+    packed = _pack(torch.randn(num_outputs, num_inputs, generator=generator).to(dtype))
+    x_2D = torch.randn(1, num_inputs, generator=generator).to(dtype).expand(2, -1)
+    return torch.equal(_multiply(x_2D[:1], packed, None), _multiply(x_2D, packed, None)[:1])
 
 
 @cache
@@ -123,12 +136,14 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def draft_linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    """The cheapest kind of product for drafting: bfloat16 where the processor multiplies it natively.
+    """The cheapest kind of product for drafting: bfloat16 where the processor multiplies it natively, else plain.
 
-    A draft may come from any distribution, so precision is spent where it counts: verification stays exact.
+    A draft may come from any distribution, so precision is spent where it counts: verification stays exact. Packing is
+    for equal bits, which drafts can do without: at one row it costs more than `F.linear`, and again at every swap.
     """
-    is_halved = device.type == "cpu" and dtype == torch.float32 and can_pack() and _has_bfloat16_units()
-    return HalfLinear if is_halved else linear_for(device, dtype)
+    if device.type != "cpu" or dtype != torch.float32:
+        return linear_for(device, dtype)
+    return HalfLinear if can_pack() and _has_bfloat16_units() else PlainLinear
 
 
 def _has_bfloat16_units() -> bool:

@@ -11,15 +11,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from onlinespec import demo
 from onlinespec.config import SamplingParams
@@ -27,10 +23,24 @@ from onlinespec.models.decoder import Decoder, DecoderConfig
 from onlinespec.models.layer import LayerConfig
 from onlinespec.models.linear import MakeLinear
 
+if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, so each is, where it is first needed
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_GENERATION_CONFIG = "generation_config.json"
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # as transformers'
 _FINGERPRINT_BYTES = 1 << 20
 
 
@@ -75,16 +85,18 @@ def load_target(
     device, dtype = as_device(device), as_dtype(dtype)
     config = read_config(folder)
     shape = decoder_config(config, folder)
+    generation = read_generation_config(folder)
+    end_token_ids = _end_token_ids(config, generation, folder)
+    sampling = _default_sampling(generation, folder / _GENERATION_CONFIG)
     weights = read_weights(folder, device, dtype)
     _check_weights(weights, config, shape, folder)
     decoder = Decoder(shape, weights, make_linear)
-    generation = read_generation_config(folder)
     return Target(
         name=str(path_or_hub_id),
         decoder=decoder,
         tokenizer=_read_tokenizer(folder, shape),
-        end_token_ids=_end_token_ids(config, generation),
-        sampling=_default_sampling(generation),
+        end_token_ids=end_token_ids,
+        sampling=sampling,
         fingerprint=fingerprint(folder),
     )
 
@@ -93,14 +105,16 @@ def as_device(device: str | torch.device) -> torch.device:
     """A usable torch device.
 
     Raises:
-        ValueError: if torch does not know it or has none here.
+        ValueError: if torch does not know it, has none here, or computes no numbers on it (meta).
     """
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} can't be used here ({reason}); try --device cpu") from error
+        torch.zeros((), device=found).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest can be pages
+        raise ValueError(
+            f"device {str(device)!r} can't be used here ({reason}); choose --device cpu, or cuda or mps if there is one"
+        ) from error
     return found
 
 
@@ -123,6 +137,8 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     """The local directory of a checkpoint, downloaded from the Hub if it is none here."""
     if str(path_or_hub_id) == "demo":
         return demo.TARGET
+    if not str(path_or_hub_id):
+        raise ValueError("the name is empty; give a directory, a Hub id, or demo")
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -131,6 +147,9 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     name = str(path_or_hub_id)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no directory {folder}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -160,17 +179,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The checkpoint's config.json as transformers reads it, if its architecture is one we run."""
-    raw = read_json(folder / "config.json")
-    names = raw.get("architectures") or ["(none)"]
-    if names[0] not in ARCHITECTURES:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    architecture = architecture_of(raw, path)
+    if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{folder}: architecture {names[0]} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{folder}: architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    model_type = names[0].removesuffix("ForCausalLM").lower()
+    _token_ids(raw.get("eos_token_id"), path)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw)
+        return CONFIG_MAPPING[architecture.removesuffix("ForCausalLM").lower()].from_dict(raw)
     except Exception as error:  # whatever transformers finds wrong with the file, the user should read it as such
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def architecture_of(config: Mapping[str, Any], path: Path) -> str:
+    """The first of a config.json's architectures, "(none)" where it names none.
+
+    Raises:
+        ValueError: naming the file, if they are not a list of names.
+    """
+    names = config.get("architectures") or ["(none)"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f'{path}: architectures is {names!r}; it must be a list of names: ["{ARCHITECTURES[0]}"]')
+    return names[0]
 
 
 def decoder_config(config: PretrainedConfig, folder: Path) -> DecoderConfig:
@@ -186,15 +220,21 @@ def decoder_config(config: PretrainedConfig, folder: Path) -> DecoderConfig:
         raise ValueError(f"{folder}: sliding-window attention is not supported")
     if config.hidden_act != "silu":
         raise ValueError(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
-    layer = LayerConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=float(rope["rope_theta"]),
-    )
+    for name in _SIZES:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{folder / 'config.json'}: {name} is {getattr(config, name)}; it must be at least 1")
+    try:
+        layer = LayerConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=float(rope["rope_theta"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     return DecoderConfig(layer, config.num_hidden_layers, config.vocab_size, config.max_position_embeddings)
 
 
@@ -301,6 +341,8 @@ def check_tensors(
 
 
 def _read_tokenizer(folder: Path, shape: DecoderConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in many ways; all of them are the checkpoint's
@@ -311,30 +353,42 @@ def _read_tokenizer(folder: Path, shape: DecoderConfig) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def read_generation_config(folder: Path) -> GenerationConfig:
-    """generation_config.json, or transformers' defaults where there is none."""
-    path = folder / "generation_config.json"
-    return GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig()
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says; nothing where there is none."""
+    path = folder / _GENERATION_CONFIG
+    return read_json(path) if path.is_file() else {}
 
 
-def _end_token_ids(config: PretrainedConfig, generation: GenerationConfig) -> frozenset[int]:
-    ids = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
-    if ids is None:
+def _end_token_ids(config: PretrainedConfig, generation: Mapping[str, Any], folder: Path) -> frozenset[int]:
+    ids = _token_ids(generation.get("eos_token_id"), folder / _GENERATION_CONFIG)
+    ids = ids or _token_ids(config.eos_token_id, folder / "config.json")
+    if not ids:
         log.warning("the checkpoint names no end token; only max_new_tokens and stop strings end an answer")
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset(ids)
 
 
-def _default_sampling(generation: GenerationConfig) -> SamplingParams:
-    if not generation.do_sample:
-        return SamplingParams(repetition_penalty=generation.repetition_penalty or 1.0)
-    return SamplingParams(
-        temperature=generation.temperature if generation.temperature is not None else 1.0,
-        top_k=generation.top_k if generation.top_k is not None else 50,
-        top_p=generation.top_p if generation.top_p is not None else 1.0,
-        min_p=generation.min_p or 0.0,
-        repetition_penalty=generation.repetition_penalty or 1.0,
-    )
+def _token_ids(given: Any, path: Path) -> list[int]:
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(one) is not int for one in ids):  # a bool is an int, too
+        raise ValueError(f"{path}: eos_token_id is {given!r}; it must be a token's number or a list of numbers")
+    return ids
+
+
+def _default_sampling(generation: Mapping[str, Any], path: Path) -> SamplingParams:
+    """What a checkpoint recommends; greedy unless it says `do_sample`. What is not used is not checked."""
+    is_sampling = generation.get("do_sample") or False
+    used = _SAMPLING if is_sampling else {"repetition_penalty": 1.0}
+    values: dict[str, Any] = used | {name: generation[name] for name in used if generation.get(name) is not None}
+    try:
+        if not isinstance(is_sampling, bool):
+            raise ValueError(f"do_sample is {is_sampling!r}; it must be true or false")
+        for name, value in values.items():
+            kinds = (int,) if name == "top_k" else (int, float)
+            if type(value) not in kinds:
+                raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if name == 'top_k' else ''}number")
+        return SamplingParams(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; correct it there, or remove it") from error
 
 
 def fingerprint(folder: Path) -> str:

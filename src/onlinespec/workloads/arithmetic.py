@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import cache
 from random import Random
 
-from onlinespec.workloads.base import Prompt, Split, endless
+from onlinespec.workloads.base import Draw, Prompt, Split, endless
 from onlinespec.workloads.lexicon import MEN, WOMEN
 
 Number = int | Fraction
@@ -28,12 +28,18 @@ class Arithmetic:
     name = "arithmetic"
 
     def prompts(self, seed: int, split: Split = "stream") -> Iterator[Prompt]:
-        return endless(self.name, draw, seed, split)
+        return endless(self.name, sit_down, seed, split)
 
 
-def draw(rng: Random) -> tuple[str, str]:
+def sit_down(rng: Random) -> Draw:
+    """A kind of problem, and what sets one."""
+    template = rng.choice(TEMPLATES)
+    return lambda rng: draw(rng, template)
+
+
+def draw(rng: Random, template: Callable[[Random], Worked]) -> tuple[str, str]:
     """One problem and its worked answer."""
-    problem, lines, result = rng.choice(TEMPLATES)(rng)
+    problem, lines, result = template(rng)
     return problem, "\n".join([*lines, f"#### {shown(result)}"])
 
 

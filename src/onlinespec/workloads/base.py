@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import count
 from random import Random
 from typing import Literal, Protocol
 
 Split = Literal["stream", "train"]
 SPLITS: tuple[Split, ...] = ("stream", "train")
+DRAWS_PER_SITTING = {"stream": 80, "train": 1}  # one in eight draws is of the stream: about ten prompts a sitting
 MAX_FRUITLESS_DRAWS = 20_000  # repeats in a row after which a grammar counts as exhausted
 
 
@@ -43,20 +43,35 @@ def check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
 
 
-def endless(name: str, draw: Callable[[Random], tuple[str, str]], seed: int, split: Split) -> Iterator[Prompt]:
-    """Distinct prompts of one split from a function that draws (text, reference).
+Draw = Callable[[Random], tuple[str, str]]  # gives (text, reference)
 
-    Ends only if the draw runs dry: MAX_FRUITLESS_DRAWS in a row that were seen before.
+
+def endless(name: str, sit_down: Callable[[Random], Draw], seed: int, split: Split) -> Iterator[Prompt]:
+    """Distinct prompts of one split, sitting by sitting.
+
+    People ask several things about one database, and solve several exercises of one kind, before they go on to the
+    next; so do the prompts of a stream. Training prompts are independent of each other.
+
+    Ends only if the draws run dry: MAX_FRUITLESS_DRAWS in a row that were seen before.
+
+    Args:
+        sit_down: Chooses what a sitting is about, and returns what draws its prompts.
     """
     check_split(split)
-    return _distinct(name, draw, Random(f"{name}/{seed}"), split)
+    return _distinct(name, _draws(sit_down, Random(f"{name}/{seed}"), DRAWS_PER_SITTING[split]), split)
 
 
-def _distinct(name: str, draw: Callable[[Random], tuple[str, str]], rng: Random, split: Split) -> Iterator[Prompt]:
+def _draws(sit_down: Callable[[Random], Draw], rng: Random, draws_per_sitting: int) -> Iterator[tuple[str, str]]:
+    while True:
+        draw = sit_down(rng)
+        for _ in range(draws_per_sitting):
+            yield draw(rng)
+
+
+def _distinct(name: str, drawn: Iterator[tuple[str, str]], split: Split) -> Iterator[Prompt]:
     seen: set[int] = set()
     last_new = 0
-    for number in count():
-        text, reference = draw(rng)
+    for number, (text, reference) in enumerate(drawn):
         digest = _digest(text)
         if digest not in seen:
             seen.add(digest)

@@ -20,13 +20,15 @@ INSTRUCTION = "Please generate code based on the following doc:\n"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}
 DOC_CHARACTERS = range(20, 401)
 SOURCE_LINES = range(4, 31)
-FILES_AT_A_TIME = 32  # parsed and mixed together: the first prompt does not wait for the whole library
+# Parsed and mixed together. A stream goes through the library module by module, as somebody who works on one does;
+# training text is mixed, but its first prompt does not wait for the whole library.
+FILES_AT_A_TIME = {"stream": 1, "train": 32}
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Code:
-    """Each documented function of the standard library once, in an order drawn from the seed; the stream ends."""
+    """Each documented function of the standard library once, in an order drawn from the seed. Ends."""
 
     name = "code"
 
@@ -39,8 +41,9 @@ def _shuffled(seed: int, split: Split) -> Iterator[Prompt]:
     rng = Random(f"code/{seed}")
     paths = rng.sample(_paths(), len(_paths()))
     seen: set[str] = set()
-    for start in range(0, len(paths), FILES_AT_A_TIME):
-        group = [prompt for path in paths[start : start + FILES_AT_A_TIME] for prompt in _functions(path)]
+    count = FILES_AT_A_TIME[split]
+    for start in range(0, len(paths), count):
+        group = [prompt for path in paths[start : start + count] for prompt in _functions(path)]
         for prompt in rng.sample(group, len(group)):
             if split_of(prompt.text) == split and prompt.text not in seen:
                 seen.add(prompt.text)

@@ -43,7 +43,7 @@ class Prose:
     name = "prose"
 
     def prompts(self, seed: int, split: Split = "stream") -> Iterator[Prompt]:
-        return endless(self.name, draw, seed, split)
+        return endless(self.name, lambda rng: draw, seed, split)  # no story follows from another
 
 
 def draw(rng: Random) -> tuple[str, str]:

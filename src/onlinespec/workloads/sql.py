@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from onlinespec.workloads.base import Prompt, Split, endless
+from onlinespec.workloads.base import Draw, Prompt, Split, endless
 from onlinespec.workloads.lexicon import CITIES, COUNTRIES, MEN, WOMEN
 from onlinespec.workloads.sql_themes import POOLS, THEMES
 
@@ -90,17 +90,22 @@ def _schema_line(table: Table) -> str:
 
 
 class Sql:
-    """Endless questions over three dozen kinds of database; every answer runs on the schema of its prompt."""
+    """Endless questions over three dozen kinds of database, several about each; every answer runs on its schema."""
 
     name = "sql"
 
     def prompts(self, seed: int, split: Split = "stream") -> Iterator[Prompt]:
-        return endless(self.name, draw, seed, split)
+        return endless(self.name, sit_down, seed, split)
 
 
-def draw(rng: Random) -> tuple[str, str]:
-    """One prompt and its SQL."""
+def sit_down(rng: Random) -> Draw:
+    """A database, and what asks about it."""
     database = draw_database(rng)
+    return lambda rng: draw(rng, database)
+
+
+def draw(rng: Random, database: Database) -> tuple[str, str]:
+    """One prompt and its SQL."""
     ask = rng.choices(list(QUESTIONS), list(QUESTIONS.values()))[0]
     asked = ask(rng, database)
     while asked is None:  # a question the schema has no columns for

@@ -1,0 +1,237 @@
+"""What may be asked on the command line, as dataclasses; tyro makes flags and help of them.
+
+Imported by every command, `--help` too: nothing here takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from onlinespec import demo
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.workloads import load_workload
+
+TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
+SaveFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not saved)")]
+Recommended = arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's in generate, else off)")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how precisely to compute."""
+
+    device: str = "cpu"
+    """Torch device the models live on: cpu, cuda, mps."""
+    dtype: str = "float32"
+    """Precision of the target: float32 (exact on a CPU), bfloat16 or float16."""
+    num_threads: int = 1
+    """CPU threads. One is best for small models and when other programs run; try all cores above 100M parameters."""
+    seed: int = 0
+    """Seed of prompts, fresh drafters and sampling."""
+    debug: bool = False
+    """Show Python's traceback when something goes wrong."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drafted and chosen."""
+
+    num_draft_tokens: int = 4
+    """Tokens drafted per step, 0 to 16; 0 is plain decoding."""
+    max_new_tokens: int = 96
+    """Longest answer, in tokens."""
+    top_k: Annotated[int | None, Recommended] = None
+    """Sample among the k likeliest tokens; 0 is off."""
+    top_p: Annotated[float | None, Recommended] = None
+    """Sample among the likeliest tokens that make up this probability; 1 is off."""
+    min_p: Annotated[float | None, Recommended] = None
+    """Sample among tokens at least this likely, relative to the likeliest; 0 is off."""
+    repetition_penalty: Annotated[float | None, Recommended] = None
+    """Above 1 discourages tokens that occurred before; 1 is off."""
+
+    def params(
+        self, temperature: float | None = None, defaults: SamplingParams = SamplingParams(), **more: Any
+    ) -> GenerationParams:
+        """As the library takes them; `defaults` stands in for what was not given."""
+        names = ("top_k", "top_p", "min_p", "repetition_penalty")
+        given = {"temperature": temperature} | {name: getattr(self, name) for name in names}
+        sampling = replace(defaults, **{name: value for name, value in given.items() if value is not None})
+        return GenerationParams(self.max_new_tokens, self.num_draft_tokens, sampling, **more)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the drafter learns."""
+
+    step_size: float = LearnConfig.step_size
+    """Rate of learning; 1e-3 suits drafters of about a million parameters, 1e-4 of a hundred million."""
+    geometry: str = LearnConfig.geometry
+    """Norm of the updates: diagonal (Adam-like) or euclidean (plain gradient)."""
+    min_interval: int = LearnConfig.min_interval
+    """Steps between two updates while the loss falls."""
+    max_interval: int = LearnConfig.max_interval
+    """Most steps between two updates once the loss is flat."""
+
+    def config(self) -> LearnConfig:
+        """As the library takes it."""
+        return LearnConfig(
+            step_size=self.step_size,
+            geometry=self.geometry,
+            min_interval=self.min_interval,
+            max_interval=self.max_interval,
+        )
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer a prompt; the text appears as it comes, the figures after it."""
+
+    target: TargetName
+    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    prompt: Annotated[str, arg(aliases=["-p"], metavar="TEXT")]
+    """What to ask; `-` reads it from standard input."""
+    drafter: Annotated[
+        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
+    ] = None
+    """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
+    learner: Annotated[str, arg(metavar="NAME")] = "frozen"
+    """How the drafter learns while it serves: frozen, online_gradient."""
+    temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
+    """0 is greedy."""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
+    """Strings that end the answer; they are not part of it."""
+    raw: bool = False
+    """Give the prompt as it stands, without the chat template."""
+    save: SaveFolder = None
+    """Write the adapted drafter to this directory."""
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
+    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
+
+    @property
+    def drafter_name(self) -> str:
+        return self.drafter or ("demo" if self.target == "demo" else "ngram")
+
+    def params(self, defaults: SamplingParams = SamplingParams()) -> GenerationParams:
+        """As the library takes them; `defaults` stands in for what was not given."""
+        return self.decoding.params(self.temperature, defaults, stop_strings=self.stop, seed=self.machine.seed)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare learners over a stream of prompts: a table, report.json, and a page with plots."""
+
+    target: TargetName
+    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    data: Annotated[tuple[str, ...], arg(metavar="DATA [DATA ...]")]
+    """What to ask, segment by segment: FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:prose,
+    builtin:code, builtin:sql, builtin:arithmetic. Data named twice goes on where it was left."""
+    drafter: Annotated[
+        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
+    ] = None
+    """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
+    learners: Annotated[str, arg(metavar="NAMES")] = "none,frozen,online_gradient"
+    """Separated by commas: none (plain decoding), frozen, online_gradient."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None
+    """Folder for report.json, report.html and requests.jsonl."""
+    num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (50,)
+    """Requests per segment, one number for all or one for each; 0 takes all of a file."""
+    minutes: float = 0.0
+    """Time after which segments are cut short, all alike; 0 is no limit."""
+    temperature: Annotated[tuple[float, ...], arg(metavar="NUMBER [NUMBER ...]")] = (0.0,)
+    """0 is greedy; several are run one after the other."""
+    repeats: int = 1
+    """Repeat everything, to show the spread of the timings."""
+    window: int = 5
+    """Requests per point of the plots."""
+    save: SaveFolder = None
+    """Write every learner's adapted drafter to a directory of its name in here."""
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
+    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
+
+    @property
+    def drafter_name(self) -> str:
+        return self.drafter or ("demo" if self.target == "demo" else "eagle")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Watch the shipped drafter learn: a stream of prose, code, SQL, arithmetic, and prose again."""
+
+    num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (10, 20, 30, 25, 10)
+    """Requests per stretch of the stream, one number for all or one for each."""
+    minutes: float = 3.5
+    """Time after which stretches are cut short, all alike, on a slow machine; 0 takes all requests."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/demo-<time>)")] = None
+    """Folder for report.json, report.html and requests.jsonl."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    save: SaveFolder = None
+    """Write every learner's adapted drafter to a directory of its name in here."""
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(num_draft_tokens=3)  # pays best with this small pair
+    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a drafter or target directory is: format, shape, size, version, whom it fits."""
+
+    path: Annotated[Positional[str], arg(metavar="PATH")]
+    """Directory or Hub id; `demo` for the shipped pair."""
+    debug: bool = False
+    """Show Python's traceback when something goes wrong."""
+
+
+Command = Demo | Generate | Compare | Inspect
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "demo": Demo,
+    "generate": Generate,
+    "compare": Compare,
+    "inspect": Inspect,
+}
+
+
+def check(command: Command) -> None:
+    """Refuses what can be refused at once, before anything that takes seconds.
+
+    Raises:
+        ValueError, OSError, ImportError: with the value and the way out.
+    """
+    if isinstance(command, Inspect):
+        return _check_demo(command.path, command.path)
+    machine = command.machine
+    if machine.num_threads < 1:
+        raise ValueError(f"num_threads is {machine.num_threads}; it must be at least 1")
+    if not -(2**63) <= machine.seed < 2**63:
+        raise ValueError(f"seed is {machine.seed}; it must fit in 64 bits")
+    command.learning.config()
+    match command:
+        case Generate():
+            command.params()
+            _check_demo(command.target, command.drafter_name)
+        case Compare():
+            for temperature in command.temperature:
+                command.decoding.params(temperature)
+            _check_demo(command.target, command.drafter_name)
+            for spec in command.data:
+                load_workload(spec)
+        case Demo():
+            command.decoding.params(command.temperature)
+            _check_demo("demo", "demo")
+
+
+def _check_demo(target: str, drafter: str) -> None:
+    for name, folder in ((target, demo.TARGET), (drafter, demo.DRAFTER)):
+        if name == "demo" and not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the demo pair did not come with this installation ({folder} is missing); "
+                "name another TARGET and --drafter"
+            )

@@ -1,0 +1,46 @@
+"""What `generate` and `compare` do first: refuse what would fail later, and load the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from onlinespec.cli.arguments import Learning, Machine
+from onlinespec.cli.terminal import err
+from onlinespec.compare import why_not_writable
+from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.learners import LEARNERS, Learner, make_learner
+from onlinespec.models.loading import Target, as_device, as_dtype, load_target
+
+
+def use(machine: Machine) -> None:
+    """Refuses a machine that is not there, and sets the number of threads."""
+    as_device(machine.device)
+    as_dtype(machine.dtype)
+    torch.set_num_threads(machine.num_threads)
+
+
+def load(name: str, machine: Machine) -> Target:
+    with err.status(f"loading {name}"):
+        return load_target(name, machine.device, machine.dtype)
+
+
+def checked_learner(name: str, learning: Learning, also: tuple[str, ...] = ()) -> Learner:
+    """A learner by name; `also` are names that would have been fine too."""
+    if name not in LEARNERS and ":" not in name:
+        known = ", ".join((*also, *LEARNERS))
+        raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
+    config = learning.config()
+    return make_learner(name, config.step_size, config.geometry, config.clip_norm)
+
+
+def check_save(folder: Path | None) -> None:
+    """Refuses now what `save` would refuse when the work is done."""
+    if folder is None:
+        return
+    is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if is_taken and not (folder / SIDE_FILE).is_file():
+        raise ValueError(f"--save {folder} holds something that is no drafter of ours; choose another place")
+    if reason := why_not_writable(folder.absolute().parent):
+        raise ValueError(f"the drafter can't be saved to {folder}: {reason}; choose another --save")

@@ -1,0 +1,140 @@
+"""`onlinespec compare` and `onlinespec demo`: learners over one stream, a table and a page."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from rich.measure import Measurement
+from rich.table import Table
+
+from onlinespec.cli.arguments import Compare, Demo
+from onlinespec.cli.checks import check_save, checked_learner, load, use
+from onlinespec.cli.progress import shown
+from onlinespec.cli.terminal import complain, err, interrupts_raised, out
+from onlinespec.compare import NONE, Comparing, Comparison, check_results_folder
+from onlinespec.learners import LEARNERS
+from onlinespec.models.loading import Target
+from onlinespec.records import Report
+from onlinespec.report import summary_table, write_html
+
+DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
+
+
+def demo_comparison(command: Demo) -> Compare:
+    """The demo as the comparison it is: every learner of the table."""
+    return Compare(
+        target="demo",
+        data=DEMO_STREAM,
+        learners=",".join([NONE, *LEARNERS]),
+        out=command.out or _new_folder("demo"),
+        num_requests=command.num_requests,
+        minutes=command.minutes,
+        temperature=(command.temperature,),
+        save=command.save,
+        decoding=command.decoding,
+        learning=command.learning,
+        machine=command.machine,
+    )
+
+
+def compare(command: Compare) -> int:
+    """Refuses what would fail later, loads, compares."""
+    use(command.machine)
+    folder = command.out or _new_folder("compare")
+    learners = tuple(name.strip() for name in command.learners.split(",") if name.strip())
+    for name in learners:
+        if name != NONE:
+            checked_learner(name, command.learning, also=(NONE,))
+    comparison = Comparison(
+        drafter=command.drafter_name,
+        learners=learners,
+        data=command.data,
+        num_requests=command.num_requests,
+        minutes=command.minutes,
+        temperatures=command.temperature,
+        seed=command.machine.seed,
+        repeats=command.repeats,
+        window=command.window,
+        generation=command.decoding.params(),
+        learn=command.learning.config(),
+    )
+    check_results_folder(folder)
+    for name in learners:
+        if name != NONE:
+            check_save(command.save and command.save / name)
+    return _run(load(command.target, command.machine), comparison, folder, command.save)
+
+
+@interrupts_raised()
+def _run(target: Target, comparison: Comparison, folder: Path, save: Path | None) -> int:
+    """Shows how far it is; whatever is finished when it ends is written and shown."""
+    comparing = Comparing(target, comparison, folder, " ".join(sys.argv[1:]))
+    status = 0
+    try:
+        with shown() as on_progress:
+            comparing.run(on_progress)
+    except KeyboardInterrupt:
+        err.print("stopped; what was finished is kept")
+        status = 130
+    report = comparing.report()
+    write_html(report, folder / "report.html")
+    if save:
+        _save_all(comparing, save)
+    _show(report, folder)
+    if status == 0 and comparison.minutes:
+        _tell_of_cuts(report, comparison)
+    differing = [run.learner for run in report.runs if run.totals.identical_to_plain is False]
+    if differing:
+        complain(f"answers of {', '.join(dict.fromkeys(differing))} differ from plain decoding: see requests.jsonl")
+    return status or (1 if differing else 0)
+
+
+def _show(report: Report, folder: Path) -> None:
+    table = summary_table(report)
+    if not _fits(table):
+        table.show_edge, table.pad_edge, table.padding = False, False, (0, 1, 0, 0)
+    out.print(table if _fits(table) else _as_list(table))
+    skipped = max((run.totals.skipped for run in report.runs), default=0)
+    if skipped:
+        out.print(f"{skipped} prompts were longer than the target's context, and skipped in every run", highlight=False)
+    out.print(f"the page:    {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    out.print(f"the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
+
+
+def _tell_of_cuts(report: Report, comparison: Comparison) -> None:
+    done = sum(run.totals.requests + run.totals.skipped for run in report.runs) // len(report.runs)
+    wanted = sum(count for _, count in comparison.segments)
+    if done < wanted:
+        err.print(
+            f"{comparison.minutes:g} minutes were enough for {done} of {wanted} requests, so every stretch was cut "
+            "short; --minutes 0 takes all of them",
+            highlight=False,
+        )
+
+
+def _fits(table: Table) -> bool:
+    return Measurement.get(out, out.options.update(width=1000), table).maximum <= out.width
+
+
+def _as_list(table: Table) -> Table:
+    """A line per figure, for terminals narrower than the table."""
+    titles = [str(column.header).replace("\n", " ") for column in table.columns]
+    lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0), caption=table.caption, caption_justify="left")
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        for title, cell in zip(titles, row, strict=True):
+            lines.add_row(title, cell)
+        lines.add_row()
+    return lines
+
+
+def _save_all(comparing: Comparing, folder: Path) -> None:
+    for learner, loop in comparing.drafters.items():
+        if loop.drafter:
+            loop.drafter.save(folder / learner)
+            err.print(f"drafter of {learner} saved to {folder / learner}", highlight=False)
+
+
+def _new_folder(command: str) -> Path:
+    return Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,71 @@
+"""`onlinespec generate`: an answer as it comes, then its figures."""
+
+from __future__ import annotations
+
+import sys
+
+from onlinespec.cli.arguments import Generate
+from onlinespec.cli.checks import check_save, checked_learner, load, use
+from onlinespec.cli.terminal import err, interrupts_raised
+from onlinespec.compare import FROZEN
+from onlinespec.core import DecodeStats
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import load_drafter
+from onlinespec.drafters.base import Drafter
+from onlinespec.learn import InlineLearning
+from onlinespec.models.loading import Target
+
+
+def generate(command: Generate) -> int:
+    """Refuses what would fail later, loads, answers."""
+    use(command.machine)
+    learner = checked_learner(command.learner, command.learning)
+    check_save(command.save)
+    prompt = sys.stdin.read().removesuffix("\n") if command.prompt == "-" else command.prompt
+    if not prompt.strip():
+        source = "standard input" if command.prompt == "-" else "--prompt"
+        raise ValueError(f"the prompt is empty: {source} holds no text; give some")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
+        raise ValueError("the prompt is not UTF-8 text; convert it first")
+
+    target = load(command.target, command.machine)
+    drafter = load_drafter(command.drafter_name, target, command.machine.seed)
+    if command.learner != FROZEN and not drafter.is_trainable:
+        raise ValueError(f"drafter {command.drafter_name} does not learn; leave out --learner {command.learner}")
+    return _answer(command, target, drafter, InlineLearning(drafter, learner, command.learning.config()), prompt)
+
+
+@interrupts_raised()
+def _answer(command: Generate, target: Target, drafter: Drafter, learning: InlineLearning, prompt: str) -> int:
+    """Streams one answer to standard output, figures to standard error. Ctrl-C ends the answer; the rest goes on."""
+    prompt_ids = target.encode(prompt, is_chat=not command.raw)
+    loop = DecodeLoop(target, drafter, learning)
+    stats = DecodeStats()
+    stopped: BaseException | None = None
+    try:
+        for request in loop.generate(prompt_ids, command.params(target.sampling)):
+            stats = request.stats
+            sys.stdout.write(request.text.take())  # not by rich, which would turn tabs into spaces
+            sys.stdout.flush()
+        print(flush=True)
+    except (KeyboardInterrupt, BrokenPipeError) as reason:
+        stopped = reason
+        err.print()
+    _print_figures(stats, learning.num_rounds)
+    if command.save:
+        drafter.save(command.save.absolute())
+        err.print(f"drafter (weights version {drafter.weights.version}) saved to {command.save}", highlight=False)
+    if stopped:
+        raise stopped
+    return 0
+
+
+def _print_figures(stats: DecodeStats, num_rounds: int) -> None:
+    if stats.tokens:
+        err.print(
+            f"{stats.tokens} tokens in {stats.steps} steps, acceptance length {stats.acceptance_length:.2f}, "
+            f"{stats.tokens_per_second:.0f} tokens/s (decoding {stats.decode_seconds:.2f} s, "
+            f"learning {stats.learn_seconds:.2f} s in {num_rounds} rounds)",
+            highlight=False,
+            soft_wrap=True,
+        )

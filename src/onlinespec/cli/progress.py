@@ -1,0 +1,77 @@
+"""How far a comparison is: a bar in a terminal; elsewhere, in a log say, a line per stretch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import mean
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+from onlinespec.cli.terminal import err, escaped
+from onlinespec.compare import NONE, Progress
+
+
+@contextmanager
+def shown() -> Iterator[Callable[[Progress], None]]:
+    """Gives what takes the events of `Comparing.run`."""
+    if err.is_interactive:
+        with _bar() as bar:
+            yield lambda event: _update(bar, event)
+            (task,) = bar.tasks
+            bar.update(task.id, total=task.completed)  # a file may have had fewer rows, or time run out
+    else:
+        stretch = _Stretch()
+        try:
+            yield stretch.take
+        finally:
+            stretch.tell()
+
+
+def _bar() -> Bar:
+    """The name of the data gives way in a narrow terminal, the figures do not."""
+    err.print("acceptance length of the latest answer, by learner", highlight=False)
+    name = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    figures = TextColumn("{task.fields[lengths]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    bar = Bar(
+        BarColumn(bar_width=8), MofNCompleteColumn(), TimeRemainingColumn(), name, figures, console=err, expand=True
+    )
+    bar.add_task("the first prompt", total=None, lengths="")
+    return bar
+
+
+def _update(bar: Bar, event: Progress) -> None:
+    lengths = "  ".join(f"{name} {length:.2f}" for name, length in event.acceptance_lengths.items() if name != NONE)
+    (task,) = bar.tasks
+    bar.update(
+        task.id, completed=event.done, total=event.expected, description=escaped(event.data), lengths=escaped(lengths)
+    )
+
+
+class _Stretch:
+    """Requests of one segment, told in a line when the next one begins."""
+
+    def __init__(self) -> None:
+        self._events: list[Progress] = []
+
+    def take(self, event: Progress) -> None:
+        if self._events and event.segment != self._events[-1].segment:
+            self.tell()
+        self._events.append(event)
+
+    def tell(self) -> None:
+        if not self._events:
+            return
+        last = self._events[-1]
+        answered = [event.acceptance_lengths for event in self._events if any(event.acceptance_lengths.values())]
+        line = f"{last.done}/{last.expected or '?'}  {last.data}: {len(answered)} request{'s' * (len(answered) != 1)}"
+        if skipped := len(self._events) - len(answered):
+            line += f" ({skipped} skipped)"
+        names = [name for name in last.acceptance_lengths if name != NONE]
+        if answered and names:
+            means = (f"{name} {mean(lengths[name] for lengths in answered):.2f}" for name in names)
+            line += f", mean acceptance length {', '.join(means)}"
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._events = []
