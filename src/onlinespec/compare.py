@@ -75,7 +75,7 @@ class Comparison:
                 raise ValueError(f"{spec} has no end; give a number of requests for it")
             if count == 0 and self.minutes:
                 raise ValueError(
-                    f"minutes is {self.minutes} but num_requests 0 for {spec}; to share out time takes a number"
+                    f"minutes is {self.minutes} but num_requests 0 for {spec}: shares of time need a number"
                 )
 
     @property

@@ -165,7 +165,7 @@ class Compare:
 class Demo:
     """Watch the shipped drafter learn: a stream of prose, code, SQL, arithmetic, and prose again."""
 
-    num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (10, 20, 30, 25, 10)
+    num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (8, 25, 40, 40, 8)
     """Requests per stretch of the stream, one number for all or one for each."""
     minutes: float = 3.5
     """Time after which stretches are cut short, all alike, on a slow machine; 0 takes all requests."""

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 Split = Literal["stream", "train"]
 SPLITS: tuple[Split, ...] = ("stream", "train")
-DRAWS_PER_SITTING = {"stream": 80, "train": 1}  # one in eight draws is of the stream: about ten prompts a sitting
+DRAWS_PER_SITTING = {"stream": 160, "train": 1}  # one in eight draws is of the stream: about twenty a sitting
 MAX_FRUITLESS_DRAWS = 20_000  # repeats in a row after which a grammar counts as exhausted
 
 
