@@ -62,6 +62,12 @@ def test_a_config_that_is_no_json_is_refused_by_its_path(tmp_path):
         load_drafter(tmp_path, TARGET)
 
 
+def test_architectures_that_are_no_list_are_refused_by_the_file(tmp_path):
+    folder = folder_with(tmp_path / "drafter", {"architectures": "NgramDrafter"})
+    with pytest.raises(ValueError, match="config.json: architectures is 'NgramDrafter'; it must be a list"):
+        load_drafter(folder, TARGET)
+
+
 def test_a_mistyped_name_is_answered_with_the_drafters_there_are(tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         load_drafter(str(tmp_path / "eagel"), TARGET)

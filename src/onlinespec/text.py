@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # importing it takes a second
+    from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"  # what decoding puts for bytes that are not a whole character (yet)
 

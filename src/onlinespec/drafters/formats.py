@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onlinespec.models.loading import find_folder, read_json, weight_files
+from onlinespec.models.loading import architecture_of, find_folder, read_json, weight_files
 
 SIDE_FILE = "onlinespec.json"
 _KNOWN_ELSEWHERE = {  # recognised so that the message can say what it is; each gets its drafter later
@@ -56,7 +56,7 @@ def read_format(folder: Path) -> str:
         ValueError: if it is of another family, or none.
     """
     config = read_drafter_config(folder)
-    architecture = (config.get("architectures") or ["(none)"])[0]
+    architecture = architecture_of(config, folder / "config.json")
     if architecture == "NgramDrafter":
         return "ngram"
     family = _KNOWN_ELSEWHERE.get(architecture) or next((f for key, f in _KEY_MARKS.items() if key in config), None)
