@@ -315,12 +315,13 @@ def test_segments_may_have_unlike_lengths(target, data):
 def test_a_stream_out_of_time_is_cut_short_in_every_segment_but_skips_none(target, data):
     report = run(target, data("a"), data("b"), num_requests=(3,), minutes=1e-6)
     assert [[segment.requests for segment in one.segments] for one in report.runs] == [[1, 1]] * 3
-    assert report.provenance["partial"] is False
+    assert (report.provenance["partial"], report.provenance["cut_short"]) == (False, True)
 
 
 def test_a_stream_in_time_is_left_alone(target, data):
     report = run(target, data("a"), data("b"), num_requests=(3,), minutes=60.0, repeats=2)
     assert [[segment.requests for segment in one.segments] for one in report.runs] == [[3, 3]] * 6
+    assert report.provenance["cut_short"] is False
 
 
 # --- what goes wrong ---

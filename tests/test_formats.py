@@ -64,7 +64,7 @@ def test_a_config_that_is_no_json_is_refused_by_its_path(tmp_path):
 
 def test_architectures_that_are_no_list_are_refused_by_the_file(tmp_path):
     folder = folder_with(tmp_path / "drafter", {"architectures": "NgramDrafter"})
-    with pytest.raises(ValueError, match="config.json: architectures is 'NgramDrafter'; it must be a list"):
+    with pytest.raises(ValueError, match=r"config\.json: architectures is 'NgramDrafter'; it must be a list"):
         load_drafter(folder, TARGET)
 
 

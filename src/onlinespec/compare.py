@@ -127,7 +127,7 @@ class Comparing:
         self._runs: list[Run] = []
         self._group: list[_Runner] = []
         self._setting: tuple[float, int] = (0.0, 0)
-        self._is_partial = True
+        self._is_partial, self._is_cut_short = True, False
         self._provenance = provenance(
             command, target.name, comparison.drafter, target.fingerprint, msgspec.to_builtins(comparison)
         )
@@ -169,7 +169,8 @@ class Comparing:
         runs = list(self._runs)
         if not self._group_is_counted:
             runs += self._finished_runs()
-        return Report(provenance=self._provenance | {"partial": self._is_partial}, runs=tuple(runs))
+        state = {"partial": self._is_partial, "cut_short": self._is_cut_short}
+        return Report(provenance=self._provenance | state, runs=tuple(runs))
 
     # --- the stream ---------------------------------------------------------------------------------------------
 
@@ -183,6 +184,7 @@ class Comparing:
                 runner.stats.append([])
             for visited, prompt in enumerate(self._visit(iterators, spec, count or None)):
                 if visited and time.monotonic() > deadline:
+                    self._is_cut_short = True
                     break
                 yield segment, index, prompt
                 index += 1

@@ -132,12 +132,12 @@ class InlineLearning:
         state = self._learner.update(lambda *candidates: self._evaluate(rows, batch, candidates), self._state)
         played = self._learner.played(state)
         self._last_good = self._drafter.weights
-        if played is not before:
+        if played is not before:  # a frozen learner has no rounds
             if not all(math.isfinite(p.sum()) for p in played.values()):  # a third of isfinite().all()'s time
                 raise RoundFailed("the updated weights are not finite")
             self._drafter.swap(DrafterWeights(played, self._drafter.weights.version + 1))
+            self.num_rounds += 1
         self._state = state
-        self.num_rounds += 1
 
     def _evaluate(self, rows: Sequence[Feedback], batch: object, candidates: Sequence[Params]) -> list[Evaluation]:
         evaluations = [self._evaluate_one(params, batch) for params in candidates]

@@ -83,7 +83,7 @@ def _run(target: Target, comparison: Comparison, folder: Path, save: Path | None
     if save:
         _save_all(comparing, save)
     _show(report, folder)
-    if status == 0 and comparison.minutes:
+    if report.provenance["cut_short"] and status == 0:
         _tell_of_cuts(report, comparison)
     differing = [run.learner for run in report.runs if run.totals.identical_to_plain is False]
     if differing:
@@ -106,12 +106,11 @@ def _show(report: Report, folder: Path) -> None:
 def _tell_of_cuts(report: Report, comparison: Comparison) -> None:
     done = sum(run.totals.requests + run.totals.skipped for run in report.runs) // len(report.runs)
     wanted = sum(count for _, count in comparison.segments)
-    if done < wanted:
-        err.print(
-            f"{comparison.minutes:g} minutes were enough for {done} of {wanted} requests, so every stretch was cut "
-            "short; --minutes 0 takes all of them",
-            highlight=False,
-        )
+    err.print(
+        f"{comparison.minutes:g} minutes were enough for {done} of {wanted} requests, so stretches were cut short; "
+        "--minutes 0 takes all of them",
+        highlight=False,
+    )
 
 
 def _fits(table: Table) -> bool:

@@ -65,7 +65,7 @@ def _print_figures(stats: DecodeStats, num_rounds: int) -> None:
         err.print(
             f"{stats.tokens} tokens in {stats.steps} steps, acceptance length {stats.acceptance_length:.2f}, "
             f"{stats.tokens_per_second:.0f} tokens/s (decoding {stats.decode_seconds:.2f} s, "
-            f"learning {stats.learn_seconds:.2f} s in {num_rounds} rounds)",
+            f"learning {stats.learn_seconds:.2f} s in {num_rounds} round{'s' * (num_rounds != 1)})",
             highlight=False,
             soft_wrap=True,
         )
