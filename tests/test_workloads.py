@@ -22,6 +22,7 @@ from onlinespec.workloads.prose_lexicon import PLACES, TRADES
 from onlinespec.workloads.sql import INSTRUCTION, QUESTIONS, draw_database
 
 ENDLESS = ["arithmetic", "prose", "sql"]
+PACKED = gzip.compress(b'{"prompt": "a"}', mtime=0)  # part of test ids, which must be the same in every worker
 
 
 def first(name: str, count: int, seed: int = 0, split: Split = "stream") -> list[Prompt]:
@@ -345,7 +346,7 @@ def test_a_packed_file_reads_like_the_plain_one(write: Write) -> None:
         ('{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', r"line 3: id 'x' is already used on line 1"),
         ('{"prompt": "a", "id": "asked-2"}\n{"prompt": "b"}', r"line 2: id 'asked-2' is already used on line 1"),
         (b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', r"line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
-        (gzip.compress(b'{"prompt": "a"}', mtime=0), r"is not UTF-8; unpack it or name it \.gz"),
+        (PACKED, r"is not UTF-8; unpack it or name it \.gz"),
     ],
 )
 def test_a_bad_file_is_answered_with_its_name_the_line_and_a_way_out(
@@ -364,7 +365,7 @@ def test_a_gzip_file_that_is_cut_short_is_not_taken_for_a_whole_one(write: Write
         load_workload(write(content[:-cut], "asked.jsonl.gz"))
 
 
-@pytest.mark.parametrize("content", [b'{"prompt": "a"}', gzip.compress(b'{"prompt": "a"}', mtime=0)[:-6] + b"\0\0\0\0\0\0"])
+@pytest.mark.parametrize("content", [b'{"prompt": "a"}', PACKED[:-6] + b"\0\0\0\0\0\0"])
 def test_what_is_not_gzip_or_damaged_says_so(write: Write, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"is not a sound gzip file"):
         load_workload(write(content, "asked.jsonl.gz"))
