@@ -45,7 +45,7 @@ class Comparison:
     learners: tuple[str, ...]
     data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
     num_requests: tuple[int, ...] = (50,)  # for all segments, or for each; 0 for all a file has
-    minutes: float = 0.0  # a stream that would take longer has its segments shortened, all alike; 0 for no limit
+    minutes: float = 0.0  # a slower stream has its segments cut, each to its share of the time; 0 for no limit
     temperatures: tuple[float, ...] = (0.0,)
     seed: int = 0
     repeats: int = 1
@@ -194,8 +194,10 @@ class Comparing:
         """When each segment has to end, by its share of the requests; a fast one leaves its time to the next."""
         comparison, now = self.comparison, time.monotonic()
         counts = [count for _, count in comparison.segments]
-        seconds = comparison.minutes * 60 / comparison.repeats / len(comparison.temperatures) or float("inf")
-        return [now + seconds * done / max(sum(counts), 1) for done in accumulate(counts)]
+        if not comparison.minutes:
+            return [float("inf")] * len(counts)
+        seconds = comparison.minutes * 60 / comparison.repeats / len(comparison.temperatures)
+        return [now + seconds * done / sum(counts) for done in accumulate(counts)]
 
     def _visit(self, iterators: dict[str, Iterator[Prompt]], spec: str, limit: int | None) -> list[Prompt]:
         iterators.setdefault(spec, self._workloads[spec].prompts(self.comparison.seed))

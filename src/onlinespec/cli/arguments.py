@@ -143,7 +143,7 @@ class Compare:
     num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (50,)
     """Requests per segment, one number for all or one for each; 0 takes all of a file."""
     minutes: float = 0.0
-    """Time after which segments are cut short, all alike; 0 is no limit."""
+    """Time for the whole stream; a slower one has each segment cut to its share. 0 is no limit."""
     temperature: Annotated[tuple[float, ...], arg(metavar="NUMBER [NUMBER ...]")] = (0.0,)
     """0 is greedy; several are run one after the other."""
     repeats: int = 1
@@ -168,14 +168,15 @@ class Demo:
     num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (8, 25, 40, 40, 8)
     """Requests per stretch of the stream, one number for all or one for each."""
     minutes: float = 3.5
-    """Time after which stretches are cut short, all alike, on a slow machine; 0 takes all requests."""
+    """Time for the whole stream; a slower machine has each stretch cut to its share. 0 takes all requests."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/demo-<time>)")] = None
     """Folder for report.json, report.html and requests.jsonl."""
     temperature: float = 0.0
     """0 is greedy."""
     save: SaveFolder = None
     """Write every learner's adapted drafter to a directory of its name in here."""
-    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(num_draft_tokens=3)  # pays best with this small pair
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(num_draft_tokens=3)
+    """How answers are drafted and chosen. A fourth drafted token costs this small pair more than it brings."""
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 

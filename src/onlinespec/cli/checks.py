@@ -22,6 +22,7 @@ def use(machine: Machine) -> None:
 
 
 def load(name: str, machine: Machine) -> Target:
+    """The target, with a sign of life in a terminal while it is read."""
     with err.status(f"loading {name}"):
         return load_target(name, machine.device, machine.dtype)
 

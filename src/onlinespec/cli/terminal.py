@@ -27,6 +27,7 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def complain(message: str) -> None:
+    """An error, in one line on standard error."""
     err.print(f"[bold red]error:[/] {escaped(message)}", highlight=False, soft_wrap=True)
 
 

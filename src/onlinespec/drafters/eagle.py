@@ -58,6 +58,11 @@ class Span(NamedTuple):
     next_ids_S: Tensor  # tokens 1..S
     target_states_ND: Tensor  # target states after tokens S-N+1..S: their head rows are the labels
 
+    @property
+    def num_context(self) -> int:
+        """Rows that the loss is not on; they come first."""
+        return len(self.next_ids_S) - len(self.target_states_ND)
+
 
 class Eagle(Drafter):
     """The EAGLE-1 head.
@@ -313,10 +318,9 @@ class _Layout(NamedTuple):
 def _lay_out(batch: Sequence[Span]) -> _Layout:
     device = batch[0].features_SD.device
     sizes = torch.tensor([len(span.next_ids_S) for span in batch])
-    counts = torch.tensor([len(span.target_states_ND) for span in batch])
     span_S = torch.arange(len(batch)).repeat_interleave(sizes)
     positions_S = torch.cat([torch.arange(size) for size in sizes.tolist()])
-    is_trained_S = positions_S >= (sizes - counts)[span_S]
+    is_trained_S = positions_S >= torch.tensor([span.num_context for span in batch])[span_S]
     context_C, trained_N = (~is_trained_S).nonzero()[:, 0], is_trained_S.nonzero()[:, 0]
     key_S = torch.cat([context_C, trained_N])
     is_same = span_S[trained_N][:, None] == span_S[key_S]
@@ -328,8 +332,8 @@ def _lay_out(batch: Sequence[Span]) -> _Layout:
         context_C=context_C.to(device),
         trained_N=trained_N.to(device),
         left_N=left_N.to(device),
-        features_CD=torch.cat([s.features_SD[: len(s.next_ids_S) - len(s.target_states_ND)] for s in batch]),
-        states_ND=torch.cat([s.features_SD[len(s.next_ids_S) - len(s.target_states_ND) :] for s in batch]),
+        features_CD=torch.cat([span.features_SD[: span.num_context] for span in batch]),
+        states_ND=torch.cat([span.features_SD[span.num_context :] for span in batch]),
         target_states_ND=torch.cat([span.target_states_ND for span in batch]),
         is_visible_NS=is_visible_NS.to(device),
     )
