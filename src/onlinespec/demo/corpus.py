@@ -17,18 +17,16 @@ from onlinespec.workloads import WORKLOADS, load_workload
 
 # Share of each source among the training documents' tokens; sources that were not given drop out.
 MIX = {
-    "prose": 0.14,
-    "sql": 0.10,
-    "arithmetic": 0.12,
+    "prose": 0.10,
+    "sql": 0.14,
+    "arithmetic": 0.14,
     "code": 0.08,
-    "spider": 0.14,
-    "gsm8k": 0.14,
-    "doc2code_py": 0.12,
+    "spider": 0.16,
+    "gsm8k": 0.16,
+    "doc2code_py": 0.13,
     "mbpp": 0.01,
     "finance_10k": 0.03,
     "text_python": 0.05,
-    "text_books": 0.05,
-    "text_tech": 0.02,
 }
 
 

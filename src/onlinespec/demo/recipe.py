@@ -1,6 +1,7 @@
 """How the shipped pair was made; anyone can run it again, with or without the extra text.
 
     python -m onlinespec.demo.recipe target --work DIR [--data DIR] --tokens 9e6
+    torchrun --nproc-per-node 2 -m onlinespec.demo.recipe target ...    the same by two processes, each a share of a batch
     python -m onlinespec.demo.recipe export --work DIR --out src/onlinespec/demo/target
     python -m onlinespec.demo.recipe drafter --target src/onlinespec/demo/target --out src/onlinespec/demo/drafter
 
@@ -19,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,6 +32,7 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.demo.corpus import Corpus, Document, packed_rows
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.models.linear import has_bfloat16_units
 from onlinespec.models.loading import Target, load_target
 from onlinespec.workloads import load_workload
 
@@ -54,18 +57,22 @@ class TargetRecipe:
         work: Folder of checkpoints; an interrupted run goes on from there.
         data: Folder of permissively licensed *.train.jsonl[.gz] files; without it the built-ins alone serve.
         tokens: Length of the whole run; the step size falls to zero over its last 40 %.
+        micro_tokens: Tokens of one forward and backward pass; small enough for the processor's caches.
         long_share: Last part of the run on rows four times as long, so that long prompts are in range.
+        initial: An exported target to go on from, with a tokenizer of its own and a fresh optimizer.
     """
 
     work: Path
     data: Path | None = None
     tokens: float = 9e6
     batch_tokens: int = 2048
+    micro_tokens: int = 512
     row_length: int = 256
     long_share: float = 0.35
     step_size: float = 2.5e-3
-    num_threads: int = 2
+    num_threads: int = 1
     seed: int = 0
+    initial: Path | None = None
 
 
 def config() -> Qwen3Config:
@@ -132,35 +139,41 @@ def schedule(progress: float) -> float:
 
 
 def batches(
-    recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, done: list[float]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of batch_tokens token ids with loss weights; `done[0]` is the share of the run behind us."""
+    recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, done: list[float], rank: int, num_ranks: int
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """This process's share of each batch, in pieces of micro_tokens: token ids with loss weights.
+
+    `done[0]` is the share of the run behind us.
+    """
 
     def row_length() -> int:
         return recipe.row_length * (4 if done[0] > 1 - recipe.long_share else 1)
 
-    corpus = Corpus(recipe.data, seed=recipe.seed + int(done[0] * 1e6))
+    corpus = Corpus(recipe.data, seed=recipe.seed + int(done[0] * 1e6) + 7919 * rank)
     rows = packed_rows(corpus, lambda document: encode(tokenizer, document), row_length)
     while True:
-        first = next(rows)
-        batch = [first]
-        while len(batch) * (len(first[0]) - 1) < recipe.batch_tokens:
-            row = next(rows)
-            if len(row[0]) == len(first[0]):
-                batch.append(row)
-        yield torch.tensor([ids for ids, _ in batch]), torch.tensor([weights for _, weights in batch])
+        length = row_length()
+        alike = (row for row in rows if len(row[0]) == length + 1)
+        pieces = []
+        for _ in range(max(1, recipe.batch_tokens // num_ranks // max(recipe.micro_tokens, length))):
+            piece = list(islice(alike, max(1, recipe.micro_tokens // length)))
+            pieces.append((torch.tensor([ids for ids, _ in piece]), torch.tensor([weights for _, weights in piece])))
+        yield pieces
 
 
 def train_target(recipe: TargetRecipe) -> None:
     """Trains to recipe.tokens, with a checkpoint every few minutes."""
+    rank, num_ranks = _join()
     torch.set_num_threads(recipe.num_threads)
     torch.manual_seed(recipe.seed)
     recipe.work.mkdir(parents=True, exist_ok=True)
-    if not (recipe.work / "tokenizer.json").exists():
-        log.info("training the tokenizer")
-        train_tokenizer(Corpus(recipe.data, recipe.seed)).save_pretrained(recipe.work)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.work)
+    tokenizer = _tokenizer(recipe) if rank == 0 else None
+    if num_ranks > 1:
+        dist.barrier()
+    tokenizer = tokenizer or _tokenizer(recipe)
     model = Qwen3ForCausalLM(config())
+    if recipe.initial:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(recipe.initial, dtype=torch.float32).state_dict())
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -177,33 +190,66 @@ def train_target(recipe: TargetRecipe) -> None:
         num_tokens = saved["num_tokens"]
     done = [num_tokens / recipe.tokens]
     average, start, saved_at, start_tokens = 0.0, time.monotonic(), time.monotonic(), num_tokens
-    for step, (ids, weights) in enumerate(batches(recipe, tokenizer, done)):
+    for step, pieces in enumerate(batches(recipe, tokenizer, done, rank, num_ranks)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.step_size * schedule(done[0])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-        loss.backward()
+        average = 0.98 * average + 0.02 * sum(_backward(model, ids, weights, len(pieces)) for ids, weights in pieces)
+        _average_gradients(model, num_ranks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        num_tokens += ids[:, 1:].numel()
+        num_tokens += num_ranks * sum(ids[:, 1:].numel() for ids, _ in pieces)
         done[0] = num_tokens / recipe.tokens
-        average = 0.98 * average + 0.02 * loss.item()
         finished = num_tokens >= recipe.tokens
-        if step % 50 == 49 or finished:
+        if rank == 0 and (step % 50 == 49 or finished):
             rate = (num_tokens - start_tokens) / (time.monotonic() - start)
             log.info(
                 "%.2fM tokens, loss %.3f, %.0f tokens/s", num_tokens / 1e6, average / (1 - 0.98 ** (step + 1)), rate
             )
-        if time.monotonic() - saved_at > 240 or finished:
+        if rank == 0 and (time.monotonic() - saved_at > 240 or finished):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "num_tokens": num_tokens}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").rename(checkpoint)
             saved_at = time.monotonic()
         if finished:
             return
+
+
+def _join() -> tuple[int, int]:
+    """This process's number and how many there are; torchrun says so in the environment."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _tokenizer(recipe: TargetRecipe) -> PreTrainedTokenizerFast:
+    """The run's own, made at its beginning."""
+    if not (recipe.work / "tokenizer.json").exists():
+        if recipe.initial:
+            PreTrainedTokenizerFast.from_pretrained(recipe.initial).save_pretrained(recipe.work)
+        else:
+            log.info("training the tokenizer")
+            train_tokenizer(Corpus(recipe.data, recipe.seed)).save_pretrained(recipe.work)
+    return PreTrainedTokenizerFast.from_pretrained(recipe.work)
+
+
+def _backward(model: Qwen3ForCausalLM, ids: torch.Tensor, weights: torch.Tensor, num_pieces: int) -> float:
+    """Adds a piece's share to the gradients; its share of the loss."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16_units()):
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum() / num_pieces
+    loss.backward()
+    return loss.item()
+
+
+def _average_gradients(model: Qwen3ForCausalLM, num_ranks: int) -> None:
+    if num_ranks > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.nn.utils.parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        torch.nn.utils.vector_to_parameters(flat / num_ranks, grads)
 
 
 @dataclass

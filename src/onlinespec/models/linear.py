@@ -143,9 +143,10 @@ def draft_linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
     """
     if device.type != "cpu" or dtype != torch.float32:
         return linear_for(device, dtype)
-    return HalfLinear if can_pack() and _has_bfloat16_units() else PlainLinear
+    return HalfLinear if can_pack() and has_bfloat16_units() else PlainLinear
 
 
-def _has_bfloat16_units() -> bool:
+def has_bfloat16_units() -> bool:
+    """Whether the processor multiplies bfloat16 natively."""
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check and check())

@@ -78,7 +78,7 @@ def _functions(path: Path) -> tuple[Prompt, ...]:
     for qualified_name, node in _definitions(tree.body, ""):
         doc, code = ast.get_docstring(node), _code(node, lines)
         if doc and len(doc) in DOC_CHARACTERS and code:
-            prompt = Prompt(f"{module}:{qualified_name}", INSTRUCTION + doc, Code.name, code)
+            prompt = Prompt(f"{module}:{qualified_name}", INSTRUCTION + doc.rstrip(), Code.name, code)
             found.setdefault(prompt.id, prompt)
     return tuple(found.values())
 
