@@ -134,6 +134,8 @@ def other_weights(weights: DrafterWeights, seed: int, scale: float = 0.3) -> Dra
 class Recorder:
     """Stands where learning does, and keeps all feedback."""
 
+    diagnostic_seconds = 0.0
+
     def __init__(self, passed_on_to=None) -> None:
         self.feedback: list[Feedback] = []
         self._next = passed_on_to

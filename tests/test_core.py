@@ -63,7 +63,7 @@ def test_before_the_first_step_every_ratio_is_zero():
     [
         DecodeStats(),
         DrafterWeights({}, 0),
-        Feedback(Trace([], torch.empty(0)), start=0, num_rows=1, num_draft_tokens=0, weights_version=0),
+        Feedback(Trace([], torch.empty(0)), start=0, num_rows=1, num_draft_tokens=0, num_accepted=0, weights_version=0),
     ],
     ids=lambda value: type(value).__name__,
 )

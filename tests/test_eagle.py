@@ -16,12 +16,11 @@ from toy import steady
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats, Feedback, Trace
 from onlinespec.decode import DecodeLoop
-from onlinespec.drafters import eagle as eagle_module
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
-from onlinespec.losses import soft_cross_entropy
+from onlinespec.losses import auto, soft_cross_entropy
 from onlinespec.models.linear import PlainLinear
 from onlinespec.models.loading import load_target
 from onlinespec.sampling import process_logits
@@ -49,13 +48,15 @@ def scored(monkeypatch):
     """Every (logits, target rows) the loss compares, in order; gradients of the logits are kept."""
     calls = []
 
-    def spy(draft_logits, target_probs):
+    losses = Eagle.losses
+
+    def spy(draft_logits, target):
         if draft_logits.requires_grad:
             draft_logits.retain_grad()
-        calls.append((draft_logits, target_probs))
-        return soft_cross_entropy(draft_logits, target_probs)
+        calls.append((draft_logits, target.probs_NV))
+        return soft_cross_entropy(draft_logits, target)
 
-    monkeypatch.setattr(eagle_module, "soft_cross_entropy", spy)
+    monkeypatch.setattr(Eagle, "losses", lambda self, candidates, batch, row_loss: losses(self, candidates, batch, spy))
     return calls
 
 
@@ -70,7 +71,7 @@ def trace_of(token_ids, target=TARGET):
 
 
 def record(trace, start, num_rows):
-    return Feedback(trace, start, num_rows, num_draft_tokens=4, weights_version=0)
+    return Feedback(trace, start, num_rows, num_draft_tokens=4, num_accepted=num_rows - 1, weights_version=0)
 
 
 def random_text(count, seed=0):
@@ -174,7 +175,7 @@ def test_what_lies_behind_the_verified_rows_changes_nothing(first, num_rows):
         trace = trace_of(text)
         if is_changed:
             trace.hidden_states_SD[first + num_rows :] += 1
-            trace.token_ids[first + num_rows :] = [3] * (20 - first - num_rows)
+            trace.token_ids[first + num_rows + 1 :] = [3] * (20 - first - num_rows - 1)
         losses.append(drafter.loss(drafter.weights.params, drafter.batch([record(trace, first, num_rows)])).total)
     assert losses[0] == losses[1]
 
@@ -236,8 +237,94 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_rows(eagle):
 def test_the_fresh_loss_is_the_cross_entropy_of_the_first_depth(eagle, scored):
     loss = eagle.loss(eagle.weights.params, eagle.batch([record(trace_of(random_text(20)), 5, 7)]))
     logits, target_probs = scored[0]
-    assert loss.fresh == pytest.approx(float(soft_cross_entropy(logits, target_probs).mean()))
+    assert loss.fresh == pytest.approx(float(-(target_probs * logits.log_softmax(-1)).sum(-1).mean()))
     assert float(loss.total) > loss.fresh
+
+
+# Which rows count
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_rejected_only_trains_the_mistake_and_not_the_row_after_it(eagle, scored, unroll):
+    """The mistake at token index i was drafted by the row at i - 1; the published online code trains row i."""
+    eagle.unroll = unroll
+    steps = scripted_steps()
+    trace = steps[0][1].trace
+    feedback = [replace(f, trace=trace) for _, f in steps]
+    wrong_tokens = [f.start + f.num_accepted + 1 for f in feedback if f.is_rejection]
+    eagle.loss(leaves(eagle), eagle.batch(feedback, rejected_only=True)).total.backward()
+    logits, target_probs = scored[0]
+    first = feedback[0].start
+    trained = [first + i for i, row in enumerate(logits.grad) if row.abs().max() > 0]
+    assert trained == [token - 1 for token in wrong_tokens] != []
+    for row in trained:
+        assert int(target_probs[row - first].argmax()) == trace.token_ids[row + 1]  # the correction
+
+
+def test_a_round_without_a_rejection_has_nothing_for_rejected_only(eagle):
+    kept = [f for _, f in scripted_steps() if not f.is_rejection]
+    assert kept
+    assert eagle.batch(kept, rejected_only=True) == []
+    assert eagle.batch([], replayed=[f for _, f in scripted_steps()]) == []
+
+
+def test_replayed_rows_count_in_the_total_and_not_in_the_fresh_loss(eagle):
+    fresh, old = record(trace_of(random_text(20)), 5, 4), record(trace_of(random_text(20, seed=1)), 3, 8)
+    params = eagle.weights.params
+    alone, together = (eagle.loss(params, eagle.batch([fresh], replayed=r)) for r in ([], [old]))
+    replayed = eagle.loss(params, eagle.batch([old]))
+    assert together.fresh == pytest.approx(alone.fresh)
+    assert together.num_rows == 12
+    torch.testing.assert_close(together.total, (4 * alone.total + 8 * replayed.total) / 12)
+
+
+def test_a_row_is_told_the_token_that_was_committed_there_and_its_temperature(eagle):
+    text = random_text(20)
+    sampled = replace(record(trace_of(text), 5, 4), temperature=0.7)
+    ((_, target),) = eagle.rows([eagle.weights.params], eagle.batch([sampled]))
+    assert target.token_ids_N.tolist() == text[6:10]
+    assert target.temperatures_N.tolist() == pytest.approx([0.7] * 4)
+
+
+# Several sets of weights at once
+
+
+def spread_out(drafter, count):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {name: p + 0.05 * torch.randn(p.shape, generator=generator) for name, p in drafter.weights.params.items()}
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("row_loss", [soft_cross_entropy, auto])
+def test_losses_and_gradients_together_are_those_of_each_alone(row_loss, has_bias):
+    drafter = make_eagle(unroll=3, has_bias=has_bias)
+    batch = drafter.batch(
+        [record(trace_of(random_text(20)), 5, 7), record(trace_of(random_text(15, seed=1)), 2, 3)],
+        replayed=[record(trace_of(random_text(30, seed=2)), 20, 9)],
+    )
+    sets = [{name: p.requires_grad_() for name, p in params.items()} for params in spread_out(drafter, 3)]
+    together = drafter.losses(sets, batch, row_loss)
+    grads = torch.autograd.grad(sum(loss.total for loss in together), [p for params in sets for p in params.values()])
+    for i, params in enumerate(sets):
+        alone = drafter.loss(params, batch, row_loss)
+        torch.testing.assert_close(together[i].total, alone.total)
+        assert together[i].fresh == pytest.approx(alone.fresh, rel=1e-5)
+        own = grads[i * len(params) : (i + 1) * len(params)]
+        for theirs, mine in zip(torch.autograd.grad(alone.total, list(params.values())), own, strict=True):
+            torch.testing.assert_close(theirs, mine, atol=1e-6, rtol=1e-4)
+
+
+def test_rows_are_those_that_the_loss_compares_at_every_depth(eagle, scored):
+    batch = eagle.batch([record(trace_of(random_text(20)), 5, 7)])
+    eagle.loss(eagle.weights.params, batch)
+    depths = eagle.rows([eagle.weights.params] * 2, batch, num_depths=eagle.unroll)
+    for (logits, target), (expected, target_probs) in zip(depths, scored, strict=True):
+        for one in logits:
+            torch.testing.assert_close(one, expected)
+        torch.testing.assert_close(target.probs_NV, target_probs)
 
 
 # Labels are aligned: an oracle can be learned
@@ -246,8 +333,12 @@ def test_the_fresh_loss_is_the_cross_entropy_of_the_first_depth(eagle, scored):
 class LabelsOneOff(Eagle):
     """WRONG: each row is shown its neighbour's label."""
 
-    def batch(self, feedback):
-        return [span._replace(target_states_ND=span.target_states_ND.roll(1, 0)) for span in super().batch(feedback)]
+    def batch(self, *feedback, **choice):
+        spans = super().batch(*feedback, **choice)
+        return [
+            span._replace(target_states_ND=span.target_states_ND.roll(1, 0), token_ids_N=span.token_ids_N.roll(1, 0))
+            for span in spans
+        ]
 
 
 def acceptance_after_counting(cls):

@@ -29,10 +29,12 @@ LEVELS = (
         "learners",
         "demo",
     ),  # demo: the paths of the shipped pair
-    ("sampling", "losses", "replay", "metrics", "workloads"),
+    ("sampling", "losses", "replay", "cadence", "methods", "metrics", "workloads"),
     ("verify", "models"),
     ("drafters",),
+    ("telemetry",),
     ("decode", "learn", "publish", "control"),
+    ("calibration",),
     ("compare", "distill", "scheduler", "inspection", "demo.corpus"),
     ("report", "server", "integrations", "demo.recipe"),
     ("cli",),

@@ -1,4 +1,5 @@
 import logging
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,17 +11,19 @@ from hypothesis import strategies as st
 from rigs import SOFT, Recorder, Script, plain, run_together
 from toy import steady
 
-from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats, Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.learn import Cadence, InlineLearning, newest_rows
-from onlinespec.learners import make_learner
+from onlinespec.learn import InlineLearning, newest_rows
+from onlinespec.learners import LEARNERS, make_learner
+from onlinespec.losses import LOSSES
+from onlinespec.methods import PRESETS, parse
 
 TARGET = rigs.random_target()
 PROMPT = [5, 9, 200, 31, 77, 14, 9]
-OFTEN = LearnConfig(min_interval=8, max_interval=8)
+OFTEN = LearnConfig(min_interval=8, max_interval=8, replay_every=0, budget=math.inf)
 
 
 @pytest.fixture
@@ -45,20 +48,19 @@ def raise_something(*args):
 
 def lose_to_nan(drafter):
     def sabotage(monkeypatch):
-        loss = drafter.loss
+        losses = drafter.losses
 
-        def broken(params, batch):
-            good = loss(params, batch)
-            return replace(good, total=good.total * torch.nan)
+        def broken(*asked):
+            return [replace(good, total=good.total * torch.nan) for good in losses(*asked)]
 
-        monkeypatch.setattr(drafter, "loss", broken)
+        monkeypatch.setattr(drafter, "losses", broken)
 
     return sabotage
 
 
 SABOTAGE = {
     "nan loss": lambda drafter, learning, patch: lose_to_nan(drafter)(patch),
-    "exception in loss": lambda drafter, learning, patch: patch.setattr(drafter, "loss", raise_something),
+    "exception in loss": lambda drafter, learning, patch: patch.setattr(drafter, "losses", raise_something),
     "exception in batch": lambda drafter, learning, patch: patch.setattr(drafter, "batch", raise_something),
     "exception in learner": lambda drafter, learning, patch: patch.setattr(
         learning, "_learner", make_learner("online_gradient", 1e-3, f"{__name__}:BrokenGeometry")
@@ -114,7 +116,7 @@ def test_weights_that_blew_up_are_not_what_the_drafter_is_frozen_at(drafter):
 
 
 def test_rows_that_teach_nothing_are_no_failure(drafter):
-    learning = learn(drafter, config=LearnConfig(min_interval=1, max_interval=1))
+    learning = learn(drafter, config=replace(OFTEN, min_interval=1, max_interval=1))
     request = complete(drafter, learning, prompt=[7])  # the first step's only row has no state before it
     assert not learning.is_frozen
     assert learning.num_rounds == request.stats.steps - 1
@@ -143,18 +145,20 @@ def test_learning_is_counted_in_its_own_seconds(drafter):
 
 
 def test_acceptance_rises_on_a_stream_that_repeats(drafter):
-    learning = learn(drafter, config=LearnConfig(min_interval=32, max_interval=32))
+    learning = learn(drafter, config=replace(OFTEN, min_interval=32, max_interval=32))
     first = complete(drafter, learning).stats
     for _ in range(30):
         last = complete(drafter, learning).stats
     assert last.acceptance_length > first.acceptance_length + 0.5
 
 
-def test_the_same_stream_gives_the_same_weights():
+@pytest.mark.parametrize("method", ["online_gradient", "ensemble/with_frozen=true", "optimistic/telemetry=true"])
+def test_the_same_stream_gives_the_same_weights(method):
     drafters = [Eagle.fresh(TARGET) for _ in range(2)]
     for drafter in drafters:
         jobs = [(PROMPT[i:], GenerationParams(30, sampling=SOFT, seed=i)) for i in range(4)]
-        run_together(DecodeLoop(TARGET, drafter, learn(drafter)), jobs, max_running=2)
+        learning = InlineLearning(drafter, config=parse(method, replace(OFTEN, replay_every=2, budget=0.5)))
+        run_together(DecodeLoop(TARGET, drafter, learning), jobs, max_running=2)
     one, other = (drafter.weights for drafter in drafters)
     assert one.version == other.version > 3
     assert all(torch.equal(one.params[name], other.params[name]) for name in one.params)
@@ -177,58 +181,181 @@ def test_a_frozen_learner_leaves_weights_and_version_alone(drafter):
 # When a round is due
 
 
-def intervals(losses, cadence=None):
-    cadence = cadence or Cadence(10, 100)
-    seen = []
-    for loss in losses:
-        cadence.observe_round(loss)
-        seen.append(cadence.interval)
-    return seen
-
-
-def test_a_flat_loss_stretches_the_interval_to_its_maximum():
-    seen = intervals([2.0] * 12)
-    assert seen == sorted(seen)
-    assert seen[-1] == 100
-
-
-def test_a_falling_loss_keeps_rounds_frequent():
-    assert set(intervals([4 * 0.9**i for i in range(20)])[2:]) == {10}
-
-
-@pytest.mark.parametrize("news", [3.0, 1.0], ids=["jump", "fall"])
-def test_a_change_of_the_loss_brings_rounds_back(news):
-    assert intervals([2.0] * 12 + [news])[-1] == 10
-
-
-def test_noise_of_a_few_percent_does_not_bring_rounds_back():
-    assert intervals([2.0, 2.04, 1.96] * 10)[-1] == 100
-
-
-def test_a_drop_in_acceptance_brings_the_next_round_near():
-    cadence = Cadence(10, 100)
-    for _ in range(200):
-        cadence.observe_step(num_accepted=3, num_draft_tokens=4)
-    intervals([2.0] * 12, cadence)
-    for _ in range(8):
-        cadence.observe_step(num_accepted=0, num_draft_tokens=4)
-    assert cadence.interval == 10
-
-
-def test_steps_without_a_draft_say_nothing_about_acceptance():
-    cadence = Cadence(10, 100)
-    for _ in range(50):
-        cadence.observe_step(num_accepted=4, num_draft_tokens=4)
-    intervals([2.0] * 12, cadence)
-    for _ in range(50):
-        cadence.observe_step(num_accepted=0, num_draft_tokens=0)
-    assert cadence.interval == 100
-
-
 def test_a_round_comes_after_as_many_tokens_as_the_interval_says(drafter):
-    learning = learn(drafter, config=LearnConfig(min_interval=12, max_interval=12))
+    learning = learn(drafter, config=replace(OFTEN, min_interval=12, max_interval=12))
     complete(drafter, learning, num_tokens=35, num_draft_tokens=0)
     assert learning.num_rounds == 2
+
+
+def test_the_osd_preset_has_a_round_after_every_eighth_request_on_all_that_was_refused(drafter, trained):
+    learning = InlineLearning(drafter, config=parse("osd"))
+    recorder = Recorder(passed_on_to=learning)
+    loop = DecodeLoop(TARGET, drafter, recorder)
+    for i in range(17):
+        loop.complete(PROMPT, GenerationParams(10, seed=i), request_id=str(i))
+        assert learning.num_rounds == (i + 1) // 8
+    ids = [{record.request_id for record in round_} for round_ in trained]
+    assert ids == [{str(i) for i in range(8)}, {str(i) for i in range(8, 16)}]  # each once
+
+
+# The budget, in work units
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_learning_keeps_to_its_share_of_the_work(drafter, share):
+    row_cost, max_rows = 0.05, 16
+    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=max_rows, budget=share, row_cost=row_cost)
+    learning = learn(drafter, config=config)
+    steps = sum(complete(drafter, learning).stats.steps for _ in range(12))
+    work = learning.num_rows * row_cost
+    assert work <= share * steps + row_cost * max_rows  # the first round is free
+    assert work > 0.6 * share * steps  # and what was earned is used
+
+
+def test_an_ensemble_pays_for_each_of_its_experts(drafter):
+    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=16, budget=0.1, row_cost=0.05)
+    alone = learn(drafter, config=config)
+    together = InlineLearning(Eagle.fresh(TARGET), config=parse("ensemble", config))
+    for learning in (alone, together):
+        for _ in range(8):
+            complete(learning._drafter, learning)
+    assert 2.5 < alone.num_rounds / together.num_rounds < 4.5
+
+
+# Memory
+
+
+@pytest.fixture
+def replayed(drafter, monkeypatch):
+    """What joins each round from memory, in order."""
+    rounds = []
+    batch = drafter.batch
+
+    def spy(feedback, replayed=(), **choice):
+        rounds.append(list(replayed))
+        return batch(feedback, replayed, **choice)
+
+    monkeypatch.setattr(drafter, "batch", spy)
+    return rounds
+
+
+def test_rows_of_finished_requests_join_every_third_round(drafter, replayed):
+    learning = learn(drafter, config=replace(OFTEN, replay_every=3, max_rows=8))
+    for i in range(6):
+        DecodeLoop(TARGET, drafter, learning).complete(PROMPT[i:], GenerationParams(40), request_id=str(i))
+    assert len(replayed) > 9
+    turns = [bool(records) for records in replayed]
+    assert not any(turn for i, turn in enumerate(turns) if i % 3)
+    assert all(turns[6::3])
+    for records in filter(None, replayed):
+        assert len({id(record.trace) for record in records}) == 1
+        assert sum(record.num_rows for record in records) <= 8
+
+
+def test_without_memory_nothing_joins(drafter, replayed):
+    learning = learn(drafter)
+    for _ in range(3):
+        complete(drafter, learning)
+    assert not any(replayed)
+
+
+def test_what_is_replayed_is_not_forgotten():
+    """One text, then another for long: with memory the first is still drafted better than without."""
+    kept = {}
+    for replay_every in (0, 2):
+        drafter = Eagle.fresh(TARGET)
+        learning = learn(drafter, config=replace(OFTEN, min_interval=24, max_interval=24, replay_every=replay_every))
+        loop = DecodeLoop(TARGET, drafter, learning)
+        for domain, prompt in (("one", PROMPT), ("other", [250, 3, 77, 12])):
+            for _ in range(25):
+                loop.complete(prompt, GenerationParams(40), domain=domain)
+        kept[replay_every] = DecodeLoop(TARGET, drafter).complete(PROMPT, GenerationParams(40)).stats.acceptance_length
+    assert kept[2] > kept[0]
+
+
+# Measuring
+
+
+def test_measuring_changes_nothing_that_is_learned():
+    drafters = [Eagle.fresh(TARGET) for _ in range(2)]
+    for drafter, telemetry in zip(drafters, (False, True), strict=True):
+        complete(drafter, learn(drafter, config=replace(OFTEN, telemetry=telemetry)))
+    one, other = (drafter.weights.params for drafter in drafters)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_measuring_is_timed_apart(drafter):
+    learning = learn(drafter, config=replace(OFTEN, telemetry=True))
+    stats = complete(drafter, learning).stats
+    assert stats.diagnostic_seconds == pytest.approx(learning.diagnostic_seconds) != 0
+    assert complete(drafter, learn(drafter)).stats.diagnostic_seconds == 0
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SOFT], ids=["greedy", "sampled"])
+def test_every_round_is_measured_at_the_weights_that_played(drafter, sampling):
+    learning = learn(drafter, config=replace(OFTEN, telemetry=True, loss="soft_cross_entropy"))
+    for _ in range(4):
+        complete(drafter, learning, sampling=sampling)
+    rounds = learning.telemetry.rounds
+    assert len(rounds) == learning.num_rounds > 16
+    assert rounds[0].kl == pytest.approx(rounds[0].frozen_kl, abs=1e-5)  # nothing learned yet
+    assert rounds[0].distance == 0 < rounds[1].distance
+    assert rounds[-1].frozen_kl > rounds[-1].kl
+    assert all(r.loss >= r.kl for r in rounds)  # the target's entropy lies between
+    assert rounds[16].moved > 0
+    assert 0 < rounds[16].function_moved < 1
+    assert all(1 <= r.acceptance_length_bound <= 5 for r in rounds)
+    assert [r.request for r in rounds] == sorted(r.request for r in rounds)
+
+
+def test_the_learners_own_report_is_kept(drafter):
+    for method, field in (("optimistic", "hint_error"), ("ensemble", "meta_weights")):
+        learning = InlineLearning(drafter, config=parse(method, replace(OFTEN, telemetry=True)))
+        complete(drafter, learning)
+        assert all(field in r.learner for r in learning.telemetry.rounds)
+
+
+# Learners in the loop
+
+
+@pytest.mark.parametrize("method", [*LEARNERS, *PRESETS])
+def test_decoding_stays_exact_under_every_learner(drafter, method):
+    learning = InlineLearning(drafter, config=parse(f"{method}/step_size=0.05/min_interval=4/max_interval=4"))
+    for prompt in (PROMPT, PROMPT[:3], PROMPT[2:]):
+        assert complete(drafter, learning, prompt=prompt).output_ids == plain_ids(prompt)
+    assert not learning.is_frozen
+
+
+def test_an_expert_that_blows_up_takes_no_one_with_it(drafter):
+    config = parse("ensemble/geometry=euclidean/step_size_pool=1e-2:1e30", OFTEN)
+    learning = InlineLearning(drafter, config=config)
+    request = complete(drafter, learning)
+    assert request.output_ids == plain_ids(PROMPT)
+    assert not learning.is_frozen
+    assert learning.num_rounds > 3
+    assert all(p.isfinite().all() for p in drafter.weights.params.values())
+
+
+def test_a_hint_by_domain_plays_as_soon_as_the_domain_is_known(drafter):
+    config = parse("optimistic/hint_by_domain=true/min_interval=8/max_interval=8", OFTEN)
+    learning = InlineLearning(drafter, config=config)
+    loop = DecodeLoop(TARGET, drafter, learning)
+    loop.complete(PROMPT, GenerationParams(12), domain="a")
+    ahead = drafter.weights
+    loop.complete(PROMPT, GenerationParams(1, num_draft_tokens=0), domain="b")
+    assert drafter.weights.version > ahead.version  # no hint is known for b: it plays what was learned
+    loop.complete(PROMPT, GenerationParams(1, num_draft_tokens=0), domain="a")
+    assert all(torch.equal(drafter.weights.params[name], p) for name, p in ahead.params.items())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_learned_from(drafter, loss):
+    learning = learn(drafter, config=replace(OFTEN, loss=loss))
+    first = complete(drafter, learning).stats
+    for _ in range(15):
+        last = complete(drafter, learning).stats
+    assert not learning.is_frozen
+    assert last.acceptance_length > first.acceptance_length
 
 
 # Which rows a round trains
@@ -240,9 +367,9 @@ def trained(drafter, monkeypatch):
     rounds = []
     batch = drafter.batch
 
-    def spy(feedback):
+    def spy(feedback, *more, **choice):
         rounds.append(list(feedback))
-        return batch(feedback)
+        return batch(feedback, *more, **choice)
 
     monkeypatch.setattr(drafter, "batch", spy)
     return rounds
@@ -250,7 +377,7 @@ def trained(drafter, monkeypatch):
 
 @pytest.mark.parametrize("max_rows", [1, 5, 20])
 def test_a_round_trains_at_most_max_rows(drafter, trained, max_rows):
-    learning = learn(drafter, config=LearnConfig(min_interval=24, max_interval=24, max_rows=max_rows))
+    learning = learn(drafter, config=replace(OFTEN, min_interval=24, max_interval=24, max_rows=max_rows))
     complete(drafter, learning, num_tokens=96, num_draft_tokens=0)
     counts = [sum(record.num_rows for record in round_) for round_ in trained]
     assert counts == [max_rows] * 4
@@ -258,7 +385,7 @@ def test_a_round_trains_at_most_max_rows(drafter, trained, max_rows):
 
 
 def test_interleaved_requests_keep_their_own_rows(drafter, trained):
-    learning = learn(drafter, config=LearnConfig(min_interval=30, max_interval=30))
+    learning = learn(drafter, config=replace(OFTEN, min_interval=30, max_interval=30))
     recorder = Recorder(passed_on_to=learning)
     jobs = [(PROMPT[i:], GenerationParams(40)) for i in range(3)]
     done = run_together(DecodeLoop(TARGET, drafter, recorder), jobs)
@@ -315,7 +442,7 @@ records = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6)), min_size=1, 
 def test_newest_rows_are_the_newest_records_that_fit(steps, max_rows):
     traces = [Trace([], torch.empty(0, 1)) for _ in range(3)]
     feedback = [
-        Feedback(traces[owner], start, num_rows, num_draft_tokens=6, weights_version=0)
+        Feedback(traces[owner], start, num_rows, num_draft_tokens=6, num_accepted=num_rows - 1, weights_version=0)
         for start, (owner, num_rows) in enumerate(steps)
     ]
     kept = newest_rows(feedback, max_rows)

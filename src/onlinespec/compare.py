@@ -18,16 +18,17 @@ from typing import Any
 import msgspec
 import torch
 
+from onlinespec.calibration import measure_row_cost
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.decode import ContextOverflow, DecodeLoop, Request
 from onlinespec.drafters import load_drafter
 from onlinespec.learn import InlineLearning
-from onlinespec.learners import make_learner
-from onlinespec.metrics import figures, total, windows
+from onlinespec.methods import learner_of, parse
+from onlinespec.metrics import figures, telemetry, total, windows
 from onlinespec.models.loading import Target
 from onlinespec.provenance import provenance
-from onlinespec.records import Report, RequestRecord, Run, Segment, Totals, write_report
+from onlinespec.records import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
 from onlinespec.workloads import Prompt, Workload, load_workload
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Comparison:
     """What to compare, on what."""
 
     drafter: str
-    learners: tuple[str, ...]
+    learners: tuple[str, ...]  # none, or as `methods.parse` reads them
     data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
     num_requests: tuple[int, ...] = (50,)  # for all segments, or for each; 0 for all a file has
     minutes: float = 0.0  # a slower stream has its segments cut, each to its share of the time; 0 for no limit
@@ -51,7 +52,8 @@ class Comparison:
     repeats: int = 1
     window: int = 5  # requests per point of the report's plots
     generation: GenerationParams = GenerationParams()
-    learn: LearnConfig = LearnConfig()
+    learn: LearnConfig = LearnConfig()  # for what the learners' own lines leave open
+    measures_row_cost: bool = False  # on this machine, instead of `learn.row_cost`; the report says what it was
 
     def __post_init__(self) -> None:
         for name in ("repeats", "window"):
@@ -66,6 +68,9 @@ class Comparison:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {', '.join(map(str, values))} name one twice")
+        for method in self.learners:
+            if method != NONE:
+                learner_of(parse(method, self.learn))
         for temperature in self.temperatures:
             replace(self.generation.sampling, temperature=temperature)  # refused now, not after the first run
         for spec, count in self.segments:
@@ -131,6 +136,7 @@ class Comparing:
         self._provenance = provenance(
             command, target.name, comparison.drafter, target.fingerprint, msgspec.to_builtins(comparison)
         )
+        self._learn = comparison.learn
         self._workloads: dict[str, Workload] = {spec: load_workload(spec) for spec in comparison.data}
         self._make_group()  # so that a drafter or a learner that does not exist is found before anything is written
         if out:
@@ -149,6 +155,7 @@ class Comparing:
         known = sum(counts) * len(settings) if all(counts) else None
         done = 0
         try:
+            self._measure_row_cost()
             for number, setting in enumerate(settings):
                 self._setting = setting
                 self._make_group()
@@ -280,16 +287,26 @@ class Comparing:
     def _make_runner(self, name: str) -> _Runner:
         if name == NONE:
             return _Runner(name, DecodeLoop(self.target), None)
-        learn = self.comparison.learn
         drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
-        if name != FROZEN and not drafter.is_trainable:
+        config = parse(name, self._learn)
+        if config.learner != FROZEN and not drafter.is_trainable:
             raise ValueError(
                 f"drafter {self.comparison.drafter} does not learn, so learner {name} has nothing to do; "
                 "choose --learners none,frozen"
             )
-        learner = make_learner(name, learn.step_size, learn.geometry, learn.clip_norm)
-        learning = InlineLearning(drafter, learner, learn)
+        learning = InlineLearning(drafter, config=config, seed=self.comparison.seed)
         return _Runner(name, DecodeLoop(self.target, drafter, learning), learning)
+
+    def _measure_row_cost(self) -> None:
+        """Before the first run: what budgets are counted in, if this machine is to say."""
+        drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
+        if not self.comparison.measures_row_cost or not drafter.is_trainable:
+            return
+        num_draft_tokens = self.comparison.generation.num_draft_tokens
+        self._learn = replace(
+            self._learn, row_cost=measure_row_cost(self.target, drafter, self._learn, num_draft_tokens)
+        )
+        self._provenance["row_cost"] = self._learn.row_cost
 
     def _warm_up(self) -> None:
         """A few uncounted tokens per run, so that no run pays for the machine's first calls."""
@@ -333,7 +350,12 @@ class Comparing:
             repeat=self._setting[1],
             totals=Totals(**figures_of(None)),
             segments=tuple(segments),
+            telemetry=self._telemetry_of(runner),
         )
+
+    def _telemetry_of(self, runner: _Runner) -> Telemetry | None:
+        watched = runner.learning.telemetry if runner.learning else None
+        return telemetry(watched.rounds) if watched else None
 
     def _write(self) -> Report:
         report = self.report()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 MAX_DRAFT_TOKENS = 16
 
@@ -78,20 +80,34 @@ class GenerationParams:
         _check(all(self.stop_strings), "stop_strings", self.stop_strings, "non-empty strings")
 
 
+ROW_CHOICES = ("all", "rejected")
+
+
 @dataclass(frozen=True)
 class LearnConfig:
     """How a drafter learns inline. Rows are verified positions; a round trains each of its rows once."""
 
+    learner: str = "online_gradient"
     step_size: float = 1e-3  # for drafters of about a million parameters
-    geometry: str = "diagonal"  # or "euclidean"
+    geometry: str = "diagonal"  # or "euclidean", "preconditioned"
     clip_norm: float = 1.0
-    min_interval: int = 24  # steps between rounds while the loss falls ...
-    max_interval: int = 96  # ... and once it is flat
+    options: Mapping[str, Any] = field(default_factory=dict)  # what this learner takes beside the three above
+    loss: str = "auto"  # by how requests decode: mostly the committed token when greedy, the whole row when sampled
+    rows: str = "all"  # or "rejected": count only rows that refused a drafted token
+    min_interval: int = 24  # steps between rounds while they bring something ...
+    max_interval: int = 192  # ... and once they don't
+    requests_per_round: int = 0  # rounds after so many finished requests instead of steps; 0 for steps
     max_rows: int = 64  # newest rows a round trains; bounds what a long answer can cost
+    replay_every: int = 3  # every so many rounds rows of a stored request join; 0 for no memory
+    replay_megabytes: float = 64.0  # of memory
+    budget: float = 0.08  # most of decoding time that learning may take; inf for no limit
+    row_cost: float = 0.03  # what a trained row costs, in steps: what the budget is counted in
+    telemetry: bool = False  # measure regret, hints and drift beside learning, timed apart
 
     def __post_init__(self) -> None:
         _check(0 <= self.step_size < float("inf"), "step_size", self.step_size, "0 or a positive number")
         _check(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
+        _check(self.rows in ROW_CHOICES, "rows", self.rows, f"one of {', '.join(ROW_CHOICES)}")
         _check(self.min_interval >= 1, "min_interval", self.min_interval, "at least 1")
         _check(
             self.max_interval >= self.min_interval,
@@ -99,4 +115,9 @@ class LearnConfig:
             self.max_interval,
             f"at least min_interval ({self.min_interval})",
         )
+        _check(self.requests_per_round >= 0, "requests_per_round", self.requests_per_round, "0 (by steps) or a count")
         _check(self.max_rows >= 1, "max_rows", self.max_rows, "at least 1")
+        _check(self.replay_every >= 0, "replay_every", self.replay_every, "0 (no memory) or a number of rounds")
+        _check(0 < self.replay_megabytes < float("inf"), "replay_megabytes", self.replay_megabytes, "positive")
+        _check(self.budget > 0, "budget", self.budget, "positive; inf for no limit")
+        _check(0 < self.row_cost < float("inf"), "row_cost", self.row_cost, "positive")

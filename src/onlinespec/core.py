@@ -64,6 +64,7 @@ class Feedback:
     start: int  # position of the anchor, whose row judged the first drafted token
     num_rows: int  # num_accepted + 1, bonus and undrafted steps included; fewer if a stop cut the step
     num_draft_tokens: int
+    num_accepted: int  # as verified, before any stop
     weights_version: int
     request_id: str = ""
     domain: str = ""
@@ -71,6 +72,11 @@ class Feedback:
     target_fingerprint: str = ""
     temperature: float = 0.0
     is_last: bool = False  # the request ended with this step
+
+    @property
+    def is_rejection(self) -> bool:
+        """Whether the last row refused a drafted token; else it is a bonus, undrafted, or behind a stop."""
+        return self.num_accepted < self.num_draft_tokens and self.num_rows == self.num_accepted + 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class DecodeStats:
     accepted_by_position: tuple[int, ...] = field(default=())
     decode_seconds: float = 0.0  # prefill included
     learn_seconds: float = 0.0
+    diagnostic_seconds: float = 0.0  # spent on measuring learning; part of no other figure
     ties: int = 0  # requests whose first difference from plain decoding is a near-tie of the target
 
     @property

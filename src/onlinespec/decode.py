@@ -32,6 +32,10 @@ _PREFILL_TOKENS = 512  # per target forward, so that a long prompt needs no long
 class Learning(Protocol):
     """Where Feedback goes; `learn.py` has the inline one."""
 
+    @property
+    def diagnostic_seconds(self) -> float:
+        """Time that `offer` has spent on measuring so far; charged to no request as learning."""
+
     def offer(self, feedback: Sequence[Feedback]) -> None: ...
 
 
@@ -160,9 +164,8 @@ class DecodeLoop:
         verdict = verify(draft, target_probs_BLV, uniforms_BL3[:, : target_probs_BLV.shape[1]])
         feedback = self._commit(requests, draft, counts, verdict, output)
         decoded = time.perf_counter()
-        if self.learning:
-            self.learning.offer(feedback)
-        self._charge(requests, decoded - began, time.perf_counter() - decoded if self.learning else 0.0)
+        learn_seconds, diagnostic_seconds = self._learn(feedback)
+        self._charge(requests, decoded - began, learn_seconds, diagnostic_seconds)
 
     def finish(self, request: Request) -> None:
         """Frees what a request holds, finished or not."""
@@ -256,6 +259,7 @@ class DecodeLoop:
                     start=start,
                     num_rows=num_rows,
                     num_draft_tokens=count - 1,
+                    num_accepted=num_accepted,
                     weights_version=draft.weights_version,
                     request_id=request.request_id,
                     domain=request.domain,
@@ -288,13 +292,25 @@ class DecodeLoop:
                 return taken
         return len(token_ids)
 
-    def _charge(self, requests: Sequence[Request], decode_seconds: float, learn_seconds: float) -> None:
+    def _learn(self, feedback: Sequence[Feedback]) -> tuple[float, float]:
+        """Seconds of learning, and of measuring it."""
+        if not self.learning:
+            return 0.0, 0.0
+        began, measured = time.perf_counter(), self.learning.diagnostic_seconds
+        self.learning.offer(feedback)
+        diagnostic_seconds = self.learning.diagnostic_seconds - measured
+        return time.perf_counter() - began - diagnostic_seconds, diagnostic_seconds
+
+    def _charge(
+        self, requests: Sequence[Request], decode_seconds: float, learn_seconds: float, diagnostic_seconds: float
+    ) -> None:
         share = 1 / len(requests)
         for request in requests:
             request.stats = replace(
                 request.stats,
                 decode_seconds=request.stats.decode_seconds + decode_seconds * share,
                 learn_seconds=request.stats.learn_seconds + learn_seconds * share,
+                diagnostic_seconds=request.stats.diagnostic_seconds + diagnostic_seconds * share,
             )
 
 

@@ -1,79 +1,33 @@
 """The round: Feedback becomes a batch, the batch a gradient, the gradient new weights, between two steps.
 
-Inline and deterministic: a round is due after so many committed tokens, how many depends on what rounds bring. The
-target is never run; labels are rebuilt from the hidden states that verification left. A round that fails, for
-whatever reason, freezes the drafter at its last good weights; decoding goes on.
+Inline and deterministic: the cadence says when a round is due, the budget whether it may be. The target is never run;
+labels are rebuilt from the hidden states that verification left. A round that fails, for whatever reason, freezes
+the drafter at its last good weights; decoding goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from onlinespec.cadence import Budget, Cadence
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.learners import Evaluation, Learner
+from onlinespec.learners.geometry import is_finite
+from onlinespec.losses import LOSSES, RowLoss
+from onlinespec.methods import learner_of
+from onlinespec.replay import ReplayBuffer
+from onlinespec.tables import resolve
+from onlinespec.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
-
-
-class Cadence:
-    """How many steps lie between rounds: few while the loss falls or has jumped, more once it is flat.
-
-    Steps and not tokens, because a step is what decoding time is made of: a drafter that is accepted often commits
-    more tokens in it, has less to learn, and should not pay more for it.
-
-    The judge is the served acceptance as well as the loss: acceptance costs nothing to watch, so a drift is seen
-    before the next round is due.
-    """
-
-    _FALL, _JUMP = 0.04, 0.08  # relative changes that count as news; smaller ones are noise of small rounds
-    _STRETCH = 1.5
-
-    def __init__(self, min_interval: int, max_interval: int) -> None:
-        self._min, self._max = min_interval, max_interval
-        self.interval = float(min_interval)
-        self._losses = _Averages(fast=0.8, slow=0.97)
-        self._acceptance = _Averages(fast=0.9, slow=0.985)
-
-    def observe_step(self, num_accepted: int, num_draft_tokens: int) -> None:
-        """Hears of every step; a clear fall in acceptance brings the next round near."""
-        if num_draft_tokens:
-            self._acceptance.add(num_accepted / num_draft_tokens)
-            if self._acceptance.slow - self._acceptance.fast > 0.2:
-                self._restart()
-
-    def observe_round(self, fresh_loss: float) -> None:
-        """Hears of every round's loss before its update."""
-        self._losses.add(fresh_loss)
-        change = self._losses.fast / self._losses.slow - 1 if self._losses.slow > 0 else 0.0
-        if change < -self._FALL or change > self._JUMP:
-            self.interval = float(self._min)
-        else:
-            self.interval = min(float(self._max), self.interval * self._STRETCH)
-
-    def _restart(self) -> None:
-        self.interval = float(self._min)
-        self._acceptance = _Averages(fast=0.9, slow=0.985)
-
-
-class _Averages:
-    """A fast and a slow moving average that start at the first value."""
-
-    def __init__(self, fast: float, slow: float) -> None:
-        self._decays = fast, slow
-        self.fast = self.slow = math.nan
-
-    def add(self, value: float) -> None:
-        if math.isnan(self.slow):
-            self.fast = self.slow = value
-        self.fast, self.slow = (
-            decay * old + (1 - decay) * value for decay, old in zip(self._decays, (self.fast, self.slow), strict=True)
-        )
 
 
 class RoundFailed(ArithmeticError):
@@ -84,34 +38,71 @@ class InlineLearning:
     """Learns in the decoding thread, between steps.
 
     `offer` takes the Feedback of every step; when a round is due it runs there and then and swaps the drafter's
-    weights. Requests may be interleaved: each keeps its own consecutive rows.
+    weights. Requests may be interleaved: each keeps its own consecutive rows. The same feedback and settings give the
+    same weights: no clock is asked.
+
+    Args:
+        learner: By default the one that the settings name.
+        seed: Of what is drawn from memory.
     """
 
-    def __init__(self, drafter: Drafter, learner: Learner, config: LearnConfig | None = None) -> None:
-        self._drafter, self._learner = drafter, learner
+    def __init__(
+        self, drafter: Drafter, learner: Learner | None = None, config: LearnConfig | None = None, seed: int = 0
+    ) -> None:
         self.config = config or LearnConfig()
+        self._drafter, self._learner = drafter, learner or learner_of(self.config)
+        self._row_loss: RowLoss = resolve(LOSSES, self.config.loss, "loss")
         self.cadence = Cadence(self.config.min_interval, self.config.max_interval)
-        self._waiting: list[Feedback] = []
-        self._state = learner.init(drafter.weights.params)
+        self.budget = Budget(self.config.budget, self.config.row_cost, self.config.max_rows)
+        self.replay = ReplayBuffer(int(self.config.replay_megabytes * 1e6), seed) if self.config.replay_every else None
+        self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
+        self._steps_waited = self._requests_waited = 0
+        self._state = self._learner.init(drafter.weights.params)
+        self._domain = ""
         self._last_good = drafter.weights  # the newest that scored a finite loss, or the start
+        self._anchor = drafter.weights.params  # what the cadence compares with
         self.num_rounds = 0
-        self.num_rows = 0  # trained so far
-        self.last_loss = math.nan
+        self.num_rows = 0  # trained so far, replayed ones included
+        self.last_loss = math.nan  # of the weights that played, before the last update
         self.is_frozen = not drafter.is_trainable
+        self.telemetry = Telemetry(drafter) if self.config.telemetry and not self.is_frozen else None
+
+    @property
+    def diagnostic_seconds(self) -> float:
+        """Time spent measuring so far; no part of learning."""
+        return self.telemetry.seconds if self.telemetry else 0.0
 
     def offer(self, feedback: Sequence[Feedback]) -> None:
         """Takes the verified rows of a step. Never raises for what goes wrong inside a round."""
-        if self.is_frozen:
+        if self.is_frozen or not self._learner.needs_gradient:
             return
         for record in feedback:
             self._waiting.append(record)
+            self._steps_waited += 1
+            self._requests_waited += record.is_last
+            self.budget.earn()
             self.cadence.observe_step(record.num_rows - 1, record.num_draft_tokens)
-        if len(self._waiting) >= self.cadence.interval:
-            self._round_or_freeze()
+        if self.telemetry:
+            self.telemetry.observe_steps(feedback)
+        if self._is_due:
+            self._guarded(self._round)
+            self._waiting.clear()
+            self._steps_waited = self._requests_waited = 0
+        if self.replay:
+            self.replay.offer(feedback)
+        if feedback and feedback[-1].domain != self._domain:
+            self._domain = feedback[-1].domain
+            self._guarded(self._expect)
 
-    def _round_or_freeze(self) -> None:
+    @property
+    def _is_due(self) -> bool:
+        if self.config.requests_per_round:
+            return self._requests_waited >= self.config.requests_per_round
+        return self._steps_waited >= self.cadence.interval and self.budget.has_room
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            self._round()
+            work()
         except Exception as error:  # the one broad except: a failing learner never hurts serving
             self.is_frozen = True
             if self._drafter.weights is not self._last_good:
@@ -120,39 +111,103 @@ class InlineLearning:
                 "learning stopped in round %d (%s: %s); the drafter stays at weights version %d and serving goes on",
                 self.num_rounds, type(error).__name__, error, self._last_good.version,
             )  # fmt: skip
-        finally:
-            self._waiting = []
 
     def _round(self) -> None:
         rows = newest_rows(self._waiting, self.config.max_rows)
-        batch = self._drafter.batch(rows)
+        replayed = self._replayed()
+        batch = self._drafter.batch(rows, replayed, rejected_only=self.config.rows == "rejected")
         if not batch:  # none of the rows can be learned from
             return
+        scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
         before = self._learner.played(self._state)
-        state = self._learner.update(lambda *candidates: self._evaluate(rows, batch, candidates), self._state)
-        played = self._learner.played(state)
+        state = self._learner.update(scores, self._state)
+        played_loss = scores.fresh_loss(before)
+        if not math.isfinite(played_loss):
+            raise RoundFailed(f"the loss is {played_loss}")
         self._last_good = self._drafter.weights
-        if played is not before:  # a frozen learner has no rounds
-            if not all(math.isfinite(p.sum()) for p in played.values()):  # a third of isfinite().all()'s time
+        self._pace(scores, before, played_loss)
+        num_rows = sum(record.num_rows for record in (*rows, *replayed))
+        self.budget.spend(num_rows * scores.num_evaluations)
+        self.num_rows += num_rows
+        self.last_loss = played_loss
+        self._play(state)
+        self.num_rounds += 1
+        if self.telemetry:
+            self.telemetry.observe_round(
+                batch, rows[-1], played_loss, before, self.cadence.interval, lambda: self._learner.report(state)
+            )
+
+    def _replayed(self) -> list[Feedback]:
+        is_turn = self.replay and self.num_rounds % self.config.replay_every == 0
+        return self.replay.draw(self.config.max_rows) if self.replay and is_turn else []
+
+    def _pace(self, scores: _Scores, before: Params, played_loss: float) -> None:
+        """Tells the cadence what happened, and every few rounds what they have brought."""
+        self.cadence.observe_round(played_loss)
+        if self.cadence.wants_probe:
+            anchor_loss = scores.fresh_loss(self._anchor)
+            self.cadence.observe_gain((anchor_loss - played_loss) / anchor_loss if anchor_loss else 0.0)
+            self._anchor = before
+
+    def _expect(self) -> None:
+        self._play(self._learner.expect(self._domain, self._state))
+
+    def _play(self, state: Any) -> None:
+        """Takes over a learner's state; what plays there drafts from the next step on."""
+        played = self._learner.played(state)
+        if played is not self._learner.played(self._state):
+            if not is_finite(played):
                 raise RoundFailed("the updated weights are not finite")
             self._drafter.swap(DrafterWeights(played, self._drafter.weights.version + 1))
-            self.num_rounds += 1
         self._state = state
 
-    def _evaluate(self, rows: Sequence[Feedback], batch: object, candidates: Sequence[Params]) -> list[Evaluation]:
-        evaluations = [self._evaluate_one(params, batch) for params in candidates]
-        self.last_loss = evaluations[0].fresh_loss
-        self.num_rows += sum(record.num_rows for record in rows)
-        self.cadence.observe_round(self.last_loss)
-        return evaluations
 
-    def _evaluate_one(self, params: Params, batch: object) -> Evaluation:
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        loss = self._drafter.loss(leaves, batch)
-        if not math.isfinite(total := float(loss.total.detach())):
-            raise RoundFailed(f"the loss is {total}")
-        grads = torch.autograd.grad(loss.total, list(leaves.values()))
-        return Evaluation(loss.fresh, total, dict(zip(leaves, grads, strict=True)))
+class _Scores:
+    """Evaluates weights on one round's batch; each only once without gradient, whoever asks."""
+
+    _SCORE_COST = 0.35  # of an evaluation with gradient
+
+    def __init__(self, drafter: Drafter, batch: Any, row_loss: RowLoss, domain: str) -> None:
+        self._drafter, self._batch, self._row_loss, self._domain = drafter, batch, row_loss, domain
+        self._known: list[tuple[Params, float]] = []
+        self.num_evaluations = 0.0  # in those with gradient
+
+    def __call__(self, *candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
+        return [*self._with_gradients(candidates), *self._without(scored)]
+
+    def fresh_loss(self, params: Params) -> float:
+        """On the fresh rows; asked of the drafter only if no one has."""
+        for known, loss in self._known:
+            if known is params:
+                return loss
+        return self._without([params])[0].fresh_loss
+
+    def _with_gradients(self, candidates: Sequence[Params]) -> list[Evaluation]:
+        if not candidates:
+            return []
+        leaves = [{name: p.detach().requires_grad_() for name, p in params.items()} for params in candidates]
+        losses = self._drafter.losses(leaves, self._batch, self._row_loss)
+        tensors = [p for params in leaves for p in params.values()]
+        grads = iter(torch.autograd.grad(torch.stack([loss.total for loss in losses]).sum(), tensors))
+        self.num_evaluations += len(candidates)
+        return [
+            self._evaluation(params, loss, {name: next(grads) for name in params})
+            for params, loss in zip(candidates, losses, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _without(self, scored: Sequence[Params]) -> list[Evaluation]:
+        if not scored:
+            return []
+        losses = self._drafter.losses(scored, self._batch, self._row_loss)
+        self.num_evaluations += self._SCORE_COST * len(scored)
+        return [self._evaluation(params, loss, {}) for params, loss in zip(scored, losses, strict=True)]
+
+    def _evaluation(self, params: Params, loss: Loss, grads: Params) -> Evaluation:
+        total = float(loss.total.detach())
+        fresh = loss.fresh if math.isfinite(total) else math.nan
+        self._known.append((params, fresh))
+        return Evaluation(fresh, total, grads, self._domain)
 
 
 def newest_rows(feedback: Sequence[Feedback], max_rows: int) -> list[Feedback]:

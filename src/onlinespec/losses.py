@@ -1,23 +1,121 @@
-"""Losses between drafted and target rows: pure functions, in nats, one number per row.
+"""Losses between drafted and target rows: pure functions, in nats (total variation aside), one number per row.
 
-Axis letters: N rows, V vocabulary. Target rows are raw and at temperature 1, whatever the request's sampling.
+Axis letters: N rows, V vocabulary; drafted logits may have more axes in front, one set of weights each. Target rows are
+raw and at temperature 1, whatever the request's sampling. With draft = softmax(logits) and p the target's row:
+
+    loss                  gradient in logit v
+    soft_cross_entropy    draft_v - p_v
+    reverse_kl            draft_v (log(draft_v / p_v) - KL(draft || p))
+    jsd                   draft_v (log(draft_v / m_v) - KL(draft || m)) / 2,  m the mean of both
+    total_variation       -draft_v (1[draft_v < p_v] - sum_u draft_u 1[draft_u < p_u])
+    cross_entropy         draft_v - 1[v is the token that was committed]
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+GREEDY_TOKEN_SHARE = 0.75  # of the committed token's own cross-entropy in `auto`, where requests are greedy
 
-def soft_cross_entropy(draft_logits_NV: Tensor, target_probs_NV: Tensor) -> Tensor:
+
+class TargetRows(NamedTuple):
+    """What the target said at N verified positions."""
+
+    probs_NV: Tensor  # float32
+    token_ids_N: Tensor  # what was committed there: the target's own choice, greedy or drawn
+    temperatures_N: Tensor  # at which the request decodes; 0 is greedy
+
+
+RowLoss = Callable[[Tensor, TargetRows], Tensor]
+
+
+def soft_cross_entropy(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
     """-sum_v target(v) log draft(v): forward KL up to the target's own entropy, which has no gradient.
 
-    Its gradient in the logits is draft - target, so no row can pull harder than a distance between distributions.
+    No row can pull harder than a distance between distributions.
 
-    >>> import torch
-    >>> logits = torch.zeros(1, 4)
-    >>> soft_cross_entropy(logits, torch.tensor([[0.5, 0.5, 0.0, 0.0]])).exp()
+    >>> rows = TargetRows(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([0]), torch.tensor([1.0]))
+    >>> soft_cross_entropy(torch.zeros(1, 4), rows).exp()
     tensor([4.0000])
 
     Reference: OnlineSpec, arXiv:2603.12617 (their f_t); Online Speculative Decoding, arXiv:2310.07177.
     """
-    return -(target_probs_NV * draft_logits_NV.float().log_softmax(-1)).sum(-1)
+    return -(target.probs_NV * _log_probs(draft_logits_NV)).sum(-1)
+
+
+def reverse_kl(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
+    """KL(draft || target): seeks a mode instead of covering them all.
+
+    Reference: Online Speculative Decoding, arXiv:2310.07177.
+    """
+    log_draft = _log_probs(draft_logits_NV)
+    return (log_draft.exp() * (log_draft - _log(target.probs_NV))).sum(-1)
+
+
+def jsd(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
+    """Jensen-Shannon divergence, the mean KL to the mixture of both; at most log 2. Not a blend of two KLs.
+
+    Reference: generalised JSD with beta 1/2, arXiv:2306.13649.
+    """
+    log_draft, p = _log_probs(draft_logits_NV), target.probs_NV
+    draft = log_draft.exp()
+    log_mean = _log((draft + p) / 2)
+    return (torch.special.xlogy(p, p) - p * log_mean + draft * (log_draft - log_mean)).sum(-1) / 2
+
+
+def total_variation(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
+    """Half the absolute difference: 1 - acceptance_prob of a sampled draft, itself."""
+    return (_log_probs(draft_logits_NV).exp() - target.probs_NV).abs().sum(-1) / 2
+
+
+def cross_entropy(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
+    """-log draft(committed token). For greedy requests the acceptance hangs on that token alone."""
+    log_draft = _log_probs(draft_logits_NV)
+    ids = target.token_ids_N.expand(log_draft.shape[:-1]).unsqueeze(-1)
+    return -log_draft.gather(-1, ids).squeeze(-1)
+
+
+def mix(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
+    """Half the soft cross-entropy, half the committed token's."""
+    return _mixed(draft_logits_NV, target, torch.full_like(target.token_ids_N, 0.5, dtype=torch.float32))
+
+
+def auto(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
+    """Each row by how its request decodes: mostly the committed token when greedy, the whole row when sampled."""
+    return _mixed(draft_logits_NV, target, GREEDY_TOKEN_SHARE * (target.temperatures_N == 0))
+
+
+def _mixed(draft_logits_NV: Tensor, target: TargetRows, token_share_N: Tensor) -> Tensor:
+    """Both cross-entropies, by shares: one, against labels between the row and the token."""
+    labels_NV = target.probs_NV * (1 - token_share_N)[:, None]
+    labels_NV = labels_NV.scatter_add(-1, target.token_ids_N[:, None], token_share_N[:, None])
+    return -(labels_NV * _log_probs(draft_logits_NV)).sum(-1)
+
+
+def kl(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
+    """KL(target || draft), at least 0: what the bounds of `metrics` are stated in."""
+    return soft_cross_entropy(draft_logits_NV, target) + torch.special.xlogy(target.probs_NV, target.probs_NV).sum(-1)
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+def _log(probs: Tensor) -> Tensor:
+    """Finite where a probability is 0: a token that the target rules out costs no more than float32 can say."""
+    return probs.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+LOSSES = {
+    "auto": "onlinespec.losses:auto",
+    "soft_cross_entropy": "onlinespec.losses:soft_cross_entropy",
+    "cross_entropy": "onlinespec.losses:cross_entropy",
+    "mix": "onlinespec.losses:mix",
+    "reverse_kl": "onlinespec.losses:reverse_kl",
+    "jsd": "onlinespec.losses:jsd",
+    "total_variation": "onlinespec.losses:total_variation",
+}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from onlinespec.core import DecodeStats
-from onlinespec.records import Window
+from onlinespec.records import Round, Telemetry, Window
 
 
 def total(stats: Sequence[DecodeStats]) -> DecodeStats:
@@ -35,6 +36,7 @@ def figures(
         "acceptance_by_position": stats.acceptance_by_position,
         "decode_seconds": stats.decode_seconds,
         "learn_seconds": stats.learn_seconds,
+        "diagnostic_seconds": stats.diagnostic_seconds,
         "tokens_per_second": stats.tokens_per_second,
         "speedup_vs_none": speedup(stats, none),
         "speedup_vs_frozen": speedup(stats, frozen),
@@ -54,3 +56,67 @@ def windows(stats: Sequence[DecodeStats], size: int) -> tuple[Window, ...]:
         )
         for group in groups
     )
+
+
+def acceptance_length_at(distance: float, num_draft_tokens: int) -> float:
+    """Tokens per step if each drafted token is kept with probability 1 - distance: sum_j (1 - distance)^j, j = 0..K.
+
+    Convex and decreasing, so that at a mean distance it bounds the mean from below.
+
+    >>> acceptance_length_at(0.5, 2)
+    1.75
+    """
+    return math.fsum((1 - distance) ** j for j in range(num_draft_tokens + 1))
+
+
+def distance_bound(kl: float) -> float:
+    """The most total variation that a mean KL allows: the lower of Pinsker's bound and Bretagnolle and Huber's.
+
+    >>> distance_bound(0.0), distance_bound(0.02), distance_bound(50.0)
+    (0.0, 0.1, 1.0)
+    """
+    return min(math.sqrt(kl / 2), math.sqrt(-math.expm1(-kl))) if kl > 0 else 0.0
+
+
+def greedy_distance_bound(token_loss: float) -> float:
+    """The largest share of greedy drafts that can differ from the target's token, from that token's mean cross-entropy.
+
+    A draft's likeliest token is another one only if the right one has at most half its probability; then 1 is at most
+    2 (1 - probability), and the mean of 1 - exp(-loss) is at most that of the mean loss.
+
+    >>> greedy_distance_bound(math.log(4 / 3)), greedy_distance_bound(3.0)
+    (0.5, 1.0)
+    """
+    return min(1.0, -2 * math.expm1(-token_loss))
+
+
+def telemetry(rounds: Sequence[Round]) -> Telemetry | None:
+    """The sums over rounds; None without any."""
+    if not rounds:
+        return None
+    return Telemetry(
+        regret_upper=math.fsum(r.kl for r in rounds),
+        regret_vs_frozen=math.fsum(r.kl - r.frozen_kl for r in rounds),
+        regret_vs_best_expert=_regret_vs_best_expert(rounds),
+        hint_error_ratio=_hint_ratio(rounds, ""),
+        direction_hint_error_ratio=_hint_ratio(rounds, "direction_"),
+        acceptance_length_bound=math.fsum(r.acceptance_length_bound for r in rounds) / len(rounds),
+        rounds=tuple(rounds),
+    )
+
+
+def _regret_vs_best_expert(rounds: Sequence[Round]) -> float | None:
+    pairs = [(r.loss, r.learner["expert_losses"]) for r in rounds if "expert_losses" in r.learner]
+    totals = [math.fsum(losses[name] for _, losses in pairs) for name in (pairs[0][1] if pairs else ())]
+    finite = [total for total in totals if math.isfinite(total)]  # the others diverged
+    return math.fsum(loss for loss, _ in pairs) - min(finite) if finite else None
+
+
+def _hint_ratio(rounds: Sequence[Round], prefix: str) -> float | None:
+    pairs = [
+        (r.learner[f"{prefix}hint_error"], r.learner[f"{prefix}gradient_norm"])
+        for r in rounds
+        if f"{prefix}hint_error" in r.learner
+    ]
+    of_gradients = math.fsum(norm for _, norm in pairs)
+    return math.fsum(error for error, _ in pairs) / of_gradients if of_gradients else None

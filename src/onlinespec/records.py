@@ -30,6 +30,7 @@ class Totals(Struct, frozen=True, kw_only=True):
     acceptance_by_position: tuple[float, ...]
     decode_seconds: float  # prefill included
     learn_seconds: float
+    diagnostic_seconds: float = 0.0  # measuring regret, hints and drift; in no other figure
     tokens_per_second: float  # over decode_seconds + learn_seconds
     speedup_vs_none: float | None  # of tokens_per_second; None where there is no such run
     speedup_vs_frozen: float | None
@@ -50,6 +51,38 @@ class Segment(Totals, frozen=True, kw_only=True):
     windows: tuple[Window, ...]
 
 
+class Round(Struct, frozen=True, kw_only=True):
+    """One update of the drafter, as telemetry saw it: on the round's fresh rows, with the weights that played."""
+
+    step: int  # decoded so far
+    request: int  # finished so far
+    data: str
+    interval: float  # steps to the next round, as the cadence has it
+    loss: float  # the one that is trained, before the update
+    kl: float  # KL(target || draft) of raw rows, nats
+    token_loss: float  # cross-entropy of the committed tokens, nats
+    acceptance_prob: float  # 1 - total variation of raw rows
+    frozen_kl: float  # the same of the drafter as it started
+    frozen_acceptance_prob: float
+    acceptance_length_bound: float  # what the losses at all drafting depths guarantee, see metrics.py
+    distance: float  # of the weights from the start
+    moved: float | None = None  # of the weights, since some rounds ago
+    function_moved: float | None = None  # mean total variation on fixed rows, since some rounds ago
+    learner: dict[str, Any] = {}  # what the learner itself reports: hint errors, meta weights
+
+
+class Telemetry(Struct, frozen=True, kw_only=True):
+    """How a drafter learned, over a run. Regrets are in nats, summed over rounds."""
+
+    regret_upper: float  # against any comparator: the sum of kl
+    regret_vs_frozen: float
+    regret_vs_best_expert: float | None = None  # in the loss that is trained
+    hint_error_ratio: float | None = None  # below 1, the hints were better than none
+    direction_hint_error_ratio: float | None = None  # the same in the learner's geometry
+    acceptance_length_bound: float
+    rounds: tuple[Round, ...]
+
+
 class Run(Struct, frozen=True, kw_only=True):
     """One learner over the whole stream, once."""
 
@@ -59,6 +92,7 @@ class Run(Struct, frozen=True, kw_only=True):
     repeat: int
     totals: Totals
     segments: tuple[Segment, ...]
+    telemetry: Telemetry | None = None  # if it was asked for
 
 
 class Report(Struct, frozen=True, kw_only=True):

@@ -67,24 +67,41 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Learning:
-    """How the drafter learns."""
+    """How the drafter learns, unless a learner's own line says otherwise."""
 
     step_size: float = LearnConfig.step_size
     """Rate of learning; 1e-3 suits drafters of about a million parameters, 1e-4 of a hundred million."""
     geometry: str = LearnConfig.geometry
-    """Norm of the updates: diagonal (Adam-like) or euclidean (plain gradient)."""
+    """Norm of the updates: diagonal (Adam-like), preconditioned (the same without averaging) or euclidean."""
+    loss: str = LearnConfig.loss
+    """What is learned: auto (the committed token when greedy, the whole row when sampled), soft_cross_entropy,
+    cross_entropy, mix, reverse_kl, jsd, total_variation."""
+    learn_budget: float = LearnConfig.budget
+    """Most of decoding time that learning may take; 0.08 is 8 %. inf is no limit."""
+    row_cost: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: measured at start)")] = None
+    """What training one row costs, in decode steps: what the budget is counted in."""
+    replay_every: int = LearnConfig.replay_every
+    """Every so many updates, rows of an earlier request are learned again; 0 for no memory."""
+    replay_megabytes: float = LearnConfig.replay_megabytes
+    """Size of that memory."""
     min_interval: int = LearnConfig.min_interval
-    """Steps between two updates while the loss falls."""
+    """Steps between two updates while they bring something."""
     max_interval: int = LearnConfig.max_interval
-    """Most steps between two updates once the loss is flat."""
+    """Most steps between two updates once they don't."""
 
-    def config(self) -> LearnConfig:
+    def config(self, telemetry: bool = False) -> LearnConfig:
         """As the library takes it."""
         return LearnConfig(
             step_size=self.step_size,
             geometry=self.geometry,
+            loss=self.loss,
+            budget=self.learn_budget,
+            row_cost=LearnConfig.row_cost if self.row_cost is None else self.row_cost,
+            replay_every=self.replay_every,
+            replay_megabytes=self.replay_megabytes,
             min_interval=self.min_interval,
             max_interval=self.max_interval,
+            telemetry=telemetry,
         )
 
 
@@ -100,8 +117,9 @@ class Generate:
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
     ] = None
     """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
-    learner: Annotated[str, arg(metavar="NAME")] = "frozen"
-    """How the drafter learns while it serves: frozen, online_gradient."""
+    learner: Annotated[str, arg(metavar="LEARNER")] = "frozen"
+    """How the drafter learns while it serves: frozen, online_gradient, optimistic, ensemble, surrogate_ensemble, osd,
+    momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings."""
     temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
     """0 is greedy."""
     stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
@@ -136,8 +154,9 @@ class Compare:
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
     ] = None
     """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
-    learners: Annotated[str, arg(metavar="NAMES")] = "none,frozen,online_gradient"
-    """Separated by commas: none (plain decoding), frozen, online_gradient."""
+    learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,online_gradient"
+    """Separated by commas: none (plain decoding), frozen, online_gradient, optimistic, ensemble, surrogate_ensemble,
+    osd, momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings, as in ensemble/with_frozen=true."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None
     """Folder for report.json, report.html and requests.jsonl."""
     num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (50,)
@@ -150,6 +169,8 @@ class Compare:
     """Repeat everything, to show the spread of the timings."""
     window: int = 5
     """Requests per point of the plots."""
+    telemetry: bool = False
+    """Measure regret, hints and drift beside learning, for a second page; its time is kept apart."""
     save: SaveFolder = None
     """Write every learner's adapted drafter to a directory of its name in here."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()

@@ -9,9 +9,13 @@ import torch
 from onlinespec.cli.arguments import Learning, Machine
 from onlinespec.cli.terminal import err
 from onlinespec.compare import why_not_writable
+from onlinespec.config import LearnConfig
 from onlinespec.drafters.formats import SIDE_FILE
-from onlinespec.learners import LEARNERS, Learner, make_learner
+from onlinespec.learners import LEARNERS
+from onlinespec.losses import LOSSES
+from onlinespec.methods import PRESETS, learner_of, parse
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
+from onlinespec.tables import resolve
 
 
 def use(machine: Machine) -> None:
@@ -27,13 +31,16 @@ def load(name: str, machine: Machine) -> Target:
         return load_target(name, machine.device, machine.dtype)
 
 
-def checked_learner(name: str, learning: Learning, also: tuple[str, ...] = ()) -> Learner:
-    """A learner by name; `also` are names that would have been fine too."""
-    if name not in LEARNERS and ":" not in name:
-        known = ", ".join((*also, *LEARNERS))
+def checked_learner(line: str, learning: Learning, also: tuple[str, ...] = ()) -> LearnConfig:
+    """A learner's settings by its line; `also` are names that would have been fine too."""
+    name = line.partition("/")[0]
+    if name not in LEARNERS and name not in PRESETS and ":" not in name:
+        known = ", ".join((*also, *LEARNERS, *PRESETS))
         raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
-    config = learning.config()
-    return make_learner(name, config.step_size, config.geometry, config.clip_norm)
+    config = parse(line, learning.config())
+    learner_of(config)
+    resolve(LOSSES, config.loss, "loss")
+    return config
 
 
 def check_save(folder: Path | None) -> None:

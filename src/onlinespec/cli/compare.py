@@ -14,20 +14,20 @@ from onlinespec.cli.checks import check_save, checked_learner, load, use
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
 from onlinespec.compare import NONE, Comparing, Comparison, check_results_folder
-from onlinespec.learners import LEARNERS
 from onlinespec.models.loading import Target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
 
+DEMO_LEARNERS = "none,frozen,online_gradient"
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 
 
 def demo_comparison(command: Demo) -> Compare:
-    """The demo as the comparison it is: every learner of the table."""
+    """The demo as the comparison it is."""
     return Compare(
         target="demo",
         data=DEMO_STREAM,
-        learners=",".join([NONE, *LEARNERS]),
+        learners=DEMO_LEARNERS,
         out=command.out or _new_folder("demo"),
         num_requests=command.num_requests,
         minutes=command.minutes,
@@ -58,12 +58,13 @@ def compare(command: Compare) -> int:
         repeats=command.repeats,
         window=command.window,
         generation=command.decoding.params(),
-        learn=command.learning.config(),
+        learn=command.learning.config(command.telemetry),
+        measures_row_cost=command.learning.row_cost is None,
     )
     check_results_folder(folder)
     for name in learners:
         if name != NONE:
-            check_save(command.save and command.save / name)
+            check_save(command.save and folder_for(command.save, name))
     return _run(load(command.target, command.machine), comparison, folder, command.save)
 
 
@@ -131,8 +132,14 @@ def _as_list(table: Table) -> Table:
 def _save_all(comparing: Comparing, folder: Path) -> None:
     for learner, loop in comparing.drafters.items():
         if loop.drafter:
-            loop.drafter.save(folder / learner)
-            err.print(f"drafter of {learner} saved to {folder / learner}", highlight=False)
+            place = folder_for(folder, learner)
+            loop.drafter.save(place)
+            err.print(f"drafter of {learner} saved to {place}", highlight=False)
+
+
+def folder_for(folder: Path, learner: str) -> Path:
+    """Where a learner's drafter is saved: its line, without what would open folders in folders."""
+    return folder / learner.replace("/", ",")
 
 
 def _new_folder(command: str) -> Path:

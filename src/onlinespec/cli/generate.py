@@ -19,7 +19,7 @@ from onlinespec.models.loading import Target
 def generate(command: Generate) -> int:
     """Refuses what would fail later, loads, answers."""
     use(command.machine)
-    learner = checked_learner(command.learner, command.learning)
+    config = checked_learner(command.learner, command.learning)
     check_save(command.save)
     prompt = sys.stdin.read().removesuffix("\n") if command.prompt == "-" else command.prompt
     if not prompt.strip():
@@ -30,9 +30,9 @@ def generate(command: Generate) -> int:
 
     target = load(command.target, command.machine)
     drafter = load_drafter(command.drafter_name, target, command.machine.seed)
-    if command.learner != FROZEN and not drafter.is_trainable:
+    if config.learner != FROZEN and not drafter.is_trainable:
         raise ValueError(f"drafter {command.drafter_name} does not learn; leave out --learner {command.learner}")
-    return _answer(command, target, drafter, InlineLearning(drafter, learner, command.learning.config()), prompt)
+    return _answer(command, target, drafter, InlineLearning(drafter, config=config, seed=command.machine.seed), prompt)
 
 
 @interrupts_raised()

@@ -1,7 +1,7 @@
 """How the shipped pair was made; anyone can run it again, with or without the extra text.
 
     python -m onlinespec.demo.recipe target --work DIR [--data DIR] --tokens 9e6
-    torchrun --nproc-per-node 2 -m onlinespec.demo.recipe target ...    the same by two processes, each a share of a batch
+    torchrun --nproc-per-node 2 -m onlinespec.demo.recipe target ...    # two processes share each batch
     python -m onlinespec.demo.recipe export --work DIR --out src/onlinespec/demo/target
     python -m onlinespec.demo.recipe drafter --target src/onlinespec/demo/target --out src/onlinespec/demo/drafter
 
@@ -291,6 +291,8 @@ class DrafterRecipe:
 
 class Collector:
     """Keeps all Feedback, a list per request: the other end of a loop that learns nothing."""
+
+    diagnostic_seconds = 0.0
 
     def __init__(self) -> None:
         self.requests: dict[str, list[Feedback]] = {}

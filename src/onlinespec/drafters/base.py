@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
+from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.loading import Target
 
 
@@ -23,9 +24,9 @@ from onlinespec.models.loading import Target
 class Loss:
     """What a drafter's loss says of a batch, in nats per row."""
 
-    total: Tensor  # a scalar with a gradient: what learning descends
-    fresh: float  # the plain cross-entropy of the rows at these weights: what regret is counted in
-    num_rows: int
+    total: Tensor  # a scalar with a gradient, over all rows and drafting depths: what learning descends
+    fresh: float  # of this round's rows at the first depth, at these weights: what regret is counted in
+    num_rows: int  # that count, replayed ones included
 
 
 class Drafter(ABC):
@@ -93,15 +94,33 @@ class Drafter(ABC):
         """Drafts with other weights from the next step on. Running requests keep what the old ones computed."""
         raise TypeError(f"{type(self).__name__} has no weights to swap")
 
-    def batch(self, feedback: Sequence[Feedback]) -> Any:
+    def batch(
+        self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False
+    ) -> Any:
         """Training inputs from verified rows; consecutive rows of a request become one span.
 
-        False as a condition (an empty list, say) if none of the rows can be learned from.
+        False as a condition (an empty list, say) if none of the fresh rows can be learned from.
+
+        Args:
+            replayed: Rows of earlier rounds: they count in the total loss, not in the fresh one.
+            rejected_only: Count only rows that refused a drafted token, as Online Speculative Decoding does; the others
+                remain as context.
         """
         raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
 
-    def loss(self, params: Params, batch: Any) -> Loss:
-        """The loss of given weights on a batch, with a gradient at exactly the verified rows."""
+    def loss(self, params: Params, batch: Any, row_loss: RowLoss = soft_cross_entropy) -> Loss:
+        """The loss of given weights on a batch, with a gradient at exactly the verified rows that count."""
+        return self.losses([params], batch, row_loss)[0]
+
+    def losses(self, candidates: Sequence[Params], batch: Any, row_loss: RowLoss = soft_cross_entropy) -> list[Loss]:
+        """The loss of several sets of weights on one batch, cheaper together than one by one."""
+        raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
+
+    def rows(self, candidates: Sequence[Params], batch: Any, num_depths: int = 1) -> list[tuple[Tensor, TargetRows]]:
+        """Drafted logits [candidates, N, V] of the fresh rows, and the target's, per drafting depth; no gradient.
+
+        A depth's rows are those that a draft of such a length reaches.
+        """
         raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
 
     def describe(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Reference: EAGLE, arXiv:2401.15077; file layout as other engines read it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
-from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Trace, Verdict
+from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.formats import read_drafter_config, read_side, write_drafter
-from onlinespec.losses import soft_cross_entropy
+from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
     FastLayer,
@@ -33,6 +33,7 @@ from onlinespec.models.layer import (
     make_plan,
     plain_keys_values,
     plain_layer,
+    project,
     rotary_angles,
 )
 from onlinespec.models.linear import FrozenProduct, MakeLinear, draft_linear_for
@@ -57,6 +58,10 @@ class Span(NamedTuple):
     features_SD: Tensor  # target states after tokens 0..S-1; the last rows are what the loss is on
     next_ids_S: Tensor  # tokens 1..S
     target_states_ND: Tensor  # target states after tokens S-N+1..S: their head rows are the labels
+    token_ids_N: Tensor  # tokens S-N+2..S+1: what was committed there
+    counts_N: Tensor  # bool: which of the rows the loss counts
+    temperature: float  # at which the request decodes
+    is_fresh: bool  # of this round, not replayed
 
     @property
     def num_context(self) -> int:
@@ -254,51 +259,96 @@ class Eagle(Drafter):
 
     # --- learning -----------------------------------------------------------------------------------------------
 
-    def batch(self, feedback: Sequence[Feedback]) -> list[Span]:
-        spans: list[tuple[Trace, int, int]] = []
-        for record in feedback:
-            first, last = max(1, record.start), record.start + record.num_rows  # row 0 has no state before it
-            if spans and spans[-1][0] is record.trace and spans[-1][2] == record.start:
-                spans[-1] = (record.trace, spans[-1][1], last)
-            elif last > first:
-                spans.append((record.trace, first, last))
-        return [self._span(trace, first, last) for trace, first, last in spans]
+    def batch(
+        self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False
+    ) -> list[Span]:
+        fresh = [self._span(run, rejected_only, is_fresh=True) for run in _runs(feedback)]
+        if not any(span.counts_N.any() for span in fresh):
+            return []
+        return fresh + [self._span(run, rejected_only, is_fresh=False) for run in _runs(replayed)]
 
-    def _span(self, trace: Trace, first: int, last: int) -> Span:
+    def _span(self, records: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> Span:
+        trace, first = records[0].trace, max(1, records[0].start)  # row 0 has no state before it
+        last = records[-1].start + records[-1].num_rows
         states = trace.hidden_states_SD
-        next_ids = torch.tensor(trace.token_ids[1:last], device=states.device)
-        return Span(states[: last - 1].float(), next_ids, states[first:last].clone())
+        ids = torch.tensor(trace.token_ids[1 : last + 1], device=states.device)
+        counts = [
+            not rejected_only or (record.is_rejection and i == record.num_rows - 1)
+            for record in records
+            for i in range(record.num_rows)
+        ]
+        return Span(
+            features_SD=states[: last - 1].float(),
+            next_ids_S=ids[: last - 1],
+            target_states_ND=states[first:last].clone(),
+            token_ids_N=ids[first:last],
+            counts_N=torch.tensor(counts[first - records[0].start :], device=states.device),
+            temperature=records[0].temperature,
+            is_fresh=is_fresh,
+        )
 
-    def loss(self, params: Params, batch: Sequence[Span]) -> Loss:
-        if not any(len(span.target_states_ND) for span in batch):
+    def losses(
+        self, candidates: Sequence[Params], batch: Sequence[Span], row_loss: RowLoss = soft_cross_entropy
+    ) -> list[Loss]:
+        if not any(span.counts_N.any() for span in batch):
             raise ValueError("a batch without verified rows has no loss")
-        config, weights, rows = self._layer_config, _layer_weights(params), _lay_out(batch)
-        context_C, trained_N, left_M, states_MD = rows.context_C, rows.trained_N, rows.left_N, rows.states_ND
+        layout = _lay_out(batch)
+        target, counts_N = self._target_rows(layout), layout.counts_N.float()
+        num_rows, weights_EN = counts_N.sum(), []
+        for at_M, states_EMD in self._depths(_stacked(candidates), layout, self.unroll):
+            rows = TargetRows(*(part[at_M] for part in target))
+            logits = self._logits(states_EMD.flatten(0, -2)).view(*states_EMD.shape[:-1], -1)
+            weights_EN.append(row_loss(logits, rows).view(len(candidates), -1) * counts_N[at_M])
+        totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
+        fresh_N = layout.is_fresh_N & layout.counts_N
+        fresh_E = weights_EN[0].detach()[:, fresh_N].sum(-1) / fresh_N.sum()
+        return [Loss(total, fresh, int(num_rows)) for total, fresh in zip(totals_E, fresh_E.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def rows(
+        self, candidates: Sequence[Params], batch: Sequence[Span], num_depths: int = 1
+    ) -> list[tuple[Tensor, TargetRows]]:
+        layout = _lay_out([span for span in batch if span.is_fresh])
+        target, depths = self._target_rows(layout), []
+        for at_M, states_MD in self._depths(_stacked(candidates), layout, num_depths):
+            logits = self._logits(states_MD.flatten(0, -2)).view(len(candidates), len(at_M), -1)
+            depths.append((logits, TargetRows(*(part[at_M] for part in target))))
+        return depths
+
+    def _target_rows(self, layout: _Layout) -> TargetRows:
+        probs_NV = self._decoder.head(layout.target_states_ND).softmax(-1)
+        return TargetRows(probs_NV, layout.token_ids_N, layout.temperatures_N)
+
+    def _depths(self, params: Params, rows: _Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each drafting depth, which trained rows it reaches, and the states drafted there.
+
+        Stacked params give states with an axis of sets in front.
+        """
+        config, weights = self._layer_config, _layer_weights(params)
+        context_C, trained_N, left_M = rows.context_C, rows.trained_N, rows.left_N
         embedded_SD = F.embedding(rows.next_ids_S, self._embedding_VD).float()
         angles_SR = rotary_angles(rows.positions_S, config)
-        target_probs_NV = self._decoder.head(rows.target_states_ND).softmax(-1)
+        sets = params["fc.weight"].shape[:-2]  # (), or how many
+        states_MD = rows.states_ND.expand(*sets, *rows.states_ND.shape)
 
         with torch.no_grad():  # context rows lend keys and values only; their own gradient is left out
-            inputs_CD = _fuse(params, embedded_SD[context_C], rows.features_CD)
+            inputs_CD = _fuse(params, embedded_SD[context_C], rows.features_CD.expand(*sets, *rows.features_CD.shape))
             keys, values = plain_keys_values(config, weights, inputs_CD, angles_SR[context_C])
         is_visible_MS, at_M = rows.is_visible_NS, torch.arange(len(trained_N), device=trained_N.device)
-        losses = []
-        for depth in range(self.unroll):
+        for depth in range(num_depths):
             if depth:  # each row that its span goes on behind reads the next token, and its own earlier depths
                 is_kept_M = left_M > depth
-                states_MD, left_M, at_M = states_MD[is_kept_M], left_M[is_kept_M], at_M[is_kept_M] + 1
+                states_MD, left_M, at_M = states_MD[..., is_kept_M, :], left_M[is_kept_M], at_M[is_kept_M] + 1
                 own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device)
                 is_visible_MS = torch.cat([is_visible_MS[is_kept_M], own], dim=1)
             if not len(at_M):
-                break
+                return
             read_M = trained_N[at_M]
             inputs_MD = _fuse(params, embedded_SD[read_M], states_MD)
             k, v = plain_keys_values(config, weights, inputs_MD, angles_SR[read_M])
-            keys, values = torch.cat([keys, k]), torch.cat([values, v])
+            keys, values = torch.cat([keys, k], dim=-3), torch.cat([values, v], dim=-3)
             states_MD = plain_layer(config, weights, inputs_MD, angles_SR[read_M], keys, values, is_visible_MS)
-            losses.append(soft_cross_entropy(self._logits(states_MD), target_probs_NV[at_M]).sum())
-        num_rows = len(trained_N)
-        return Loss(torch.stack(losses).sum() / num_rows, float(losses[0].detach()) / num_rows, num_rows)
+            yield at_M, states_MD
 
 
 class _Layout(NamedTuple):
@@ -312,7 +362,30 @@ class _Layout(NamedTuple):
     features_CD: Tensor
     states_ND: Tensor  # features of the trained rows
     target_states_ND: Tensor
+    token_ids_N: Tensor
+    counts_N: Tensor
+    temperatures_N: Tensor
+    is_fresh_N: Tensor
     is_visible_NS: Tensor  # keys of the context rows, then of the trained ones: of the same span and no later
+
+
+def _runs(feedback: Sequence[Feedback]) -> list[list[Feedback]]:
+    """Records that continue each other side by side, each run with at least one row to learn from."""
+    runs: list[list[Feedback]] = []
+    for record in feedback:
+        newest = runs[-1][-1] if runs else None
+        if newest and newest.trace is record.trace and newest.start + newest.num_rows == record.start:
+            runs[-1].append(record)
+        else:
+            runs.append([record])
+    return [run for run in runs if run[-1].start + run[-1].num_rows > max(1, run[0].start)]
+
+
+def _stacked(candidates: Sequence[Params]) -> Params:
+    """One set of weights as it is; several with an axis in front, for one product instead of several."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return {name: torch.stack([params[name] for params in candidates]) for name in candidates[0]}
 
 
 def _lay_out(batch: Sequence[Span]) -> _Layout:
@@ -335,8 +408,17 @@ def _lay_out(batch: Sequence[Span]) -> _Layout:
         features_CD=torch.cat([span.features_SD[: span.num_context] for span in batch]),
         states_ND=torch.cat([span.features_SD[span.num_context :] for span in batch]),
         target_states_ND=torch.cat([span.target_states_ND for span in batch]),
+        token_ids_N=torch.cat([span.token_ids_N for span in batch]),
+        counts_N=torch.cat([span.counts_N for span in batch]),
+        temperatures_N=_per_row([span.temperature for span in batch], batch).to(device),
+        is_fresh_N=_per_row([span.is_fresh for span in batch], batch).to(device),
         is_visible_NS=is_visible_NS.to(device),
     )
+
+
+def _per_row(values: Sequence[float], batch: Sequence[Span]) -> Tensor:
+    """Each span's value for each of its trained rows."""
+    return torch.tensor(values).repeat_interleave(torch.tensor([len(span.target_states_ND) for span in batch]))
 
 
 def _draw(logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -350,7 +432,7 @@ def _draw(logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Ten
 
 
 def _fuse(params: Params, embedded_ND: Tensor, states_ND: Tensor) -> Tensor:
-    return F.linear(torch.cat([embedded_ND, states_ND], dim=-1), params["fc.weight"], params.get("fc.bias"))
+    return project(params, "fc", torch.cat([embedded_ND.expand_as(states_ND), states_ND], dim=-1))
 
 
 def _layer_weights(params: Params) -> Params:

@@ -1,5 +1,7 @@
 """Learners by name. A new one is a file and a line here."""
 
+from typing import Any
+
 from onlinespec.learners.base import Evaluate, Evaluation, Learner, Params
 from onlinespec.learners.geometry import GEOMETRIES, Diagonal, Euclidean, Geometry
 from onlinespec.tables import resolve
@@ -7,21 +9,31 @@ from onlinespec.tables import resolve
 LEARNERS = {
     "frozen": "onlinespec.learners.frozen:Frozen",
     "online_gradient": "onlinespec.learners.online_gradient:OnlineGradient",
+    "optimistic": "onlinespec.learners.optimistic:OptimisticGradient",
+    "ensemble": "onlinespec.learners.ensemble:Ensemble",
+    "surrogate_ensemble": "onlinespec.learners.ensemble:SurrogateEnsemble",
+    "momentum": "onlinespec.learners.momentum:Momentum",
+    "reset_to_merged": "onlinespec.learners.reset_to_merged:ResetToMerged",
 }
 
 
-def make_learner(name: str, step_size: float, geometry: str = "diagonal", clip_norm: float = 1.0) -> Learner:
+def make_learner(
+    name: str, step_size: float, geometry: str | Geometry = "diagonal", clip_norm: float = 1.0, **options: Any
+) -> Learner:
     """A learner from its table name, or from "pkg.module:Class".
 
-    >>> make_learner("momentun", 1e-3)
-    Traceback (most recent call last):
-    ...
-    ValueError: unknown learner "momentun"; known: frozen, online_gradient; or give "pkg.module:Class"
+    Args:
+        options: What this learner takes beside the three that all take: `hint_decay` of `optimistic`, say.
+
+    Raises:
+        ValueError: for an unknown name, an option that this learner does not have, or a number out of range.
+
+    >>> make_learner("optimistic", 1e-3, hint_decay=0.5).hint_decay
+    0.5
     """
-    learner: Learner = resolve(LEARNERS, name, "learner")(
-        step_size=step_size, geometry=resolve(GEOMETRIES, geometry, "geometry")(), clip_norm=clip_norm
-    )
-    return learner
+    if isinstance(geometry, str):
+        geometry = resolve(GEOMETRIES, geometry, "geometry")()
+    return resolve(LEARNERS, name, "learner")(step_size=step_size, geometry=geometry, clip_norm=clip_norm, **options)
 
 
 __all__ = [

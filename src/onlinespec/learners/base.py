@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -14,17 +15,25 @@ class Evaluation(NamedTuple):
 
     fresh_loss: float  # on this round's feedback alone, before the update: what regret is counted in
     total_loss: float  # on everything the gradient is of (replay included)
-    grads: Params
+    grads: Params  # empty where only the losses were asked for
+    domain: str = ""  # whose traffic the newest rows are
 
 
 class Evaluate(Protocol):
     """Scores sets of weights on this round's data; the data is the same for all of them."""
 
-    def __call__(self, *candidates: Params) -> list[Evaluation]: ...
+    def __call__(self, *candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
+        """Losses and gradients of the candidates, then the losses alone of `scored`."""
 
 
 class Learner(Protocol):
-    """An online learner over named float32 tensors. States are values: `update` returns a new one."""
+    """An online learner over named tensors. States are values: `update` returns a new one.
+
+    A rule asks for gradients at the weights that played and nowhere else, so that learners can be put together:
+    an ensemble evaluates its experts at once and hands each its own.
+    """
+
+    needs_gradient: bool = True  # False for what is only ever scored
 
     def init(self, params: Params) -> Any:
         """The state before the first round; plays the given weights."""
@@ -34,3 +43,11 @@ class Learner(Protocol):
 
     def update(self, evaluate: Evaluate, state: Any) -> Any:
         """The state after one round."""
+
+    def expect(self, domain: str, state: Any) -> Any:
+        """The state once it is known whose traffic comes next; most learners don't mind."""
+        return state
+
+    def report(self, state: Any) -> dict[str, Any]:
+        """What telemetry may want to know of the last round; computed when asked for, and only then."""
+        return {}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onlinespec.learners.base import Evaluate, Params
+from onlinespec.learners.base import Evaluate, Learner, Params
 from onlinespec.learners.geometry import Diagonal, Geometry
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(Learner):
     """Plays its start for ever and asks for no gradient; every other learner is compared with it."""
 
     step_size: float = 0.0
     geometry: Geometry = Diagonal()
     clip_norm: float = 1.0
+
+    needs_gradient = False
 
     def init(self, params: Params) -> Params:
         return params

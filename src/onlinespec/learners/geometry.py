@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
@@ -72,6 +74,16 @@ class Diagonal:
         return moves, DiagonalState(first, second, num_rounds)
 
 
+@dataclass(frozen=True)
+class Preconditioned(Diagonal):
+    """Each gradient over the root of the averaged squares, without an average of its own: RMSprop's, bias-corrected.
+
+    With it `optimistic` is optimism alone; the average in `diagonal` is momentum of a kind.
+    """
+
+    first_decay: float = 0.0
+
+
 def clip_by_norm(grads: Params, max_norm: float) -> Params:
     """The gradients, scaled down together if their joint Euclidean norm exceeds max_norm.
 
@@ -83,12 +95,69 @@ def clip_by_norm(grads: Params, max_norm: float) -> Params:
     return grads if scale == 1.0 else {name: g * scale for name, g in grads.items()}
 
 
-def descend(params: Params, direction: Params, step_size: float) -> Params:
-    """params - step_size * direction, in each tensor's own dtype; params are left alone."""
-    return {name: torch.sub(p.float(), direction[name], alpha=step_size).to(p.dtype) for name, p in params.items()}
+class Point(NamedTuple):
+    """Weights as learners keep them: masters in float32 or better, and the same in the dtypes that draft.
+
+    A bfloat16 weight would ignore steps below some 0.4 % of its size; its master gathers them.
+    """
+
+    masters: Params
+    played: Params
+
+    @classmethod
+    def at(cls, params: Params) -> Self:
+        """The given weights, by reference where no other precision is needed."""
+        return cls({name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()}, params)
+
+    def moved(self, direction: Params, step_size: float) -> Self:
+        """The point at masters - step_size * direction; this one is left alone."""
+        masters = {name: torch.sub(p, direction[name], alpha=step_size) for name, p in self.masters.items()}
+        return type(self)(masters, {name: p.to(self.played[name].dtype) for name, p in masters.items()})
+
+
+def averaged(points: Sequence[Params], weights: Sequence[float]) -> Params:
+    """The weighted mean, in each tensor's own dtype; a weight of 0 leaves its point out, whatever it holds.
+
+    Taken as a way from the first point, the weights summing to 1: points that agree are their mean bit for bit.
+    """
+    (origin, _), *others = [(point, weight) for point, weight in zip(points, weights, strict=True) if weight]
+    mean = {}
+    for name, first in origin.items():
+        start = first.to(torch.promote_types(first.dtype, torch.float32))
+        total = start.clone()
+        for point, weight in others:
+            total = total.add_(point[name] - start, alpha=weight)
+        mean[name] = total.to(first.dtype)
+    return mean
+
+
+def squared_norm(params: Params) -> float:
+    """Of all tensors together."""
+    return math.fsum(float(p.float().square().sum()) for p in params.values())
+
+
+def squared_distance(one: Params, other: Params) -> float:
+    """Between two sets of tensors."""
+    return math.fsum(float((p.float() - other[name].float()).square().sum()) for name, p in one.items())
+
+
+def inner_product(grads: Params, params: Params, origin: Params) -> float:
+    """<grads, params - origin>: what a linear model says of moving there."""
+    return math.fsum(
+        float((g.float() * (params[name].float() - origin[name].float())).sum()) for name, g in grads.items()
+    )
+
+
+def is_finite(params: Params) -> bool:
+    """Whether no tensor holds a NaN or an infinity, by their sums: a third of isfinite().all()'s time."""
+    return all(math.isfinite(p.sum(dtype=_SUMMED_AS.get(p.dtype))) for p in params.values())
+
+
+_SUMMED_AS = {torch.float16: torch.float32}  # where a sum of finite numbers may leave the dtype's range
 
 
 GEOMETRIES = {
     "diagonal": "onlinespec.learners.geometry:Diagonal",
     "euclidean": "onlinespec.learners.geometry:Euclidean",
+    "preconditioned": "onlinespec.learners.geometry:Preconditioned",
 }

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from onlinespec.learners.base import Evaluate, Params
-from onlinespec.learners.geometry import Diagonal, Geometry, clip_by_norm, descend
+from onlinespec.learners.base import Evaluate, Learner, Params
+from onlinespec.learners.geometry import Diagonal, Geometry, Point, clip_by_norm
 
 
 class OnlineGradientState(NamedTuple):
     """The weights that play, and what the geometry remembers."""
 
-    params: Params
+    point: Point
     geometry: Any
 
 
 @dataclass(frozen=True)
-class OnlineGradient:
+class OnlineGradient(Learner):
     """One step against each round's gradient, taken at the weights that drafted:
 
         w_next = w - step_size * direction(clip(grad f(w)))
@@ -32,12 +32,12 @@ class OnlineGradient:
     clip_norm: float = 1.0
 
     def init(self, params: Params) -> OnlineGradientState:
-        return OnlineGradientState(params, self.geometry.init(params))
+        return OnlineGradientState(Point.at(params), self.geometry.init(params))
 
     def played(self, state: OnlineGradientState) -> Params:
-        return state.params
+        return state.point.played
 
     def update(self, evaluate: Evaluate, state: OnlineGradientState) -> OnlineGradientState:
-        (evaluation,) = evaluate(state.params)
+        (evaluation,) = evaluate(state.point.played)
         direction, geometry = self.geometry.direction(clip_by_norm(evaluation.grads, self.clip_norm), state.geometry)
-        return OnlineGradientState(descend(state.params, direction, self.step_size), geometry)
+        return OnlineGradientState(state.point.moved(direction, self.step_size), geometry)

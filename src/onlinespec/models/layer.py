@@ -5,7 +5,8 @@ drafter trains through. `FastLayer` does the same with fused projections, interl
 Both serve the target and the drafters; there is no other forward.
 
 Axis letters: N new tokens of a step (all requests, one after the other), S keys, H heads, G key-value heads,
-E head_dim, D hidden size.
+E head_dim, D hidden size. The plain form takes several sets of weights at once: they, and all rows but masks and
+angles, then have one more axis in front.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ class LayerConfig:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis; no weight (a layer that has no such norm) leaves x alone."""
-    return x if weight is None else F.rms_norm(x, (x.shape[-1],), weight, eps)
+    if weight is None:
+        return x
+    if weight.dim() == 1:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), None, eps) * weight.unflatten(0, (-1, *[1] * (x.dim() - 2)))
 
 
 def rotary_angles(positions_N: Tensor, config: LayerConfig) -> Tensor:
@@ -64,8 +69,13 @@ def rotate_half(x_NHE: Tensor, angles_NR: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def _project(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+def project(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """x times a weight, plus its bias if there is one; for several sets of weights, each times its own x."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    product = torch.bmm(x, weight.mT)
+    return product if bias is None else product + bias[:, None]
 
 
 def plain_keys_values(
@@ -73,8 +83,8 @@ def plain_keys_values(
 ) -> tuple[Tensor, Tensor]:
     """Keys (rotated) and values [S, G, E] of positions whose layer input is x."""
     x_SD = rms_norm(x_SD, weights.get("input_layernorm.weight"), config.rms_norm_eps)
-    k = _project(weights, "self_attn.k_proj", x_SD).unflatten(-1, (config.num_kv_heads, config.head_dim))
-    v = _project(weights, "self_attn.v_proj", x_SD).unflatten(-1, (config.num_kv_heads, config.head_dim))
+    k = project(weights, "self_attn.k_proj", x_SD).unflatten(-1, (config.num_kv_heads, config.head_dim))
+    v = project(weights, "self_attn.v_proj", x_SD).unflatten(-1, (config.num_kv_heads, config.head_dim))
     return rotate_half(rms_norm(k, weights.get("self_attn.k_norm.weight"), config.rms_norm_eps), angles_SR), v
 
 
@@ -93,15 +103,16 @@ def plain_layer(
         weights: Named as in a checkpoint, without the layer prefix; an absent norm or bias is left out.
     """
     h = rms_norm(x_ND, weights.get("input_layernorm.weight"), config.rms_norm_eps)
-    q = _project(weights, "self_attn.q_proj", h).unflatten(-1, (config.num_heads, config.head_dim))
+    q = project(weights, "self_attn.q_proj", h).unflatten(-1, (config.num_heads, config.head_dim))
     q = rotate_half(rms_norm(q, weights.get("self_attn.q_norm.weight"), config.rms_norm_eps), angles_NR)
     group = config.num_heads // config.num_kv_heads
-    k, v = (t.repeat_interleave(group, dim=1).transpose(0, 1) for t in (keys_SGE, values_SGE))
-    mixed = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=is_visible_NS)[0]
-    x_ND = x_ND + _project(weights, "self_attn.o_proj", mixed.transpose(0, 1).flatten(1))
+    k, v = (t.repeat_interleave(group, dim=-2).transpose(-3, -2) for t in (keys_SGE, values_SGE))
+    q, k, v = (t if t.dim() == 4 else t[None] for t in (q.transpose(-3, -2), k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=is_visible_NS).transpose(-3, -2).flatten(-2)
+    x_ND = x_ND + project(weights, "self_attn.o_proj", mixed.view(x_ND.shape[:-1] + mixed.shape[-1:]))
     h = rms_norm(x_ND, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
-    h = F.silu(_project(weights, "mlp.gate_proj", h)) * _project(weights, "mlp.up_proj", h)
-    return x_ND + _project(weights, "mlp.down_proj", h)
+    h = F.silu(project(weights, "mlp.gate_proj", h)) * project(weights, "mlp.up_proj", h)
+    return x_ND + project(weights, "mlp.down_proj", h)
 
 
 # --- the fast form ----------------------------------------------------------------------------------------------

@@ -1,0 +1,310 @@
+"""What the report draws: of each metric a chart, and on the page about learning, charts by theme.
+
+Rounds come when they are due, so runs have them at different places in the stream: a curve over several runs reads
+each between its rounds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from math import fsum, isfinite, isnan, nan
+from typing import Any, NamedTuple
+
+from onlinespec.plots import Chart, Curve, Style, styles_of
+from onlinespec.records import Round, Run
+from onlinespec.summaries import FROZEN, METRICS, Group, LearnerSummary, Metric, Points, rounds_of, spread_of
+
+SMOOTHING = 8  # rounds of a moving mean
+MOST_POINTS = 240  # of a curve over rounds: a screen shows no more
+LOW = 210  # height of a chart of which a page has several
+
+Styles = Mapping[str, Style]
+Values = Callable[[Sequence[Round]], list[float]]  # one for each round, NaN where there is none
+
+
+class Theme(NamedTuple):
+    """Charts that belong together, under one heading and one legend."""
+
+    title: str
+    meaning: str
+    charts: tuple[Chart, ...]
+
+    @property
+    def looks(self) -> dict[str, Style]:
+        """For the one legend of its charts, but for those that have their own."""
+        shared = (chart.looks for chart in self.charts if not chart.has_own_legend)
+        return {label: style for looks in shared for label, style in looks.items()}
+
+
+class Track(NamedTuple):
+    """A figure over the rounds of one run."""
+
+    requests: list[float]  # where rounds stand on the axis of requests, in order
+    values: list[float]
+    end: float  # of what the run saw of the stream
+
+    def at(self, request: float) -> float | None:
+        """Read between rounds, and after the last; None before the first and after the end.
+
+        >>> track = Track([1.0, 2.0], [10.0, 20.0], end=3.0)
+        >>> [track.at(x) for x in (0.5, 1.0, 1.5, 3.0, 3.5)]
+        [None, 10.0, 15.0, 20.0, None]
+        """
+        i = bisect_right(self.requests, request)
+        if i == 0 or request > self.end:
+            return None
+        if i == len(self.requests):
+            return self.values[-1]
+        (x, next_x), (value, next_value) = self.requests[i - 1 : i + 1], self.values[i - 1 : i + 1]
+        return value + (next_value - value) * (request - x) / (next_x - x)
+
+
+def metric_chart(group: Group, metric: Metric, styles: Styles) -> Chart:
+    """A metric of the windows, a curve per learner."""
+    curves = (
+        Curve(learner.learner, styles[learner.learner], learner.points(group.places, metric))
+        for learner in group.measured
+    )
+    return Chart(f"{metric.title} over the stream", metric.unit, tuple(curves))
+
+
+def themes_of(group: Group, styles: Styles) -> list[Theme]:
+    """All there is to draw of how the learners of a group learned."""
+    themes = [_regret(group, styles), _guarantee(group, styles), _drift(group, styles)]
+    themes += [_ensembles(group, styles), _hints(group, styles)]
+    return [drawn for theme in themes if (drawn := _drawn(theme)).charts]
+
+
+def _regret(group: Group, styles: Styles) -> Theme:
+    regret = Chart(
+        "Regret against frozen, summed over rounds",
+        "nats",
+        _curves(group, styles, lambda rounds: list(accumulate(_each(_gain_lost, rounds, missing=0.0))), origin=0.0),
+        level=0.0,
+    )
+    losses = Chart(
+        "KL divergence from the target to the drafter",
+        "nats per row",
+        (*_curves(group, styles, _smooth(lambda each: each.kl)), *_of_frozen(group, styles, lambda e: e.frozen_kl)),
+        note=f"Means of the last {SMOOTHING} rounds, before each update.",
+    )
+    return Theme(
+        "Regret",
+        "Below zero, a learner's weights have served better than those it started from; a line that falls is a learner "
+        "still ahead, one that rises is losing what it gained.",
+        (regret, losses),
+    )
+
+
+def _guarantee(group: Group, styles: Styles) -> Theme:
+    measured = (
+        Curve(learner.learner, styles[learner.learner], learner.points(group.places, METRICS[0]))
+        for learner in group.watched
+    )
+    bounds = (
+        curve._replace(style=curve.style.faint, points=_without_band(curve.points))
+        for curve in _curves(group, styles, _smooth(lambda each: each.acceptance_length_bound))
+    )
+    chart = Chart(
+        "Acceptance length, and its lower bound",
+        "tokens per step",
+        (*measured, *bounds),
+        note="Lines with markers: measured, a point per window. Dashed lines without, in the same colours: the bound, "
+        f"mean of the last {SMOOTHING} rounds.",
+    )
+    return Theme(
+        "What the losses guarantee",
+        "From the losses alone follows an acceptance length that a learner cannot stay below on average. The bound is "
+        "loose; what counts is that both rise together.",
+        (chart,),
+    )
+
+
+def _drift(group: Group, styles: Styles) -> Theme:
+    charts = (
+        Chart(
+            "The stream: acceptance probability of the frozen drafter",
+            "probability",
+            _of_frozen(group, styles, lambda each: each.frozen_acceptance_prob),
+            height=LOW,
+            note=f"Mean of the last {SMOOTHING} rounds. Where it changes, the traffic did.",
+        ),
+        Chart(
+            "The weights: distance from the start",
+            "distance",
+            _curves(group, styles, lambda rounds: _each(lambda each: each.distance, rounds)),
+            height=LOW,
+        ),
+        Chart(
+            "The function: how much the drafts changed",
+            "total variation",
+            _curves(group, styles, lambda rounds: _each(lambda each: each.function_moved, rounds)),
+            height=LOW,
+            note="On the rows of the first round, from one point to the next; 0 is no change, 1 is all.",
+        ),
+    )
+    return Theme("Drift", "What moved: the traffic, the weights in answer to it, and what the drafter says.", charts)
+
+
+def _ensembles(group: Group, styles: Styles) -> Theme:
+    gap = Chart(
+        "Averaging gap",
+        "loss",
+        _curves(group, styles, lambda rounds: _each(lambda each: each.learner.get("averaging_gap"), rounds)),
+        level=0.0,
+        height=LOW,
+        has_own_legend=True,
+        note="Loss of the mean of the experts' weights, minus the mean of their losses: above zero, averaging hurts, "
+        "and the best expert plays instead.",
+    )
+    charts = [_meta_weights(learner) for learner in group.watched]
+    return Theme("Ensembles", "Which experts an ensemble trusts, and whether their mean is any good.", (*charts, gap))
+
+
+def _meta_weights(learner: LearnerSummary) -> Chart:
+    names = dict.fromkeys(name for run in learner.watched for each in rounds_of(run) for name in _meta_weights_of(each))
+    styles = styles_of(names)
+    curves = (_curve(name, styles[name], learner.watched, _smooth(partial(_meta_weight, name))) for name in names)
+    return Chart(
+        f"Meta weights of {learner.learner}",
+        "meta weight",
+        tuple(curves),
+        limits=(-0.03, 1.03),
+        height=LOW,
+        has_own_legend=True,
+        note=_said_of_best_played(learner),
+    )
+
+
+def _meta_weights_of(each: Round) -> dict[str, float | None]:
+    return each.learner.get("meta_weights") or {}
+
+
+def _meta_weight(expert: str, each: Round) -> float | None:
+    return _meta_weights_of(each).get(expert)
+
+
+def _said_of_best_played(learner: LearnerSummary) -> str:
+    note = f"Means of the last {SMOOTHING} rounds; experts go by their step sizes."
+    told = [each.learner.get("is_best_played") for run in learner.watched for each in rounds_of(run)]
+    known = [is_best for is_best in told if is_best is not None]
+    if not known:
+        return note
+    return f"{note} The best expert played alone in {100 * sum(known) / len(known):.0f} % of the rounds."
+
+
+def _hints(group: Group, styles: Styles) -> Theme:
+    turned = (
+        curve._replace(style=curve.style.faint, points=_without_band(curve.points))
+        for curve in _curves(group, styles, lambda rounds: _hint_errors(rounds, "direction_"))
+    )
+    chart = Chart(
+        "Error of the hints over the size of the gradients",
+        "ratio",
+        (*_curves(group, styles, lambda rounds: _hint_errors(rounds, "")), *turned),
+        level=1.0,
+        note=f"Over the last {SMOOTHING} rounds. Lines with markers: raw gradients; dashed lines without: in the "
+        "learner's geometry.",
+    )
+    return Theme("Hints", "Below 1, guessing the next gradient helped; above 1, no guess was better.", (chart,))
+
+
+def _hint_errors(rounds: Sequence[Round], prefix: str) -> list[float]:
+    """Ratio of sums over the last rounds, as the whole run's is one of sums over all."""
+    errors = smoothed(_each(lambda each: each.learner.get(f"{prefix}hint_error"), rounds))
+    norms = smoothed(_each(lambda each: each.learner.get(f"{prefix}gradient_norm"), rounds))
+    return [error / norm if norm else nan for error, norm in zip(errors, norms, strict=True)]
+
+
+# --- from rounds to curves ---
+
+
+def _curves(group: Group, styles: Styles, values: Values, origin: float = nan) -> tuple[Curve, ...]:
+    """One for every learner that has the figure."""
+    learners = group.watched
+    return tuple(_curve(each.learner, styles[each.learner], each.watched, values, origin) for each in learners)
+
+
+def _of_frozen(group: Group, styles: Styles, of: Callable[[Round], float | None]) -> tuple[Curve, ...]:
+    """The drafter as it started, which every learner measures beside itself."""
+    runs = [run for learner in group.watched for run in learner.watched]
+    curve = _curve(FROZEN, styles[FROZEN], runs, _smooth(of))
+    return (curve._replace(points=_without_band(curve.points)),)
+
+
+def _curve(label: str, style: Style, runs: Iterable[Run], values: Values, origin: float = nan) -> Curve:
+    return Curve(label, style, over_runs([_track(run, values, origin) for run in runs]))
+
+
+def _drawn(theme: Theme) -> Theme:
+    """The theme without curves of which nothing is known, and without charts that have no others."""
+    charts = (chart._replace(curves=tuple(filter(_is_known, chart.curves))) for chart in theme.charts)
+    return theme._replace(charts=tuple(chart for chart in charts if chart.curves))
+
+
+def _is_known(curve: Curve) -> bool:
+    return not all(map(isnan, curve.points.medians))
+
+
+def _track(run: Run, values: Values, origin: float) -> Track:
+    """Where the figure is known; with an origin, from before the first round."""
+    rounds, end = rounds_of(run), run.totals.requests + 0.5
+    points = [(0.5, origin), *zip(positions(rounds), values(rounds), strict=True)]
+    known = [(min(x, end), value) for x, value in points if isfinite(value)]
+    return Track([x for x, _ in known], [value for _, value in known], end)
+
+
+def positions(rounds: Sequence[Round]) -> list[float]:
+    """Where rounds stand on the axis of requests: request i reaches from i - 0.5 to i + 0.5, rounds spread."""
+    num_within, seen = Counter(each.request for each in rounds), Counter[int]()
+    places = []
+    for each in rounds:
+        places.append(each.request + 0.5 + seen[each.request] / num_within[each.request])
+        seen[each.request] += 1
+    return places
+
+
+def over_runs(tracks: Sequence[Track]) -> Points:
+    """Median and extremes of the tracks, at the places of all of them or at as many as a screen can show."""
+    places = sorted({x for track in tracks for x in track.requests})
+    step = max(1, -(-len(places) // MOST_POINTS))
+    kept = [*places[::step], *(places[-1:] if (len(places) - 1) % step else [])]
+    points = Points(kept, [], [], [])
+    for x in kept:
+        spread = spread_of(track.at(x) for track in tracks)
+        for column, value in zip(points[1:], spread or (nan, nan, nan), strict=True):
+            column.append(value)
+    return points
+
+
+def _without_band(points: Points) -> Points:
+    return points._replace(lows=points.medians, highs=points.medians)
+
+
+def smoothed(values: Sequence[float], size: int = SMOOTHING) -> list[float]:
+    """Means of each value and those before it, `size` in all; NaN counts as missing.
+
+    >>> smoothed([1.0, nan, 3.0, 5.0], size=2)
+    [1.0, 1.0, 3.0, 4.0]
+    """
+    recent = (values[max(0, i + 1 - size) : i + 1] for i in range(len(values)))
+    known = ([value for value in some if not isnan(value)] for some in recent)
+    return [fsum(some) / len(some) if some else nan for some in known]
+
+
+def _smooth(of: Callable[[Round], float | None]) -> Values:
+    return lambda rounds: smoothed(_each(of, rounds))
+
+
+def _each(of: Callable[[Round], Any], rounds: Sequence[Round], missing: float = nan) -> list[float]:
+    """A figure of every round; `missing` where the round has none, or one that is no finite number."""
+    values = (of(each) for each in rounds)
+    return [float(value) if value is not None and isfinite(value) else missing for value in values]
+
+
+def _gain_lost(each: Round) -> float:
+    return each.kl - each.frozen_kl

@@ -1,0 +1,116 @@
+"""Optimistic online gradient: plays one step ahead of what it has learned, along a guess of the next gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from onlinespec.learners.base import Evaluate, Learner, Params
+from onlinespec.learners.geometry import Diagonal, Geometry, Point, clip_by_norm, squared_distance, squared_norm
+
+
+class Hint(NamedTuple):
+    """A guess of the next gradient: as it came, and as the geometry turned it."""
+
+    grads: Params
+    direction: Params
+
+
+class OptimisticState(NamedTuple):
+    """Both sequences: what is learned (`point`), and what plays, a step ahead of it."""
+
+    point: Point
+    played: Params
+    geometry: Any
+    hints: dict[str, Hint]  # by domain, or under "" if they are not kept apart
+    used: Hint | None  # the hint that `played` has followed
+    met: Hint | None  # the gradient that came, after the hint that was used for it ...
+    missed: Hint | None  # ... which is here; None in round 0
+
+
+@dataclass(frozen=True)
+class OptimisticGradient(Learner):
+    """Two sequences; the gradient is taken at the weights that played, and the hint is the last one:
+
+        played    w = v - step_size * direction(hint)        no hint in round 0
+        learned   v_next = v - step_size * direction(clip(grad f(w)))
+        hint_next = the last gradient
+
+    Not momentum: over T rounds it moves as far as online gradient and one look-ahead. In the `diagonal` geometry the
+    direction of the hint is the last direction, which is Optimistic Adam (arXiv:1711.00141); with `preconditioned` both
+    lines use the same scale and no average, the pure form.
+
+    Args:
+        hint_decay: Average the hints, this share of the old kept: less noise, more lag. 0 is the last gradient.
+        hint_by_domain: Keep a hint per domain tag, for traffic that is interleaved.
+
+    Reference: OnlineSpec, arXiv:2603.12617, corollary 2 (Euclidean geometry, without projection).
+    """
+
+    step_size: float
+    geometry: Geometry = Diagonal()
+    clip_norm: float = 1.0
+    hint_decay: float = 0.0
+    hint_by_domain: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hint_decay < 1:
+            raise ValueError(f"hint_decay is {self.hint_decay}; it must be 0 (the last gradient) or below 1")
+
+    def init(self, params: Params) -> OptimisticState:
+        point = Point.at(params)
+        return OptimisticState(point, point.played, self.geometry.init(params), {}, None, None, None)
+
+    def played(self, state: OptimisticState) -> Params:
+        return state.played
+
+    def update(self, evaluate: Evaluate, state: OptimisticState) -> OptimisticState:
+        (evaluation,) = evaluate(state.played)
+        grads = clip_by_norm(evaluation.grads, self.clip_norm)
+        direction, geometry = self.geometry.direction(grads, state.geometry)
+        came, domain = Hint(evaluation.grads, direction), evaluation.domain if self.hint_by_domain else ""
+        next_state = OptimisticState(
+            point=state.point.moved(direction, self.step_size),
+            played=state.played,
+            geometry=geometry,
+            hints=state.hints | {domain: self._averaged(state.hints.get(domain), came)},
+            used=None,
+            met=came,
+            missed=state.used,
+        )
+        return self.expect(domain, next_state)
+
+    def expect(self, domain: str, state: OptimisticState) -> OptimisticState:
+        hint = state.hints.get(domain if self.hint_by_domain else "")
+        if hint is state.used:
+            return state
+        ahead = state.point.moved(hint.direction, self.step_size) if hint else state.point
+        return state._replace(played=ahead.played, used=hint)
+
+    def report(self, state: OptimisticState) -> dict[str, Any]:
+        """Squared norms, of raw gradients and in the geometry: the hint's error, and the gradient's own.
+
+        A hint is worth following while its error is the smaller; without a hint they are equal.
+        """
+        if state.met is None:
+            return {}
+        pairs = zip(("", "direction_"), state.met, state.missed or (None, None), strict=True)
+        return {
+            f"{prefix}{name}": value
+            for prefix, met, hint in pairs
+            for name, value in (
+                ("hint_error", squared_distance(hint, met) if hint else squared_norm(met)),
+                ("gradient_norm", squared_norm(met)),
+            )
+        }
+
+    def _averaged(self, old: Hint | None, new: Hint) -> Hint:
+        if old is None or not self.hint_decay:
+            return new
+        return Hint(*(_lerp(a, b, 1 - self.hint_decay) for a, b in zip(old, new, strict=True)))
+
+
+def _lerp(old: Params, new: Params, share: float) -> Params:
+    return {name: torch.lerp(old[name].float(), p.float(), share) for name, p in new.items()}

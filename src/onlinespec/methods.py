@@ -1,0 +1,87 @@
+"""What learns, and how, in a line of text: a learner's name and what differs from the defaults.
+
+    online_gradient
+    online_gradient/step_size=3e-4/replay_every=0
+    ensemble/step_size_pool=3e-4:1e-3:3e-3/with_frozen=true
+    osd
+
+Such lines are what `--learners` lists, so that one comparison can hold several settings of one learner.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, get_type_hints
+
+import msgspec
+
+from onlinespec.config import LearnConfig
+from onlinespec.learners import LEARNERS, Learner, make_learner
+from onlinespec.tables import resolve
+
+# Names for whole settings, as the lines they stand for.
+PRESETS = {
+    # Online Speculative Decoding, arXiv:2310.07177: one step per eight requests, on the rejected positions, used once.
+    "osd": "online_gradient/step_size=1e-4/clip_norm=inf/rows=rejected/requests_per_round=8/max_rows=1000000"
+    "/loss=soft_cross_entropy/replay_every=0/budget=inf",
+}
+
+_SHARED = ("step_size", "geometry", "clip_norm")
+
+
+def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
+    """The settings that a line stands for; what it does not name is as in `defaults`.
+
+    >>> parse("optimistic/step_size=3e-4/hint_decay=0.5").options
+    {'hint_decay': 0.5}
+
+    Raises:
+        ValueError: for a name that is not known, or a value out of range.
+    """
+    name, *settings = method.split("/")
+    config = defaults or LearnConfig()
+    if name in PRESETS:
+        config = parse(PRESETS[name], config)
+    elif name != config.learner:
+        config = replace(config, learner=name, options={})
+    factory = resolve(LEARNERS, config.learner, "learner")
+    own = {key: kind for key, kind in _parameters(factory).items() if key not in _SHARED}
+    shared = {field.name: field.type for field in fields(LearnConfig) if field.name not in ("learner", "options")}
+    kinds = get_type_hints(LearnConfig)
+    changes: dict[str, Any] = {}  # checked together: either end of a range may be named first
+    options = dict(config.options)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or (key not in shared and key not in own):
+            known = ", ".join(sorted([*shared, *own]))
+            raise ValueError(
+                f'"{setting}" in "{method}" is no setting of {config.learner}; known, as NAME=VALUE: {known}'
+            )
+        if key in shared:
+            changes[key] = _converted(text, kinds[key], setting)
+        else:
+            options[key] = _converted(text, own[key], setting)
+    return replace(config, **changes, options=options)
+
+
+def learner_of(config: LearnConfig) -> Learner:
+    """The learner that settings ask for."""
+    return make_learner(config.learner, config.step_size, config.geometry, config.clip_norm, **config.options)
+
+
+def _parameters(factory: Any) -> dict[str, Any]:
+    """Name and type of what a learner is made from."""
+    if is_dataclass(factory):
+        hints = get_type_hints(factory)  # of every base, in the module that it is from
+        return {field.name: hints[field.name] for field in fields(factory) if field.init}
+    function = factory.__init__ if inspect.isclass(factory) else factory
+    return {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
+
+
+def _converted(text: str, kind: Any, setting: str) -> Any:
+    parts: Any = text.split(":") if str(kind).startswith("tuple") else text
+    try:
+        return msgspec.convert(parts, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{setting}: {error}") from error

@@ -1,0 +1,425 @@
+"""What a report says about each learner: medians and spreads over its runs (repeats and seeds) at one temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import fsum, isfinite, nan
+from statistics import median
+from typing import NamedTuple
+
+from onlinespec.records import Report, Round, Run, Segment, Totals, Window
+
+PLAIN, FROZEN = "none", "frozen"  # the controls: plain decoding, and a drafter that does not learn
+_CONTROL_RANK = {FROZEN: 1, PLAIN: 2}
+
+
+class Spread(NamedTuple):
+    """The same figure from several runs."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Place(NamedTuple):
+    """A segment's place in the stream, as plots and tables need it."""
+
+    segment: int  # its index in the records
+    data: str
+    start: int  # requests before it
+    length: int
+
+
+class Points(NamedTuple):
+    """One learner's curve: a point per window, NaN where a segment is missing."""
+
+    requests: list[float]
+    medians: list[float]
+    lows: list[float]
+    highs: list[float]
+
+
+class Metric(NamedTuple):
+    """What a plot or a table of segments shows."""
+
+    title: str
+    unit: str
+    of: Callable[[Totals | Window], float]
+    digits: int
+
+
+METRICS = (
+    Metric("Acceptance length", "tokens per step", lambda counted: counted.acceptance_length, 2),
+    Metric("Net tokens per second", "tokens per second", lambda counted: counted.tokens_per_second, 1),
+)
+
+
+class Figure(NamedTuple):
+    """A column of the table of how each learner learned."""
+
+    title: str
+    of: Callable[[Run], float | None]
+    digits: int  # after the point, at most
+    meaning: str
+    good_below: float | None = None  # where a reader should know at a glance which side of it a learner is on
+
+
+def _told(name: str) -> Callable[[Run], float | None]:
+    """A figure of the run's telemetry; None without."""
+    return lambda run: getattr(run.telemetry, name, None)
+
+
+def _num_rounds(run: Run) -> float | None:
+    return len(rounds_of(run)) or None
+
+
+def _mean_loss(run: Run) -> float | None:
+    rounds = rounds_of(run)
+    return fsum(each.loss for each in rounds) / len(rounds) if rounds else None
+
+
+def _final_distance(run: Run) -> float | None:
+    rounds = rounds_of(run)
+    return rounds[-1].distance if rounds else None
+
+
+REGRET_VS_FROZEN = Figure(
+    "Regret vs frozen",
+    _told("regret_vs_frozen"),
+    2,
+    "The same sum, less that of the drafter as it started on the same rows. It must fall below zero and keep falling: "
+    "below zero, learning has brought more than it spoilt.",
+    good_below=0.0,
+)
+
+LEARNING_FIGURES = (
+    Figure(
+        "Rounds",
+        _num_rounds,
+        0,
+        "Updates of the drafter. The figures are over them, each measured on the rows that were new, with the weights "
+        "that drafted before.",
+    ),
+    Figure(
+        "Mean loss",
+        _mean_loss,
+        3,
+        "Of the rounds: the loss that is trained, before each update. Lower is better, among learners that train the "
+        "same one.",
+    ),
+    Figure(
+        "Regret, at most",
+        _told("regret_upper"),
+        2,
+        "The sum of the rounds' KL divergence from target to drafter, in nats. Against whatever weights, the regret is "
+        "no larger. Lower is better.",
+    ),
+    REGRET_VS_FROZEN,
+    Figure(
+        "Regret vs best expert",
+        _told("regret_vs_best_expert"),
+        2,
+        "Of ensembles: the sum of the loss, less that of the expert which did best over the whole stream. Near zero, "
+        "the best was found; below zero, it was beaten.",
+    ),
+    Figure(
+        "Hint error",
+        _told("hint_error_ratio"),
+        2,
+        "Of learners that play a hint, a guess of the next gradient: squared errors of the hints over squared "
+        "gradients. Below 1 hints helped, above 1 they misled.",
+        good_below=1.0,
+    ),
+    Figure(
+        "Hint error in geometry",
+        _told("direction_hint_error_ratio"),
+        2,
+        "The same of the directions that the learner's geometry makes of gradients: what the weights move along.",
+        good_below=1.0,
+    ),
+    Figure(
+        "Distance from start",
+        _final_distance,
+        3,
+        "Euclidean, of the last round's weights from the first's. Neither good nor bad: how much was learned, or "
+        "forgotten.",
+    ),
+    Figure(
+        "Learning, seconds",
+        lambda run: run.totals.learn_seconds,
+        1,
+        "Time spent learning, which tokens per second count.",
+    ),
+    Figure(
+        "Measuring, seconds",
+        lambda run: run.totals.diagnostic_seconds if run.telemetry else None,
+        1,
+        "Time spent on the figures of this page, which nothing else counts.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class LearnerSummary:
+    """All runs of one learner at one temperature."""
+
+    learner: str
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def measured(self) -> tuple[Totals, ...]:
+        """The totals of the runs that got as far as a request."""
+        return tuple(run.totals for run in self.runs if run.totals.requests)
+
+    @cached_property
+    def watched(self) -> tuple[Run, ...]:
+        """The runs whose learning was measured, for at least a round."""
+        return tuple(run for run in self.runs if run.totals.requests and rounds_of(run))
+
+    def figure(self, figure: Figure) -> Spread | None:
+        """Of how it learned; None where no run tells."""
+        return spread_of(figure.of(run) for run in self.runs if run.totals.requests)
+
+    def spread(self, name: str) -> Spread | None:
+        """Of one figure of the totals; None where no run has it."""
+        return spread_of(getattr(totals, name) for totals in self.measured)
+
+    def segment_spread(self, index: int, metric: Metric) -> Spread | None:
+        return spread_of(metric.of(segment) for segment in self.segments(index) if segment.requests)
+
+    def segments(self, index: int) -> list[Segment]:
+        """This segment in every run that has it."""
+        return [segment for run in self.runs for segment in run.segments if segment.index == index]
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Medians over the runs that drafted that far."""
+        rows = [totals.acceptance_by_position for totals in self.measured]
+        width = max(map(len, rows), default=0)
+        return [median(row[i] for row in rows if i < len(row)) for i in range(width)]
+
+    @property
+    def num_compared(self) -> int:
+        """Requests, over all runs, whose output was compared with plain decoding."""
+        return sum(totals.requests for totals in self.measured if totals.identical_to_plain is not None)
+
+    @property
+    def ties(self) -> int:
+        return sum(totals.ties for totals in self.measured)
+
+    @property
+    def differs(self) -> bool:
+        """Whether some output differs from plain decoding by more than a tie."""
+        return any(totals.identical_to_plain is False for totals in self.measured)
+
+    @property
+    def identical(self) -> str:
+        """For a table cell."""
+        if self.differs:
+            return "no"
+        return f"{self.num_compared - self.ties:,} of {self.num_compared:,}" if self.num_compared else "–"
+
+    def points(self, places: Sequence[Place], metric: Metric) -> Points:
+        points = Points([], [], [], [])
+        for place in places:
+            for x, spread in self._windows(place, metric):
+                for column, value in zip(points, (x, *(spread or (nan, nan, nan))), strict=False):
+                    column.append(value)
+        return points
+
+    def _windows(self, place: Place, metric: Metric) -> Iterator[tuple[float, Spread | None]]:
+        """Request number and figure of each window of a segment; a single gap where nothing was measured."""
+        rows = [segment.windows for segment in self.segments(place.segment) if segment.windows]
+        longest = max(rows, key=len, default=())
+        if not longest:
+            yield place.start + (place.length + 1) / 2, None
+        start = place.start
+        for i, window in enumerate(longest):
+            values = (metric.of(row[i]) for row in rows if i < len(row) and row[i].requests)
+            yield start + (window.requests + 1) / 2, spread_of(value for value in values if value > 0)
+            start += window.requests
+
+
+@dataclass(frozen=True)
+class Group:
+    """All learners at one temperature: what is compared with each other."""
+
+    temperature: float
+    learners: tuple[LearnerSummary, ...]
+
+    @cached_property
+    def measured(self) -> tuple[LearnerSummary, ...]:
+        return tuple(learner for learner in self.learners if learner.measured)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """The stream as the run that got furthest in each segment saw it."""
+        furthest: dict[int, tuple[int, str]] = {}
+        for segment in (segment for learner in self.learners for run in learner.runs for segment in run.segments):
+            length = max(segment.requests, sum(window.requests for window in segment.windows))
+            if length > furthest.get(segment.index, (0, ""))[0]:
+                furthest[segment.index] = (length, segment.data)
+        places, start = [], 0
+        for index, (length, data) in sorted(furthest.items()):
+            places.append(Place(index, " ".join(data.split()), start, length))
+            start += length
+        return places
+
+    def segment_row(self, index: int, metric: Metric) -> list[tuple[Spread | None, bool]]:
+        """A figure of every learner in one segment, and whether it is the highest."""
+        spreads = [learner.segment_spread(index, metric) for learner in self.measured]
+        highest = max((spread.median for spread in spreads if spread), default=0.0)
+        return [(spread, len(spreads) > 1 and _median(spread) == highest) for spread in spreads]
+
+    @property
+    def num_runs(self) -> int:
+        """The most runs that any learner has."""
+        return max((len(learner.measured) for learner in self.measured), default=0)
+
+    @property
+    def num_positions(self) -> int:
+        return max((len(learner.acceptance_by_position) for learner in self.measured), default=0)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether there is anything to plot."""
+        return any(segment.windows for learner in self.measured for run in learner.runs for segment in run.segments)
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the runs saw different numbers of requests, as in an interrupted stream."""
+        return len({totals.requests for learner in self.measured for totals in learner.measured}) > 1
+
+    @property
+    def seconds_measuring(self) -> Spread | None:
+        """What measuring regret, hints and drift took, all learners together; None where nothing was measured."""
+        by_repeat: dict[tuple[int, int], float] = {}
+        for run in (run for learner in self.measured for run in learner.runs):
+            key = run.seed, run.repeat
+            by_repeat[key] = by_repeat.get(key, 0.0) + run.totals.diagnostic_seconds
+        return spread_of(seconds for seconds in by_repeat.values() if seconds)
+
+    @property
+    def drafting(self) -> tuple[LearnerSummary, ...]:
+        return tuple(learner for learner in self.measured if learner.learner != PLAIN)
+
+    @property
+    def watched(self) -> tuple[LearnerSummary, ...]:
+        """Those whose learning was measured."""
+        return tuple(learner for learner in self.measured if learner.watched)
+
+    @property
+    def learning_figures(self) -> list[Figure]:
+        """Those that some learner has, each to three digits of its largest number."""
+        figures = []
+        for figure in LEARNING_FIGURES:
+            spreads = [spread for learner in self.watched if (spread := learner.figure(figure))]
+            if spreads:
+                largest = int(max(abs(spread.median) for spread in spreads))
+                digits = 3 - len(str(largest)) if largest else 3
+                figures.append(figure._replace(digits=max(0, min(figure.digits, digits))))
+        return figures
+
+    @property
+    def best(self) -> LearnerSummary | None:
+        """The fastest of those that learn; a control if none does."""
+        by_speed = sorted(self.measured, key=lambda learner: -_median(learner.spread("tokens_per_second")))
+        return min(by_speed, key=lambda learner: _CONTROL_RANK.get(learner.learner, 0), default=None)
+
+    @property
+    def differing(self) -> list[str]:
+        return [learner.learner for learner in self.measured if learner.differs]
+
+    @property
+    def verdict(self) -> str:
+        """What is known about the output being that of plain decoding."""
+        compared, ties = (sum(getattr(learner, name) for learner in self.drafting) for name in ("num_compared", "ties"))
+        if self.differing:
+            return f"Output differs from plain decoding with {', '.join(self.differing)}: requests.jsonl says where."
+        if not self.drafting:
+            return "Nothing was drafted."
+        if not compared:
+            sampled = "Sampled output is not compared token by token."
+            return sampled if self.temperature else "Output was not compared with plain decoding."
+        text = f"Output identical to plain decoding on {compared - ties:,} of {compared:,} answers"
+        return f"{text}; the other {ties:,} first differ at a near-tie of the target." if ties else f"{text}."
+
+    @property
+    def headline(self) -> str:
+        """The figures that matter, in words."""
+        best = self.best
+        if best is None:
+            return "Nothing was measured."
+        learning = [learner for learner in self.measured if learner.learner not in _CONTROL_RANK]
+        opening = f"Fastest of {len(learning)} learners, {best.learner}" if len(learning) > 1 else best.learner
+        speedups = [
+            f"{number(spread.median, 2)}× {other}{' (slower)' if round(spread.median, 2) < 1 else ''}"
+            for name, other in (("speedup_vs_none", "plain decoding"), ("speedup_vs_frozen", "frozen"))
+            if (spread := best.spread(name)) and best.learner not in (name.removeprefix("speedup_vs_"), PLAIN)
+        ]
+        text = " and ".join(speedups) or f"{number(_median(best.spread('tokens_per_second')), 1)} tokens per second"
+        if learning:
+            text += f", learning counted ({number(100 * _median(best.spread('learning_share')), 1)} % of decode time)"
+        return f"{opening}: {text}. {self.verdict}"
+
+    @property
+    def lesson(self) -> str:
+        """What learning brought, in words."""
+        regrets = {learner.learner: learner.figure(REGRET_VS_FROZEN) for learner in self.watched}
+        known = {name: spread.median for name, spread in regrets.items() if spread}
+        if not known:
+            return "No regret was measured."
+        best = min(known, key=lambda name: known[name])
+        opening = f"Of {len(known)} learners, {best} did best" if len(known) > 1 else best
+        outcome = "paid" if known[best] < 0 else "has not paid"
+        return f"{opening}: a regret of {number(known[best], 1)} nats against frozen, so learning {outcome}."
+
+
+def spread_of(values: Iterable[float | None]) -> Spread | None:
+    """Of what is known: None if there is not one finite value.
+
+    >>> spread_of([1.5, None, 1.0, 2.5])
+    Spread(median=1.5, low=1.0, high=2.5)
+    """
+    known = [value for value in values if value is not None and isfinite(value)]
+    return Spread(median(known), min(known), max(known)) if known else None
+
+
+def rounds_of(run: Run) -> tuple[Round, ...]:
+    """None of them where learning was not measured."""
+    return run.telemetry.rounds if run.telemetry else ()
+
+
+def number(value: float | None, digits: int) -> str:
+    """For a reader: with a true minus, and no minus before a zero.
+
+    >>> number(-1234.56, 1), number(-0.001, 2), number(None, 2)
+    ('−1,234.6', '0.00', '–')
+    """
+    if value is None:
+        return "–"
+    text = f"{abs(value):,.{digits}f}"
+    return f"−{text}" if value < 0 and text.strip("0.,") else text
+
+
+def learner_names(report: Report) -> list[str]:
+    """Controls first, the others in the order in which they came."""
+    names = dict.fromkeys(run.learner for run in report.runs)
+    return sorted(names, key=lambda name: -_CONTROL_RANK.get(name, 0))
+
+
+def groups_of(report: Report) -> list[Group]:
+    """The runs by temperature and learner."""
+    groups = []
+    for temperature in sorted({run.temperature for run in report.runs}):
+        runs = [run for run in report.runs if run.temperature == temperature]
+        by_name = {name: tuple(run for run in runs if run.learner == name) for name in learner_names(report)}
+        learners = (LearnerSummary(name, its_runs) for name, its_runs in by_name.items() if its_runs)
+        groups.append(Group(temperature, tuple(learners)))
+    return groups
+
+
+def _median(spread: Spread | None) -> float:
+    return spread.median if spread else 0.0

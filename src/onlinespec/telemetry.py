@@ -1,0 +1,117 @@
+"""What learning did, measured beside it: losses against the frozen start, drift, what the learner reports.
+
+It costs a forward of the drafter's head for two sets of weights per round, so it is off unless asked for, and its time
+is kept apart from that of learning.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onlinespec.core import Feedback, Params
+from onlinespec.drafters.base import Drafter
+from onlinespec.learners.geometry import squared_distance
+from onlinespec.losses import TargetRows, cross_entropy, kl, total_variation
+from onlinespec.metrics import acceptance_length_at, distance_bound, greedy_distance_bound
+from onlinespec.records import Round
+
+_WINDOW = 16  # rounds over which weights and function are said to have moved
+
+
+class Telemetry:
+    """Watches one run of learning; `rounds` grows by one per round."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self._start = drafter.weights.params
+        self._num_steps = self._num_requests = self._num_draft_tokens = 0
+        self._probe: Any = None  # the first round's rows: where the function's drift is measured
+        self._then: tuple[Params, Tensor] | None = None  # weights and probe rows of some rounds ago
+        self.rounds: list[Round] = []
+        self.seconds = 0.0
+
+    def observe_steps(self, feedback: Sequence[Feedback]) -> None:
+        """Counts what is served."""
+        for record in feedback:
+            self._num_steps += 1
+            self._num_requests += record.is_last
+            self._num_draft_tokens = max(self._num_draft_tokens, record.num_draft_tokens)
+
+    @torch.no_grad()
+    def observe_round(
+        self,
+        batch: Any,
+        newest: Feedback,
+        loss: float,
+        played: Params,
+        interval: float,
+        report: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Measures a round that has just ended, on its fresh rows, at the weights that played before it."""
+        began = time.perf_counter()
+        num_depths = max(1, self._num_draft_tokens)
+        depths = self._drafter.rows([played, self._start], batch, num_depths)
+        logits, target = depths[0]
+        (kl_now, kl_start), (tv_now, tv_start) = (of(logits, target).mean(-1).tolist() for of in (kl, total_variation))
+        moved, function_moved = self._moved(batch, played)
+        self.rounds.append(
+            Round(
+                step=self._num_steps,
+                request=self._num_requests,
+                data=newest.domain,
+                interval=interval,
+                loss=loss,
+                kl=kl_now,
+                token_loss=float(cross_entropy(logits[0], target).mean()),
+                acceptance_prob=1 - tv_now,
+                frozen_kl=kl_start,
+                frozen_acceptance_prob=1 - tv_start,
+                acceptance_length_bound=self._bound(depths),
+                distance=math.sqrt(squared_distance(played, self._start)),
+                moved=moved,
+                function_moved=function_moved,
+                learner=report(),
+            )
+        )
+        self.seconds += time.perf_counter() - began
+
+    def _bound(self, depths: Sequence[tuple[Tensor, TargetRows]]) -> float:
+        """The guaranteed acceptance length: as if every depth were as far off as the worst."""
+        distances = [_distance(logits[0], target) for logits, target in depths]
+        return acceptance_length_at(max(distances), self._num_draft_tokens)
+
+    def _moved(self, batch: Any, played: Params) -> tuple[float | None, float | None]:
+        """How far weights and function have come in the last _WINDOW rounds; measured once per window."""
+        if self._probe is None:
+            self._probe = batch
+        if len(self.rounds) % _WINDOW:
+            return None, None
+        ((logits, _),) = self._drafter.rows([played], self._probe)
+        probs_NV, then = logits[0].softmax(-1), self._then
+        self._then = played, probs_NV
+        if then is None:
+            return None, None
+        moved = math.sqrt(squared_distance(played, then[0]))
+        return moved, float((probs_NV - then[1]).abs().sum(-1).mean() / 2)
+
+
+def _distance(logits_NV: Tensor, target: TargetRows) -> float:
+    """The most total variation between the rows that verification compares, as far as losses tell."""
+    is_greedy_N = target.temperatures_N == 0
+    bounds = []
+    if is_greedy_N.any():
+        losses = cross_entropy(logits_NV, target)[is_greedy_N]
+        bounds.append((greedy_distance_bound(float(losses.mean())), len(losses)))
+    if not is_greedy_N.all():
+        temperatures = target.temperatures_N[~is_greedy_N][:, None]
+        probs_NV = (target.probs_NV[~is_greedy_N].log() / temperatures).softmax(-1)
+        sampled = TargetRows(probs_NV, target.token_ids_N[~is_greedy_N], temperatures[:, 0])
+        losses = kl(logits_NV[~is_greedy_N] / temperatures, sampled)
+        bounds.append((distance_bound(float(losses.mean())), len(losses)))
+    return sum(bound * count for bound, count in bounds) / sum(count for _, count in bounds)

@@ -1,0 +1,279 @@
+import math
+from dataclasses import fields, replace
+from itertools import permutations
+
+import pytest
+
+from onlinespec.config import LearnConfig
+from onlinespec.learners import LEARNERS, Euclidean
+from onlinespec.learners.geometry import Diagonal
+from onlinespec.methods import PRESETS, learner_of, parse
+from onlinespec.tables import resolve
+
+LINES = [*LEARNERS, *PRESETS]
+
+SHARED = {  # a line of text for each setting that every learner has, and what it means
+    "step_size": ("3e-4", 3e-4),
+    "geometry": ("euclidean", "euclidean"),
+    "clip_norm": ("inf", math.inf),
+    "loss": ("jsd", "jsd"),
+    "rows": ("rejected", "rejected"),
+    "min_interval": ("8", 8),
+    "max_interval": ("400", 400),
+    "requests_per_round": ("8", 8),
+    "max_rows": ("32", 32),
+    "replay_every": ("0", 0),
+    "replay_megabytes": ("0.5", 0.5),
+    "budget": ("inf", math.inf),
+    "row_cost": ("0.1", 0.1),
+    "telemetry": ("true", True),
+}
+OWN = {
+    "frozen": {},
+    "online_gradient": {},
+    "optimistic": {"hint_decay": ("0.5", 0.5), "hint_by_domain": ("true", True)},
+    "ensemble": {
+        "step_size_pool": ("3e-4:1e-3:3e-3", (3e-4, 1e-3, 3e-3)),
+        "base": ("optimistic", "optimistic"),
+        "with_frozen": ("true", True),
+        "meta_step_size": ("5", 5.0),
+        "discount": ("1", 1.0),
+        "loss_range": ("0.5", 0.5),
+    },
+    "momentum": {"momentum": ("0.5", 0.5), "restart_every": ("0", 0)},
+    "reset_to_merged": {"step_size_pool": ("1e-3", (1e-3,)), "temperature": ("0.2", 0.2)},
+}
+OWN["surrogate_ensemble"] = OWN["ensemble"]
+
+
+def line(name, settings):
+    return "/".join([name, *(f"{key}={text}" for key, (text, _) in settings.items())])
+
+
+# What a line stands for
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_every_name_alone_is_a_line_that_makes_a_learner(name):
+    config = parse(name)
+    assert type(learner_of(config)) is resolve(LEARNERS, config.learner, "learner")
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learners_name_alone_changes_nothing_else(name):
+    assert parse(name) == LearnConfig(learner=name)
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("key", [field.name for field in fields(LearnConfig) if field.name in SHARED])
+def test_every_learner_has_every_shared_setting(name, key):
+    text, value = SHARED[key]
+    changed = parse(f"{name}/{key}={text}")
+    assert changed == replace(parse(name), **{key: value})
+    assert type(getattr(changed, key)) is type(value)
+
+
+def test_every_setting_of_learning_has_a_line_above():
+    assert set(SHARED) == {field.name for field in fields(LearnConfig)} - {"learner", "options"}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learners_own_settings_reach_it_with_their_types(name):
+    config = parse(line(name, OWN[name]))
+    values = {key: value for key, (_, value) in OWN[name].items()}
+    assert config == LearnConfig(learner=name, options=values)
+    learner = learner_of(config)
+    for key, value in values.items():
+        assert getattr(learner, key) == value
+        assert type(getattr(learner, key)) is type(value)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_all_that_a_learner_is_made_from_can_be_said(name):
+    own = {field.name for field in fields(resolve(LEARNERS, name, "learner"))}
+    assert set(OWN[name]) == own - {"step_size", "geometry", "clip_norm"}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_step_size_geometry_and_clip_norm_reach_the_learner(name):
+    learner = learner_of(parse(f"{name}/step_size=3e-4/geometry=euclidean/clip_norm=0.5"))
+    assert (learner.step_size, learner.geometry, learner.clip_norm) == (3e-4, Euclidean(), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("0", False)]
+)
+def test_yes_and_no_are_written_as_true_and_false_or_digits(text, value):
+    assert parse(f"online_gradient/telemetry={text}").telemetry is value
+
+
+@pytest.mark.parametrize("order", list(permutations(["min_interval=400", "max_interval=500", "step_size=0.5"])))
+def test_settings_come_in_any_order(order):
+    config = parse("/".join(["online_gradient", *order]))
+    assert (config.min_interval, config.max_interval, config.step_size) == (400, 500, 0.5)
+
+
+def test_the_last_word_counts():
+    assert parse("optimistic/step_size=1/step_size=2/hint_decay=0/hint_decay=0.5") == LearnConfig(
+        learner="optimistic", step_size=2.0, options={"hint_decay": 0.5}
+    )
+
+
+# Defaults
+
+
+def test_what_a_line_does_not_name_is_as_in_the_defaults():
+    defaults = LearnConfig(step_size=0.25, loss="jsd", max_rows=7, telemetry=True)
+    config = parse("optimistic/max_rows=9/hint_decay=0.5", defaults)
+    assert config == replace(defaults, learner="optimistic", max_rows=9, options={"hint_decay": 0.5})
+
+
+def test_defaults_keep_their_own_settings_for_the_same_learner_only():
+    defaults = parse("optimistic/hint_decay=0.5")
+    assert learner_of(parse("optimistic/hint_by_domain=true", defaults)).hint_decay == 0.5
+    assert parse("frozen", defaults) == LearnConfig(learner="frozen")
+    assert defaults.options == {"hint_decay": 0.5}
+
+
+# Presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_itself_a_line(name):
+    assert parse(PRESETS[name]) == parse(name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_more_than_the_defaults(name):
+    defaults = LearnConfig(step_size=0.25, loss="jsd", budget=0.5, row_cost=0.7)
+    config = parse(name, defaults)
+    assert config.step_size == parse(name).step_size
+    assert config.row_cost == 0.7  # which it does not name
+
+
+def test_a_preset_can_be_changed_further():
+    config = parse("osd/rows=all/step_size=3e-4")
+    assert config == replace(parse("osd"), rows="all", step_size=3e-4)
+
+
+def test_no_preset_hides_a_learner():
+    assert not set(PRESETS) & set(LEARNERS)
+
+
+def test_osd_is_what_the_paper_does():
+    config = parse("osd")
+    assert (config.learner, config.loss, config.rows) == ("online_gradient", "soft_cross_entropy", "rejected")
+    assert (config.requests_per_round, config.replay_every) == (8, 0)
+    assert math.isinf(config.clip_norm)
+    assert math.isinf(config.budget)
+
+
+# Learners of others
+
+THEIRS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onlinespec.learners.online_gradient import OnlineGradient
+
+
+@dataclass(frozen=True)
+class Boosted(OnlineGradient):
+    boost: float = 1.0
+    pool: tuple[int, ...] = ()
+
+
+def make(step_size: float, geometry: object, clip_norm: float, boost: float = 1.0) -> Boosted:
+    return Boosted(step_size, geometry, clip_norm, boost)
+
+
+class Plain:
+    def __init__(self, step_size, geometry, clip_norm, boost: float = 1.0):
+        self.step_size, self.boost = step_size, boost
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    (tmp_path / "learners_of_others.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "learners_of_others"
+
+
+@pytest.mark.parametrize("name", ["Boosted", "make", "Plain"])
+def test_a_learner_from_elsewhere_takes_settings_like_ours(theirs, name):
+    learner = learner_of(parse(f"{theirs}:{name}/step_size=0.5/boost=2"))
+    assert (learner.step_size, learner.boost) == (0.5, 2.0)
+
+
+def test_a_learner_that_extends_ours_has_its_settings_too(theirs):
+    config = parse(f"{theirs}:Boosted/pool=1:2/clip_norm=inf")
+    assert config.learner == f"{theirs}:Boosted"
+    assert (learner_of(config).pool, learner_of(config).geometry) == ((1, 2), Diagonal())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        ("optimistic/hint=0.5", ['"hint=0.5"', "of optimistic", "hint_decay", "step_size"]),
+        ("online_gradient/hint_decay=0.5", ['"hint_decay=0.5"', "of online_gradient", "step_size"]),
+        ("osd/hint_decay=0.5", ['"hint_decay=0.5" in "osd/', "of online_gradient", "step_size"]),
+        ("ensemble/with_frozen", ['"with_frozen"', "of ensemble", "NAME=VALUE", "with_frozen"]),
+        ("ensemble/", ['"" in "ensemble/"', "NAME=VALUE"]),
+        ("ensemble/learner=frozen", ['"learner=frozen"', "of ensemble"]),
+        ("ensemble/options=1", ['"options=1"', "of ensemble"]),
+        ("ensembel/step_size=1", ['unknown learner "ensembel"', *LEARNERS]),
+        ("", ['unknown learner ""', *LEARNERS]),
+        ("no_such.module:Class", ["no_such.module:Class", "no module named"]),
+    ],
+)
+def test_a_name_that_is_not_known_is_answered_with_the_known_ones(method, named):
+    with pytest.raises(ValueError, match=r"known|no module") as raised:
+        parse(method)
+    for part in named:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["step_size=large", "step_size=", "max_rows=1.5", "telemetry=perhaps", "step_size_pool=1e-3:x", "step_size_pool="],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_setting(setting):
+    with pytest.raises(ValueError, match=f"^{setting}: "):
+        parse(f"ensemble/{setting}")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "online_gradient/step_size=-1",
+        "online_gradient/step_size=nan",
+        "online_gradient/budget=0",
+        "online_gradient/budget=nan",
+        "online_gradient/rows=some",
+        "online_gradient/min_interval=0",
+        "online_gradient/min_interval=300",
+        "osd/replay_every=-1",
+        "optimistic/hint_decay=1",
+        "momentum/momentum=1",
+        "momentum/restart_every=-1",
+        "ensemble/discount=1.5",
+        "ensemble/meta_step_size=0",
+        "ensemble/step_size_pool=1:1",
+        "reset_to_merged/temperature=0",
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_name(method):
+    name = method.partition("/")[2].partition("=")[0]
+    with pytest.raises(ValueError, match=rf"{name}.* "):
+        learner_of(parse(method))
+
+
+@pytest.mark.parametrize("method", ["ensemble/base=ensembel", "optimistic/geometry=round"])
+def test_a_name_inside_a_setting_is_answered_with_the_known_ones(method):
+    with pytest.raises(ValueError, match=r"unknown .*; known: "):
+        learner_of(parse(method))
