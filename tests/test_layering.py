@@ -29,13 +29,13 @@ LEVELS = (
         "learners",
         "demo",
     ),  # demo: the paths of the shipped pair
-    ("sampling", "losses", "replay", "cadence", "methods", "metrics", "workloads"),
+    ("sampling", "losses", "replay", "cadence", "methods", "metrics", "summaries", "workloads"),
     ("verify", "models"),
     ("drafters",),
     ("telemetry",),
-    ("decode", "learn", "publish", "control"),
+    ("decode", "learn", "publish", "control", "plots"),
     ("calibration",),
-    ("compare", "distill", "scheduler", "inspection", "demo.corpus"),
+    ("compare", "recording", "distill", "scheduler", "inspection", "charts", "demo.corpus"),
     ("report", "server", "integrations", "demo.recipe"),
     ("cli",),
 )

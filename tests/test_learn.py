@@ -294,8 +294,8 @@ def test_measuring_is_timed_apart(drafter):
 @pytest.mark.parametrize("sampling", [SamplingParams(), SOFT], ids=["greedy", "sampled"])
 def test_every_round_is_measured_at_the_weights_that_played(drafter, sampling):
     learning = learn(drafter, config=replace(OFTEN, telemetry=True, loss="soft_cross_entropy"))
-    for _ in range(4):
-        complete(drafter, learning, sampling=sampling)
+    for i in range(8):
+        complete(drafter, learning, sampling=sampling, seed=i)
     rounds = learning.telemetry.rounds
     assert len(rounds) == learning.num_rounds > 16
     assert rounds[0].kl == pytest.approx(rounds[0].frozen_kl, abs=1e-5)  # nothing learned yet

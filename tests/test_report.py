@@ -1,15 +1,23 @@
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from functools import partial
 from html.parser import HTMLParser
 from io import StringIO
+from math import inf, isnan, nan
 from xml.etree import ElementTree
 
 import msgspec
 import pytest
 from rich.console import Console
 
-from onlinespec.records import Report, Run, Segment, Totals, Window
-from onlinespec.report import COLOURS, MARKERS, METRICS, groups_of, render_html, summary_table, write_html
+from onlinespec.charts import MOST_POINTS, SMOOTHING, Track, over_runs, positions, themes_of
+from onlinespec.metrics import telemetry
+from onlinespec.plots import COLOURS, MARKERS, styles_of
+from onlinespec.records import Report, Round, Run, Segment, Totals, Window
+from onlinespec.report import render_html, summary_table, write_html
+from onlinespec.summaries import METRICS, groups_of, learner_names
 
 VOID_TAGS = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
@@ -252,10 +260,9 @@ def test_segments_too_narrow_for_their_names_are_numbered():
 
 def test_learners_are_told_apart_without_colour():
     names = [f"learner_{i}" for i in range(10)]
-    (group,) = groups_of(make_report(*map(make_run, names)))
-    looks = {(learner.style.colour, learner.style.marker) for learner in group.learners}
-    assert len(looks) == 10
-    assert len({learner.style.marker for learner in group.learners}) == len(MARKERS)
+    styles = [styles_of(names)[name] for name in names]
+    assert len({(style.colour, style.marker) for style in styles}) == 10
+    assert len({style.marker for style in styles}) == len(MARKERS)
 
 
 def test_controls_come_first():
@@ -333,3 +340,365 @@ def test_a_missing_segment_is_a_gap_in_the_line():
     assert points.requests[:6] == [3, 8, 13, 18, 23, 38]
     assert points.medians[5] != points.medians[5]  # NaN
     assert points.requests[6] == 53
+
+
+# --- how it learned ---
+
+
+def make_round(request=0, kl=1.0, frozen_kl=1.5, **more):
+    """A round with all that a round can do without left out."""
+    return Round(
+        **{
+            "step": 10 * request,
+            "request": request,
+            "data": "sql",
+            "interval": 24.0,
+            "loss": kl / 2,
+            "kl": kl,
+            "token_loss": kl,
+            "acceptance_prob": 0.6,
+            "frozen_kl": frozen_kl,
+            "frozen_acceptance_prob": 0.5,
+            "acceptance_length_bound": 1.25,
+            "distance": request / 10,
+            **more,
+        }
+    )
+
+
+def watch(run, rounds, seconds=2.0):
+    totals = msgspec.structs.replace(run.totals, diagnostic_seconds=seconds)
+    return msgspec.structs.replace(run, totals=totals, telemetry=telemetry(rounds))
+
+
+def hinted(error, norm=2.0):
+    return {
+        "hint_error": error,
+        "gradient_norm": norm,
+        "direction_hint_error": error / 2,
+        "direction_gradient_norm": norm,
+    }
+
+
+def weighed(first, gap=-0.1, is_best_played=False):
+    return {
+        "expert_losses": {"0.001": 0.4, "frozen": 0.75},
+        "meta_weights": {"0.001": first, "frozen": None if first is None else 1 - first},
+        "averaging_gap": gap,
+        "is_best_played": is_best_played,
+    }
+
+
+ENSEMBLE = "ensemble/step_size_pool=3e-4:1e-3:3e-3/with_frozen=true"
+
+
+def watched_report(repeats=1, temperatures=(0.0,)):
+    """Three learners that were watched for 75 rounds, one a request, beside both controls."""
+    runs = []
+    for temperature in temperatures:
+        for repeat in range(repeats):
+            at = {"repeat": repeat, "temperature": temperature}
+            runs += [make_run("none", length=1.0, **at), make_run("frozen", **at)]
+            learners = {
+                "online_gradient": lambda i: {},
+                "optimistic": lambda i: hinted(1.5 + i % 2),
+                ENSEMBLE: lambda i: weighed(i / 80, is_best_played=i % 5 == 0),
+            }
+            for name, report in learners.items():
+                rounds = [
+                    make_round(i, 1.0 + repeat / 10, function_moved=None if i % 16 else 0.1, learner=report(i))
+                    for i in range(75)
+                ]
+                runs.append(watch(make_run(name, **at), rounds))
+    return make_report(*runs)
+
+
+@pytest.fixture(scope="module")
+def watched_html():
+    return render_html(watched_report())
+
+
+def second_page(html):
+    return html[html.index('<div id="learning"') :]
+
+
+def learning_table(html):
+    """Cells by learner and title; the first table of the second page."""
+    table = re.search(r"<table>.*?</table>", second_page(html), flags=re.DOTALL)[0]
+    texts = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.DOTALL) for row in table.split("<tr>")[1:]]
+    titles, *rows = [["".join(re.split(r"<[^>]*>", cell)) for cell in row] for row in texts]
+    return {row[0]: dict(zip(titles[1:], row[1:], strict=True)) for row in rows}
+
+
+def charts_of(*runs):
+    """By title, as they would be drawn."""
+    report = make_report(*runs)
+    (group,) = groups_of(report)
+    themes = themes_of(group, styles_of(learner_names(report)))
+    return {chart.title: chart for theme in themes for chart in theme.charts}
+
+
+REGRET = "Regret against frozen, summed over rounds"
+KL = "KL divergence from the target to the drafter"
+BOUND = "Acceptance length, and its lower bound"
+STREAM = "The stream: acceptance probability of the frozen drafter"
+WEIGHTS = "The weights: distance from the start"
+FUNCTION = "The function: how much the drafts changed"
+HINTS = "Error of the hints over the size of the gradients"
+
+
+def test_second_page_is_there_exactly_when_learning_was_measured(watched_html):
+    for html, is_there in ((watched_html, True), (render_html(full_report()), False)):
+        assert ('id="learning"' in html) == is_there
+        assert ('href="#learning"' in html) == is_there
+        assert parse(html).shows("How it learned") == is_there
+
+
+def test_second_page_is_as_well_formed_as_the_first(watched_html):
+    page = parse(watched_html)
+    assert len(page.ids) == len(set(page.ids))
+    wanted = set(re.findall(r'href="#([^"]+)"', watched_html)) | set(re.findall(r"url\(#([^)]+)\)", watched_html))
+    assert {"learning", "results"} <= wanted <= set(page.ids)
+    assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
+    for svg in re.findall(r"<svg.*?</svg>", watched_html, flags=re.DOTALL):
+        ElementTree.fromstring(svg.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1))
+        loose = re.sub(r"var\(--[a-z0-9-]+, #[0-9a-f]{6}\)", "", svg)
+        assert not re.findall(r"#[0-9a-f]{6}\b", loose)
+
+
+def test_the_same_telemetry_gives_the_same_page(watched_html):
+    assert render_html(watched_report()) == watched_html
+
+
+def test_only_temperatures_with_telemetry_are_on_the_second_page():
+    greedy, sampled = (watched_report(temperatures=(t,)).runs for t in (0.0, 0.7))
+    both = second_page(render_html(make_report(*greedy, *sampled)))
+    assert "Temperature 0 (greedy)" in both
+    assert "Temperature 0.7" in both
+    one = second_page(render_html(make_report(*greedy, *(msgspec.structs.replace(r, telemetry=None) for r in sampled))))
+    assert "Temperature 0 (greedy)" in one
+    assert "Temperature 0.7" not in one
+
+
+def test_table_has_the_figures_of_the_records():
+    plain, frozen = make_run("none", length=1.0), make_run("frozen")
+    optimistic = watch(
+        make_run("optimistic", learning=0.1),
+        [
+            make_round(0, 2.0, 2.5, distance=0.0, learner=hinted(2.0)),
+            make_round(1, 1.0, 2.5, distance=0.25, learner=hinted(1.0)),
+        ],
+    )
+    ensemble = watch(
+        make_run("ensemble", learning=0.2),
+        [make_round(0, 1.0, 0.75, loss=0.5, learner=weighed(0.5)), make_round(1, 1.0, 0.5, loss=0.6, distance=0.5)],
+        seconds=3.25,
+    )
+    table = learning_table(render_html(make_report(plain, frozen, optimistic, ensemble)))
+    seconds = {run.learner: f"{run.totals.learn_seconds:.1f}" for run in (optimistic, ensemble)}
+    assert table == {
+        "frozen": dict.fromkeys(table["frozen"], "–") | {"Learning, seconds": "0.0"},
+        "optimistic": {
+            "Rounds": "2",
+            "Mean loss": "0.750",
+            "Regret, at most": "3.00",
+            "Regret vs frozen": "−2.00",
+            "Regret vs best expert": "–",
+            "Hint error": "0.75",
+            "Hint error in geometry": "0.38",
+            "Distance from start": "0.250",
+            "Learning, seconds": seconds["optimistic"],
+            "Measuring, seconds": "2.0",
+        },
+        "ensemble": {
+            "Rounds": "2",
+            "Mean loss": "0.550",
+            "Regret, at most": "2.00",
+            "Regret vs frozen": "0.75",
+            "Regret vs best expert": "0.70",
+            "Hint error": "–",
+            "Hint error in geometry": "–",
+            "Distance from start": "0.500",
+            "Learning, seconds": seconds["ensemble"],
+            "Measuring, seconds": "3.2",
+        },
+    }
+
+
+def test_regret_below_zero_and_useful_hints_stand_out():
+    good = watch(make_run("good"), [make_round(0, 1.0, 2.0, learner=hinted(1.0))])
+    bad = watch(make_run("bad"), [make_round(0, 2.0, 1.0, learner=hinted(5.0))])
+    html = second_page(render_html(make_report(good, bad)))
+    assert '<td class="good">−1.00</td>' in html
+    assert '<td class="good">0.50</td>' in html
+    assert '<td class="bad">1.00</td>' in html
+    assert '<td class="bad">2.50</td>' in html
+
+
+def test_columns_that_no_learner_has_are_left_out():
+    html = render_html(make_report(watch(make_run("online_gradient"), [make_round()])))
+    assert "Hint error" not in html
+    assert "best expert" not in html
+
+
+def test_table_has_medians_and_spread_over_runs():
+    runs = [watch(make_run("optimistic", repeat=i), [make_round(0, 1.0 - i, 2.0)]) for i in range(3)]
+    (row,) = learning_table(render_html(make_report(*runs))).values()
+    assert row["Regret vs frozen"] == "−2.00 [−3.00 to −1.00]"
+    assert row["Rounds"] == "1"
+
+
+def test_long_columns_have_few_digits():
+    rounds = [make_round(i, 12.345, 100.0) for i in range(10)]
+    (row,) = learning_table(render_html(make_report(watch(make_run("optimistic"), rounds)))).values()
+    assert (row["Regret, at most"], row["Regret vs frozen"]) == ("123", "−877")
+
+
+@pytest.mark.parametrize(
+    ("regrets", "words"),
+    [
+        ({"optimistic": (-4.0, 2)}, "optimistic: 2.00 nats a round below frozen, so learning paid."),
+        ({"optimistic": (3.0, 1)}, "optimistic: 3.00 nats a round above frozen, so learning has not paid."),
+        ({"a": (-4.0, 4), "b": (-3.0, 2)}, "Of 2 learners, b did best: 1.50 nats a round below frozen"),
+    ],
+)
+def test_lesson_goes_by_the_round(regrets, words):
+    runs = [
+        watch(make_run(name), [make_round(i, 5 + sum_of / count, 5.0) for i in range(count)])
+        for name, (sum_of, count) in regrets.items()
+    ]
+    (group,) = groups_of(make_report(*runs))
+    assert group.lesson.startswith(words)
+
+
+def test_time_of_measuring_is_mentioned_where_it_was_spent(watched_html):
+    assert parse(watched_html).shows("Measuring how they learned took another 6.0 seconds")
+    assert not parse(render_html(full_report())).shows("Measuring how they learned")
+
+
+def test_every_figure_is_drawn_for_those_who_have_it():
+    charts = charts_of(*watched_report().runs)
+    learners = ["online_gradient", "optimistic", ENSEMBLE]
+    labels = {title: [curve.label for curve in chart.curves] for title, chart in charts.items()}
+    assert labels == {
+        REGRET: learners,
+        KL: [*learners, "frozen"],
+        BOUND: 2 * learners,
+        STREAM: ["frozen"],
+        WEIGHTS: learners,
+        FUNCTION: learners,
+        f"Meta weights of {ENSEMBLE}": ["0.001", "frozen"],
+        "Averaging gap": [ENSEMBLE],
+        HINTS: 2 * ["optimistic"],
+    }
+
+
+def test_curves_have_the_figures_of_the_rounds():
+    rounds = [make_round(i, 1.0 + i, 2.0, learner=hinted(1.0 + i)) for i in range(4)]
+    charts = charts_of(watch(make_run("optimistic"), rounds))
+    points = {title: charts[title].curves[0].points for title in (REGRET, KL, HINTS, WEIGHTS, STREAM)}
+    assert points[REGRET].requests == [0.5, 1.5, 2.5, 3.5]
+    assert points[REGRET].medians == pytest.approx([-1.0, -1.0, 0.0, 2.0])
+    assert points[KL].medians == pytest.approx([1.0, 1.5, 2.0, 2.5])
+    assert points[HINTS].medians == pytest.approx([0.5, 0.75, 1.0, 1.25])
+    assert points[WEIGHTS].medians == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert points[STREAM].medians == pytest.approx([0.5] * 4)
+
+
+def test_moving_means_forget_what_is_longer_ago():
+    rounds = [make_round(i, 9.0 if i == 0 else 1.0) for i in range(SMOOTHING + 1)]
+    medians = charts_of(watch(make_run("optimistic"), rounds))[KL].curves[0].points.medians
+    assert medians[-2] == pytest.approx(2.0)
+    assert medians[-1] == pytest.approx(1.0)
+
+
+def test_bound_is_told_from_what_was_measured():
+    measured, bound = charts_of(watch(make_run("optimistic"), [make_round()]))[BOUND].curves
+    assert measured.points.medians[0] == 2.0
+    assert bound.points.medians == [1.25]
+    assert measured.style.colour == bound.style.colour
+    assert measured.style.marker
+    assert not bound.style.marker
+    assert bound.style.dashes not in ("-", measured.style.dashes)
+
+
+def test_share_of_rounds_in_which_the_best_expert_played_is_told():
+    rounds = [make_round(i, learner=weighed(0.5, is_best_played=i == 0)) for i in range(4)]
+    assert "in 25 % of the rounds" in charts_of(watch(make_run("ensemble"), rounds))["Meta weights of ensemble"].note
+
+
+def test_rounds_stand_within_their_request():
+    assert positions([make_round(request) for request in (0, 2, 2, 3)]) == [0.5, 2.5, 3.0, 3.5]
+
+
+def test_curves_over_runs_are_medians_of_what_each_run_was_at():
+    tracks = [Track([1.0, 3.0], [10.0, 30.0], end=5.5), Track([1.0, 2.0], [40.0, 60.0], end=2.5)]
+    points = over_runs(tracks)
+    assert points.requests == [1.0, 2.0, 3.0]
+    assert points.medians == [25.0, 40.0, 30.0]  # the second run ended before the last
+    assert points.lows == [10.0, 20.0, 30.0]
+    assert points.highs == [40.0, 60.0, 30.0]
+
+
+def test_long_curves_are_thinned_to_what_a_screen_shows_with_both_ends():
+    requests = [float(i) for i in range(10 * MOST_POINTS + 7)]
+    points = over_runs([Track(requests, requests, end=inf)])
+    assert len(points.requests) <= MOST_POINTS + 1
+    assert (points.medians[0], points.medians[-1]) == (requests[0], requests[-1])
+
+
+def test_regret_starts_at_zero_for_runs_that_are_slow_to_learn():
+    points = charts_of(watch(make_run("optimistic"), [make_round(3, 1.0, 2.0)]))[REGRET].curves[0].points
+    assert (points.requests, points.medians) == ([0.5, 3.5], [0.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [make_round()],
+        [make_round(learner=weighed(None, gap=None, is_best_played=None))],
+        [make_round(learner={"meta_weights": {}, "averaging_gap": nan, "hint_error": 0.0, "gradient_norm": 0.0})],
+        [make_round(learner={"meta_weights": None, "hint_error": None, "gradient_norm": None})],
+        [make_round(i, loss=nan, kl=inf, frozen_kl=nan, distance=nan, acceptance_length_bound=nan) for i in range(2)],
+        [make_round(i, learner=hinted(1.0) if i == 1 else {}) for i in range(3)],
+        [make_round(75), make_round(75)],
+    ],
+)
+def test_any_rounds_can_be_drawn(rounds):
+    parse(render_html(make_report(watch(make_run("frozen"), ()), watch(make_run("optimistic"), rounds))))
+
+
+def test_a_null_read_back_is_a_gap():
+    run = watch(make_run("ensemble"), [make_round(i, learner=weighed(0.5, gap=(nan, 1.0)[i % 2])) for i in range(4)])
+    report = msgspec.json.decode(msgspec.json.encode(make_report(run)), type=Report)
+    assert report.runs[0].telemetry.rounds[0].learner["averaging_gap"] is None
+    (gap,) = charts_of(*report.runs)["Averaging gap"].curves
+    assert gap.points.requests == [1.5, 3.5]
+    assert not any(map(isnan, gap.points.medians))
+
+
+@pytest.mark.parametrize("name", [ENSEMBLE, "<b>bold</b>", "a & b", "$x_1$"])
+def test_names_of_learners_and_experts_are_shown_as_they_are(name):
+    learner = {"meta_weights": {name: 1.0}}
+    html = render_html(make_report(watch(make_run(name), [make_round(i, learner=learner) for i in range(2)])))
+    assert "b" not in parse(html).tags
+    assert set(learning_table(html)) == {
+        name.replace("&", "&amp;").replace("<b>", "&lt;b&gt;").replace("</b>", "&lt;/b&gt;")
+    }
+    assert parse(second_page(html).replace("</body>", "").replace("</html>", "")).text.count(name) >= 5
+
+
+def test_runs_of_different_length_are_drawn_as_far_as_they_got():
+    rounds = partial(map, make_round)
+    runs = [
+        watch(make_run("optimistic"), list(rounds(range(75)))),
+        watch(make_run("optimistic", data=("sql",), repeat=1), list(rounds(range(25)))),
+    ]
+    regret = charts_of(*runs)[REGRET].curves[0].points
+    assert regret.medians[-1] == pytest.approx(-75 * 0.5)
+    parse(render_html(make_report(*runs)))
+
+
+def test_the_table_of_the_terminal_needs_no_drawing():
+    code = "import sys, onlinespec.report; print(sorted({'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -66,7 +66,8 @@ class Budget:
 
     Args:
         share: Of decoding time, learning may take this much; inf for no limit.
-        row_cost: What training one row costs, in steps; `calibration.measure_row_cost` tells it for a machine and a pair.
+        row_cost: What training one row costs, in steps; `calibration.measure_row_cost` tells it for a machine and a
+            pair.
     """
 
     _MOST_SAVED = 16  # rounds

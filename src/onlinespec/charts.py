@@ -119,7 +119,7 @@ def _guarantee(group: Group, styles: Styles) -> Theme:
     return Theme(
         "What the losses guarantee",
         "From the losses alone follows an acceptance length that a learner cannot stay below on average. The bound is "
-        "loose; what counts is that both rise together.",
+        "loose, and at 1 says nothing; where it is higher, both should rise together.",
         (chart,),
     )
 

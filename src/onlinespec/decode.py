@@ -252,7 +252,7 @@ class DecodeLoop:
             self._cache.crop(request.slot, start + num_rows)
             features.append(hidden[:num_rows])
             _append_features(request.trace, features[-1])
-            request.stats = request.stats + _step_stats(num_rows, count - 1)
+            request.stats = request.stats + step_stats(num_rows, count - 1)
             feedback.append(
                 Feedback(
                     trace=request.trace,
@@ -335,7 +335,8 @@ def _append_features(trace: Trace, rows_ND: Tensor) -> None:
     trace.num_features += len(rows_ND)
 
 
-def _step_stats(num_rows: int, num_draft_tokens: int) -> DecodeStats:
+def step_stats(num_rows: int, num_draft_tokens: int) -> DecodeStats:
+    """The counts of one step that committed num_rows tokens."""
     accepted = num_rows - 1
     return DecodeStats(
         tokens=num_rows,

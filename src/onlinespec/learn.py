@@ -88,8 +88,8 @@ class InlineLearning:
             self._guarded(self._round)
             self._waiting.clear()
             self._steps_waited = self._requests_waited = 0
-        if self.replay:
-            self.replay.offer(feedback)
+        if self.replay is not None:
+            self._guarded(lambda: self.replay.offer(feedback) if self.replay is not None else None)
         if feedback and feedback[-1].domain != self._domain:
             self._domain = feedback[-1].domain
             self._guarded(self._expect)
@@ -122,10 +122,9 @@ class InlineLearning:
         before = self._learner.played(self._state)
         state = self._learner.update(scores, self._state)
         played_loss = scores.fresh_loss(before)
-        if not math.isfinite(played_loss):
-            raise RoundFailed(f"the loss is {played_loss}")
-        self._last_good = self._drafter.weights
-        self._pace(scores, before, played_loss)
+        if math.isfinite(played_loss):
+            self._last_good = self._drafter.weights
+            self._pace(scores, before, played_loss)
         num_rows = sum(record.num_rows for record in (*rows, *replayed))
         self.budget.spend(num_rows * scores.num_evaluations)
         self.num_rows += num_rows
@@ -138,8 +137,9 @@ class InlineLearning:
             )
 
     def _replayed(self) -> list[Feedback]:
-        is_turn = self.replay and self.num_rounds % self.config.replay_every == 0
-        return self.replay.draw(self.config.max_rows) if self.replay and is_turn else []
+        if self.replay is None or self.num_rounds % self.config.replay_every:
+            return []
+        return self.replay.draw(self.config.max_rows)
 
     def _pace(self, scores: _Scores, before: Params, played_loss: float) -> None:
         """Tells the cadence what happened, and every few rounds what they have brought."""

@@ -1,0 +1,75 @@
+import math
+from dataclasses import replace
+
+import pytest
+import rigs
+import torch
+from rigs import SOFT
+
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.core import DecodeStats
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.ngram import Ngram
+from onlinespec.learn import InlineLearning
+from onlinespec.methods import parse
+from onlinespec.recording import Replaying, record
+from onlinespec.workloads import Prompt
+
+TARGET = rigs.random_target(end_token_ids=range(0, 250, 9))
+TEXTS = ["to the sea", "a ship", "wind in the evening, and then nothing", "x", "home again"]
+PROMPTS = [Prompt(str(i), text, "one" if i < 3 else "other") for i, text in enumerate(TEXTS * 4)]
+OFTEN = LearnConfig(min_interval=6, max_interval=12, replay_every=2, max_rows=12, step_size=5e-3)
+
+
+def totals(stats):
+    return sum(stats, start=DecodeStats())
+
+
+def counts(stats):
+    return stats.requests, stats.tokens, stats.steps, stats.drafted, stats.accepted, stats.accepted_by_position
+
+
+@pytest.mark.parametrize("method", ["frozen", "online_gradient", "ensemble/with_frozen=true", "osd"])
+def test_greedy_counts_and_learned_weights_are_those_of_decoding(method):
+    params = GenerationParams(30, 3)
+    drafters = [Eagle.fresh(TARGET) for _ in range(2)]
+    real, replayed = (InlineLearning(drafter, config=parse(method, OFTEN)) for drafter in drafters)
+    loop = DecodeLoop(TARGET, drafters[0], real)
+    decoded = [loop.complete(TARGET.encode(p.text), params, request_id=p.id, domain=p.domain).stats for p in PROMPTS]
+    replaying = Replaying(TARGET, drafters[1], replayed, 3)
+    again = [replaying.replay(recorded) for recorded in record(TARGET, PROMPTS, params)]
+    assert [counts(stats) for stats in again] == [counts(stats) for stats in decoded]
+    assert real.num_rounds == replayed.num_rounds
+    assert real.num_rounds > 0 or method == "frozen"
+    one, other = (drafter.weights.params for drafter in drafters)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("make_drafter", [lambda: Eagle.fresh(TARGET), Ngram], ids=["eagle", "ngram"])
+@pytest.mark.parametrize("sampling", [SOFT, SamplingParams(temperature=0.7, top_k=20)], ids=["soft", "top_k"])
+def test_sampled_counts_follow_the_law_of_decoding(make_drafter, sampling):
+    """Many requests of one prompt: the shares of steps that keep 1, 2, 3 drafts agree within their errors."""
+    params = GenerationParams(24, 3, sampling)
+    prompts = [replace(PROMPTS[2], id=str(i)) for i in range(80)]
+    loop = DecodeLoop(TARGET, make_drafter())
+    ids = TARGET.encode(prompts[0].text)
+    decoded = totals(loop.complete(ids, replace(params, seed=5_000_000 + i)).stats for i in range(len(prompts)))
+    replaying = Replaying(TARGET, make_drafter(), None, 3, seed=1)
+    replayed = totals(replaying.replay(recorded) for recorded in record(TARGET, prompts, params))
+    for theirs, ours in zip(decoded.acceptance_by_position, replayed.acceptance_by_position, strict=True):
+        error = math.sqrt(theirs * (1 - theirs) * (1 / decoded.steps + 1 / replayed.steps)) + 1e-3
+        assert abs(theirs - ours) < 4 * error
+
+
+def test_a_recording_of_another_target_is_refused():
+    (recorded, *_) = record(TARGET, PROMPTS[:1], GenerationParams(5))
+    other = rigs.random_target(seed=1)
+    with pytest.raises(ValueError, match="recorded with target random-0, this target is random-1"):
+        Replaying(other, Ngram(), None, 3).replay(recorded)
+
+
+def test_prompts_beyond_the_context_are_left_out():
+    small = rigs.random_target(context=16)
+    prompts = [Prompt("short", "ab", ""), Prompt("long", "ab" * 40, "")]
+    assert [recorded.id for recorded in record(small, prompts, GenerationParams(3))] == ["short"]
