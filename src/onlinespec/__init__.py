@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from onlinespec.drafters.base import Drafter
     from onlinespec.learn import InlineLearning
     from onlinespec.learners import LEARNERS, Learner, make_learner
+    from onlinespec.losses import LOSSES
+    from onlinespec.methods import PRESETS, parse
     from onlinespec.models.loading import Target, load_target
+    from onlinespec.recording import Recorded, Replaying, record
     from onlinespec.workloads import WORKLOADS, load_workload
 
 _MODULES = {
@@ -28,13 +31,18 @@ _MODULES = {
     "drafters.base": ("Drafter",),
     "learn": ("InlineLearning",),
     "learners": ("LEARNERS", "Learner", "make_learner"),
+    "losses": ("LOSSES",),
+    "methods": ("PRESETS", "parse"),
     "models.loading": ("Target", "load_target"),
+    "recording": ("Recorded", "Replaying", "record"),
     "workloads": ("WORKLOADS", "load_workload"),
 }
 
 __all__ = [
     "DRAFTERS",
     "LEARNERS",
+    "LOSSES",
+    "PRESETS",
     "WORKLOADS",
     "Comparing",
     "Comparison",
@@ -49,6 +57,8 @@ __all__ = [
     "InlineLearning",
     "LearnConfig",
     "Learner",
+    "Recorded",
+    "Replaying",
     "Request",
     "SamplingParams",
     "Target",
@@ -57,6 +67,8 @@ __all__ = [
     "load_target",
     "load_workload",
     "make_learner",
+    "parse",
+    "record",
 ]
 
 

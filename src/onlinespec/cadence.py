@@ -18,6 +18,7 @@ class Cadence:
 
     _GAIN = 0.01  # of the older weights' loss; rounds that bring less are not worth their frequency
     _JUMP = 0.25  # of the loss over its average; smaller ones are noise of small rounds
+    _DROP = 0.15  # of the share of drafts that are kept; on steady traffic it is seen once in some 3,000 steps
     _STRETCH = 2.0
     _PROBE_ROUNDS = 4  # between two comparisons while rounds are frequent
 
@@ -25,7 +26,7 @@ class Cadence:
         self._min, self._max = min_interval, max_interval
         self.interval = float(min_interval)
         self._loss = math.nan
-        self._acceptance = _Averages(fast=0.9, slow=0.985)
+        self._acceptance = _Averages(fast=0.95, slow=0.99)
         self._rounds_since_probe = 0
 
     @property
@@ -37,7 +38,7 @@ class Cadence:
         """Hears of every step; a clear fall in acceptance brings the next round near."""
         if num_draft_tokens:
             self._acceptance.add(num_accepted / num_draft_tokens)
-            if self._acceptance.slow - self._acceptance.fast > 0.2:
+            if self._acceptance.slow - self._acceptance.fast > self._DROP:
                 self._restart()
 
     def observe_round(self, fresh_loss: float) -> None:
@@ -55,7 +56,7 @@ class Cadence:
     def _restart(self) -> None:
         self.interval = float(self._min)
         self._loss = math.nan
-        self._acceptance = _Averages(fast=0.9, slow=0.985)
+        self._acceptance = _Averages(fast=0.95, slow=0.99)
 
 
 class Budget:

@@ -24,6 +24,7 @@ from onlinespec.core import DecodeStats
 from onlinespec.decode import ContextOverflow, DecodeLoop, Request
 from onlinespec.drafters import load_drafter
 from onlinespec.learn import InlineLearning
+from onlinespec.losses import told
 from onlinespec.methods import learner_of, parse
 from onlinespec.metrics import figures, telemetry, total, windows
 from onlinespec.models.loading import Target
@@ -137,6 +138,7 @@ class Comparing:
             command, target.name, comparison.drafter, target.fingerprint, msgspec.to_builtins(comparison)
         )
         self._learn = comparison.learn
+        self._provenance["loss"] = [told(comparison.learn.loss, t) for t in comparison.temperatures]
         self._workloads: dict[str, Workload] = {spec: load_workload(spec) for spec in comparison.data}
         self._make_group()  # so that a drafter or a learner that does not exist is found before anything is written
         if out:

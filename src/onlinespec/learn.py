@@ -11,6 +11,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class InlineLearning:
         self._anchor = drafter.weights.params  # what the cadence compares with
         self.num_rounds = 0
         self.num_rows = 0  # trained so far, replayed ones included
+        self.work = 0.0  # so far, in rows trained once: what the budget charges, over row_cost
         self.last_loss = math.nan  # of the weights that played, before the last update
         self.is_frozen = not drafter.is_trainable
         self.telemetry = Telemetry(drafter) if self.config.telemetry and not self.is_frozen else None
@@ -89,16 +91,18 @@ class InlineLearning:
             self._waiting.clear()
             self._steps_waited = self._requests_waited = 0
         if self.replay is not None:
-            self._guarded(lambda: self.replay.offer(feedback) if self.replay is not None else None)
+            self._guarded(partial(self.replay.offer, feedback))
         if feedback and feedback[-1].domain != self._domain:
             self._domain = feedback[-1].domain
             self._guarded(self._expect)
 
     @property
     def _is_due(self) -> bool:
+        if not self.budget.has_room:
+            return False
         if self.config.requests_per_round:
             return self._requests_waited >= self.config.requests_per_round
-        return self._steps_waited >= self.cadence.interval and self.budget.has_room
+        return self._steps_waited >= self.cadence.interval
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -128,6 +132,7 @@ class InlineLearning:
         num_rows = sum(record.num_rows for record in (*rows, *replayed))
         self.budget.spend(num_rows * scores.num_evaluations)
         self.num_rows += num_rows
+        self.work += num_rows * scores.num_evaluations
         self.last_loss = played_loss
         self._play(state)
         self.num_rounds += 1

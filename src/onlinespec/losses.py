@@ -119,3 +119,20 @@ LOSSES = {
     "jsd": "onlinespec.losses:jsd",
     "total_variation": "onlinespec.losses:total_variation",
 }
+
+
+def told(name: str, temperature: float) -> str:
+    """A loss in words, for requests that decode at a temperature: what `auto` has chosen.
+
+    >>> told("auto", 0.0)
+    'auto (greedy: 75 % the committed token, 25 % the whole row)'
+    """
+    if name != "auto":
+        return name
+    share = f"{GREEDY_TOKEN_SHARE:.0%}".replace("%", " %"), f"{1 - GREEDY_TOKEN_SHARE:.0%}".replace("%", " %")
+    chosen = (
+        f"greedy: {share[0]} the committed token, {share[1]} the whole row"
+        if temperature == 0
+        else "sampled: the whole row"
+    )
+    return f"auto ({chosen})"

@@ -45,29 +45,32 @@ def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
         config = parse(PRESETS[name], config)
     elif name != config.learner:
         config = replace(config, learner=name, options={})
-    factory = resolve(LEARNERS, config.learner, "learner")
-    own = {key: kind for key, kind in _parameters(factory).items() if key not in _SHARED}
-    shared = {field.name: field.type for field in fields(LearnConfig) if field.name not in ("learner", "options")}
-    kinds = get_type_hints(LearnConfig)
-    changes: dict[str, Any] = {}  # checked together: either end of a range may be named first
-    options = dict(config.options)
+    shared = {key: kind for key, kind in get_type_hints(LearnConfig).items() if key not in ("learner", "options")}
+    own = {key: kind for key, kind in _parameters(_factory(config.learner)).items() if key not in _SHARED}
+    given: dict[str, Any] = {}  # checked together: either end of a range may be named first
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or (key not in shared and key not in own):
-            known = ", ".join(sorted([*shared, *own]))
+        if not equals or key not in shared | own:
+            known = ", ".join(sorted(shared | own))
             raise ValueError(
                 f'"{setting}" in "{method}" is no setting of {config.learner}; known, as NAME=VALUE: {known}'
             )
-        if key in shared:
-            changes[key] = _converted(text, kinds[key], setting)
-        else:
-            options[key] = _converted(text, own[key], setting)
-    return replace(config, **changes, options=options)
+        given[key] = _converted(text, (shared | own)[key], setting)
+    options = {**config.options, **{key: value for key, value in given.items() if key in own}}
+    return replace(config, **{key: value for key, value in given.items() if key in shared}, options=options)
 
 
 def learner_of(config: LearnConfig) -> Learner:
     """The learner that settings ask for."""
     return make_learner(config.learner, config.step_size, config.geometry, config.clip_norm, **config.options)
+
+
+def _factory(name: str) -> Any:
+    """What makes a learner. The error for another name lists the presets too."""
+    try:
+        return resolve(LEARNERS, name, "learner")
+    except ValueError as error:
+        raise ValueError(str(error).replace("; or give", f", {', '.join(PRESETS)}; or give")) from error
 
 
 def _parameters(factory: Any) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def distance_bound(kl: float) -> float:
     >>> distance_bound(0.0), distance_bound(0.02), distance_bound(50.0)
     (0.0, 0.1, 1.0)
     """
+    if math.isnan(kl):
+        return 1.0
     return min(math.sqrt(kl / 2), math.sqrt(-math.expm1(-kl))) if kl > 0 else 0.0
 
 

@@ -34,7 +34,7 @@ def load(name: str, machine: Machine) -> Target:
 def checked_learner(line: str, learning: Learning, also: tuple[str, ...] = ()) -> LearnConfig:
     """A learner's settings by its line; `also` are names that would have been fine too."""
     name = line.partition("/")[0]
-    if name not in LEARNERS and name not in PRESETS and ":" not in name:
+    if name not in (*LEARNERS, *PRESETS) and ":" not in name:
         known = ", ".join((*also, *LEARNERS, *PRESETS))
         raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
     config = parse(line, learning.config())

@@ -13,6 +13,7 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
+from onlinespec.losses import told
 from onlinespec.models.loading import Target
 
 
@@ -52,6 +53,9 @@ def _answer(command: Generate, target: Target, drafter: Drafter, learning: Inlin
         stopped = reason
         err.print()
     _print_figures(stats, learning.num_rounds)
+    if learning.num_rounds:
+        temperature = command.params(target.sampling).sampling.temperature
+        err.print(f"learned by the loss {told(learning.config.loss, temperature)}", highlight=False)
     if command.save:
         drafter.save(command.save.absolute())
         err.print(f"drafter (weights version {drafter.weights.version}) saved to {command.save}", highlight=False)

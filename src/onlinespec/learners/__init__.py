@@ -26,7 +26,8 @@ def make_learner(
         options: What this learner takes beside the three that all take: `hint_decay` of `optimistic`, say.
 
     Raises:
-        ValueError: for an unknown name, an option that this learner does not have, or a number out of range.
+        ValueError: for an unknown name, or a number out of range.
+        TypeError: for an option that this learner does not have; `methods.parse` says which there are.
 
     >>> make_learner("optimistic", 1e-3, hint_decay=0.5).hint_decay
     0.5

@@ -1,0 +1,324 @@
+"""What learners are worth: acceptance and regret of many methods on five streams, greedy and sampled, several seeds.
+
+    python benchmarks/learners.py record --work DIR [--data DIR]          # the target's answers, once: half an hour
+    python benchmarks/learners.py replay --work DIR --out learners.jsonl  # all methods, all streams: hours on one core
+    python benchmarks/learners.py tables learners.jsonl                   # the tables of benchmarks/README.md
+
+Acceptance doesn't hang on time, so the target's answers are recorded and only drafting and learning run
+(`onlinespec.recording`). Both first commands go on where they were stopped. Without --data the built-in sql, arithmetic
+and code stand in for Spider, GSM8K and CodeSearchNet. Net speed is another matter: `onlinespec compare`, interleaved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import tyro
+from tyro.conf import Positional
+
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.core import DecodeStats
+from onlinespec.drafters import load_drafter
+from onlinespec.learn import InlineLearning
+from onlinespec.methods import parse
+from onlinespec.metrics import telemetry, total
+from onlinespec.models.loading import load_target
+from onlinespec.provenance import provenance
+from onlinespec.recording import Recorded, Replaying, record
+from onlinespec.workloads import load_workload
+
+NUM_DRAFT_TOKENS = 3
+PER_VISIT = 50  # requests of a domain per visit
+TEMPERATURES = (0.0, 0.8)
+SEEDS = (0, 1, 2)
+
+METHODS = (
+    "frozen",
+    "online_gradient/step_size=3e-4",
+    "online_gradient",
+    "online_gradient/step_size=3e-3",
+    "online_gradient/step_size=1e-2",
+    "optimistic",
+    "optimistic/geometry=preconditioned",
+    "online_gradient/geometry=preconditioned",
+    "ensemble",
+    "ensemble/with_frozen=true",
+    "surrogate_ensemble",
+    "reset_to_merged",
+    "online_gradient/step_size=1.444e-3",  # reset_to_merged's effective step
+    "momentum/geometry=preconditioned/step_size=1e-3",
+    "online_gradient/geometry=preconditioned/step_size=5.42e-3",  # momentum's effective step
+    "osd",
+    "osd/step_size=1e-3",
+    "online_gradient/replay_every=0",
+    "optimistic/replay_every=0",
+    "ensemble/replay_every=0",
+)
+
+
+def streams(domains: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
+    """(domain, place in its recording) of every request of every stream.
+
+    Segments of a stream are cut where the report does: at each change of domain, for the streams that have visits.
+    """
+    a, b, c = domains
+    n, rng = PER_VISIT, Random("streams")
+    abrupt = [(a, i) for i in range(n)] + [(b, i) for i in range(n)] + [(c, i) for i in range(n)]
+    abrupt += [(a, n + i) for i in range(n)]
+    order = [domain for domain in domains for _ in range(n)]
+    rng.shuffle(order)
+    blend = [b if rng.random() < i / (2 * n) else a for i in range(2 * n)]
+    return {
+        "abrupt": abrupt,
+        "interleaved": _numbered(order),
+        "gradual": _numbered(blend),
+        "stationary": [(b, i) for i in range(2 * n)],
+        "strong": [("prose", i) for i in range(2 * n)],
+    }
+
+
+def _numbered(order: Sequence[str]) -> list[tuple[str, int]]:
+    seen: dict[str, int] = defaultdict(int)
+    places = []
+    for domain in order:
+        places.append((domain, seen[domain]))
+        seen[domain] += 1
+    return places
+
+
+@dataclass(frozen=True)
+class Record:
+    """Record the target's answers.
+
+    Attributes:
+        data: Folder of spider, gsm8k and code_search .stream.jsonl.gz files; without it the built-ins stand in.
+    """
+
+    work: Path
+    data: Path | None = None
+    target: str = "demo"
+    max_new_tokens: int = 96
+    seeds: tuple[int, ...] = SEEDS
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Run methods on the recorded streams.
+
+    Attributes:
+        out: Rows are added to it; those that are there already are not run again.
+        part: Every so-manieth cell only, as 0/2 and 1/2: for several processes.
+    """
+
+    work: Path
+    out: Path
+    target: str = "demo"
+    drafter: str = "demo"
+    methods: tuple[str, ...] = METHODS
+    streams: tuple[str, ...] = ("abrupt", "strong", "stationary", "interleaved", "gradual")
+    temperatures: tuple[float, ...] = TEMPERATURES
+    seeds: tuple[int, ...] = SEEDS
+    part: str = "0/1"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Write the tables in markdown to standard output."""
+
+    rows: Positional[tuple[Path, ...]]
+
+
+def domains_of(data: Path | None) -> dict[str, str]:
+    """What to load for each domain; the first three make the streams."""
+    if data is None:
+        return {name: f"builtin:{name}" for name in ("sql", "arithmetic", "code", "prose")}
+    files = {name: str(data / f"{name}.stream.jsonl.gz") for name in ("spider", "gsm8k", "code_search")}
+    return files | {"prose": "builtin:prose"}
+
+
+def run_record(options: Record) -> None:
+    """One file per domain, temperature and seed. Greedy answers of files don't hang on the seed: other prompts do."""
+    torch.set_num_threads(1)
+    target = load_target(options.target)
+    options.work.mkdir(parents=True, exist_ok=True)
+    (options.work / "domains.json").write_text(json.dumps(list(domains_of(options.data))))
+    for seed in options.seeds:
+        for name, spec in domains_of(options.data).items():
+            for temperature in TEMPERATURES:
+                path = options.work / f"{name}-{temperature:g}-{seed}.pt"
+                if path.exists():
+                    continue
+                began = time.monotonic()
+                prompts = islice(load_workload(spec).prompts(seed), seed * 2 * PER_VISIT, (seed + 1) * 2 * PER_VISIT)
+                if spec.startswith("builtin:"):
+                    prompts = islice(load_workload(spec).prompts(seed), 2 * PER_VISIT)
+                params = GenerationParams(options.max_new_tokens, 0, SamplingParams(temperature))
+                answers = [replace(answer, domain=name) for answer in record(target, prompts, params, seed)]
+                torch.save(answers, path.with_suffix(".new"))
+                path.with_suffix(".new").rename(path)
+                print(f"{path.name}: {len(answers)} answers in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def run_replay(options: Replay) -> None:
+    """A line of JSON per cell."""
+    torch.set_num_threads(1)
+    target = load_target(options.target)
+    domains = json.loads((options.work / "domains.json").read_text())
+    done = {_key(row) for row in _read([options.out])} if options.out.exists() else set()
+    part, num_parts = map(int, options.part.split("/"))
+    cells = [
+        (stream, temperature, seed, method)
+        for seed in options.seeds
+        for stream in options.streams
+        for temperature in options.temperatures
+        for method in options.methods
+    ]
+    said = provenance(" ".join(sys.argv), options.target, options.drafter, target.fingerprint, {})
+    for number, (stream, temperature, seed, method) in enumerate(cells):
+        key = dict(stream=stream, temperature=temperature, seed=seed, method=method)
+        if number % num_parts != part or _key(key) in done:
+            continue
+        answers = _answers(options.work, streams(domains[:3])[stream], temperature, seed)
+        drafter = load_drafter(options.drafter, target, seed)
+        config = parse(method, LearnConfig(telemetry=True))
+        learning = InlineLearning(drafter, config=config, seed=seed)
+        replaying = Replaying(target, drafter, learning, NUM_DRAFT_TOKENS, seed)
+        began = time.monotonic()
+        stats = [replaying.replay(answer) for answer in answers]
+        row = key | _figures(stats, [answer.domain for answer in answers], learning)
+        row |= {"seconds": time.monotonic() - began, "commit": said["commit"], "processor": said["processor"]}
+        with options.out.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        print(f"{stream} T={temperature:g} seed {seed} {method}: {row['acceptance_length']:.3f}", flush=True)
+
+
+def _answers(work: Path, places: Sequence[tuple[str, int]], temperature: float, seed: int) -> list[Recorded]:
+    files: dict[str, list[Recorded]] = {}
+    for domain, _ in places:
+        if domain not in files:
+            files[domain] = torch.load(work / f"{domain}-{temperature:g}-{seed}.pt", weights_only=False)
+    return [files[domain][place] for domain, place in places if place < len(files[domain])]
+
+
+def _figures(stats: Sequence[DecodeStats], domains: Sequence[str], learning: InlineLearning) -> dict[str, Any]:
+    whole, seen = total(stats), telemetry(learning.telemetry.rounds if learning.telemetry else ())
+    visits = _visits(domains)
+    figures: dict[str, Any] = {
+        "acceptance_length": whole.acceptance_length,
+        "tokens": whole.tokens,
+        "steps": whole.steps,
+        "rounds": learning.num_rounds,
+        "rows": learning.num_rows,
+        "work": learning.work,
+        "visits": [
+            {
+                "domain": domain,
+                "acceptance_length": total(stats[first:last]).acceptance_length,
+                "first_tenth": total(stats[first : first + (last - first) // 10 or 1]).acceptance_length,
+                "last_third": total(stats[last - (last - first) // 3 or -1 : last]).acceptance_length,
+            }
+            for domain, first, last in visits
+        ],
+    }
+    if seen:
+        names = ("regret_upper", "regret_vs_frozen", "regret_vs_best_expert", "hint_error_ratio")
+        names += ("direction_hint_error_ratio", "acceptance_length_bound")
+        figures |= {name: getattr(seen, name) for name in names}
+    return figures
+
+
+def _visits(domains: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(domain, first, last) of each run of requests of one domain that is long enough to be a visit."""
+    runs: list[tuple[str, int, int]] = []
+    for i, domain in enumerate(domains):
+        if runs and runs[-1][0] == domain:
+            runs[-1] = (domain, runs[-1][1], i + 1)
+        else:
+            runs.append((domain, i, i + 1))
+    return [run for run in runs if run[2] - run[1] >= PER_VISIT // 2]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("stream", "temperature", "seed", "method"))
+
+
+def _read(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def run_tables(options: Tables) -> None:
+    """Acceptance length by method and stream, mean and standard deviation over seeds; regrets and hints; returns."""
+    cells: dict[tuple[float, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in _read(options.rows):
+        cells[row["temperature"], row["method"], row["stream"]].append(row)
+    names = list(dict.fromkeys(stream for _, _, stream in cells))
+    methods = list(dict.fromkeys(method for _, method, _ in cells))
+    for temperature in sorted({temperature for temperature, _, _ in cells}):
+        print(f"\n### Acceptance length, temperature {temperature:g}\n")
+        _print_table(
+            ["method", *names],
+            [[f"`{m}`", *(_spread(cells[temperature, m, s], "acceptance_length") for s in names)] for m in methods],
+        )
+        print(f"\n### On the abrupt stream, temperature {temperature:g}\n")
+        columns = ["regret_vs_frozen", "regret_vs_best_expert", "hint_error_ratio", "direction_hint_error_ratio"]
+        _print_table(
+            ["method", "first visit, last third", "return, first tenth", "return", "rounds", *columns],
+            [
+                _abrupt_row(m, cells[temperature, m, "abrupt"], columns)
+                for m in methods
+                if cells[temperature, m, "abrupt"]
+            ],
+        )
+
+
+def _abrupt_row(method: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    visits = [row["visits"] for row in rows]
+    return [
+        f"`{method}`",
+        _mean_sd([v[0]["last_third"] for v in visits]),
+        _mean_sd([v[-1]["first_tenth"] for v in visits]),
+        _mean_sd([v[-1]["acceptance_length"] for v in visits]),
+        f"{statistics.mean(row['rounds'] for row in rows):.0f}",
+        *(_spread(rows, name, digits=2) for name in columns),
+    ]
+
+
+def _spread(rows: Sequence[dict[str, Any]], name: str, digits: int = 3) -> str:
+    return _mean_sd([row[name] for row in rows if row.get(name) is not None], digits)
+
+
+def _mean_sd(values: Sequence[float], digits: int = 3) -> str:
+    if not values:
+        return "–"
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def main() -> None:
+    """The benchmark's own command line."""
+    step = tyro.extras.subcommand_cli_from_dict({"record": Record, "replay": Replay, "tables": Tables})
+    {Record: run_record, Replay: run_replay, Tables: run_tables}[type(step)](step)
+
+
+if __name__ == "__main__":
+    main()
