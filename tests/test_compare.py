@@ -74,7 +74,7 @@ def test_report_has_exactly_the_documented_fields(target, data, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     totals = set(
         "requests skipped tokens steps acceptance_length acceptance_rate acceptance_by_position decode_seconds "
-        "learn_seconds tokens_per_second speedup_vs_none speedup_vs_frozen identical_to_plain ties".split()
+        "learn_seconds diagnostic_seconds tokens_per_second speedup_vs_none speedup_vs_frozen identical_to_plain ties".split()
     )
     assert set(report) == {"schema", "provenance", "runs"}
     assert report["schema"] == 1
@@ -86,6 +86,41 @@ def test_report_has_exactly_the_documented_fields(target, data, tmp_path):
         for segment in one["segments"]:
             assert set(segment) == totals | {"index", "data", "windows"} == set(Segment.__struct_fields__)
             assert all(set(window) == set(Window.__struct_fields__) for window in segment["windows"])
+
+
+def test_telemetry_is_written_where_it_was_asked_for_and_read_back(target, data, tmp_path):
+    learners = ("none", "frozen", "optimistic", "ensemble/with_frozen=true")
+    learn = LearnConfig(min_interval=4, max_interval=4, telemetry=True)
+    report = run(target, data(), out=tmp_path / "out", learners=learners, learn=learn)
+    assert read_report(tmp_path / "out" / "report.json") == report
+    seen = {one.learner: one.telemetry for one in report.runs}
+    assert seen["none"] is seen["frozen"] is None
+    assert seen["optimistic"].hint_error_ratio > 0
+    assert seen["optimistic"].regret_vs_best_expert is None
+    assert seen["ensemble/with_frozen=true"].regret_vs_best_expert is not None
+    assert run_of(report, "optimistic").totals.diagnostic_seconds > 0
+
+
+def test_several_settings_of_one_learner_are_runs_of_their_own(target, data):
+    learners = ("online_gradient", "online_gradient/step_size=0", "online_gradient/replay_every=0")
+    report = run(target, data(), learners=learners)
+    assert [one.learner for one in report.runs] == list(learners)
+
+
+def test_what_a_trained_row_costs_is_measured_if_asked_and_told(target, data):
+    measured = run(target, data(), measures_row_cost=True).provenance["row_cost"]
+    assert 0 < measured < 100
+    assert "row_cost" not in run(target, data()).provenance
+
+
+def test_the_report_says_what_auto_learns_by(target, data):
+    assert "75 % the committed token" in run(target, data()).provenance["loss"][0]
+
+
+@pytest.mark.parametrize("line", ["magic", "online_gradient/magic=1", "ensemble/discount=2"])
+def test_a_learner_that_does_not_exist_is_refused_before_anything_runs(line):
+    with pytest.raises(ValueError, match=r"magic|discount is 2"):
+        comparison_of("x.jsonl", learners=("none", line))
 
 
 def test_every_learner_has_a_run_in_the_order_asked_for(target, data):

@@ -308,6 +308,17 @@ def test_every_round_is_measured_at_the_weights_that_played(drafter, sampling):
     assert [r.request for r in rounds] == sorted(r.request for r in rounds)
 
 
+def test_what_fails_in_measuring_stops_the_measuring_alone(drafter, monkeypatch, caplog):
+    learning = learn(drafter, config=replace(OFTEN, telemetry=True))
+    monkeypatch.setattr(drafter, "rows", raise_something)
+    with caplog.at_level(logging.INFO, logger="onlinespec"):
+        complete(drafter, learning)
+    assert learning.num_rounds > 2
+    assert not learning.is_frozen
+    assert learning.telemetry.rounds == []
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["telemetry stopped in round 0"]
+
+
 def test_the_learners_own_report_is_kept(drafter):
     for method, field in (("optimistic", "hint_error"), ("ensemble", "meta_weights")):
         learning = InlineLearning(drafter, config=parse(method, replace(OFTEN, telemetry=True)))

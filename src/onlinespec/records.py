@@ -83,7 +83,7 @@ class Telemetry(Struct, frozen=True, kw_only=True):
     rounds: tuple[Round, ...]
 
 
-class Run(Struct, frozen=True, kw_only=True):
+class Run(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One learner over the whole stream, once."""
 
     learner: str

@@ -6,6 +6,7 @@ is kept apart from that of learning.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from onlinespec.losses import TargetRows, cross_entropy, kl, total_variation
 from onlinespec.metrics import acceptance_length_at, distance_bound, greedy_distance_bound
 from onlinespec.records import Round
 
+log = logging.getLogger(__name__)
+
 _WINDOW = 16  # rounds over which weights and function are said to have moved
 
 
@@ -33,6 +36,7 @@ class Telemetry:
         self._num_steps = self._num_requests = self._num_draft_tokens = 0
         self._probe: Any = None  # the first round's rows: where the function's drift is measured
         self._then: tuple[Params, Tensor] | None = None  # weights and probe rows of some rounds ago
+        self._has_failed = False
         self.rounds: list[Round] = []
         self.seconds = 0.0
 
@@ -43,7 +47,6 @@ class Telemetry:
             self._num_requests += record.is_last
             self._num_draft_tokens = max(self._num_draft_tokens, record.num_draft_tokens)
 
-    @torch.no_grad()
     def observe_round(
         self,
         batch: Any,
@@ -53,33 +56,46 @@ class Telemetry:
         interval: float,
         report: Callable[[], dict[str, Any]],
     ) -> None:
-        """Measures a round that has just ended, on its fresh rows, at the weights that played before it."""
+        """Measures a round that has just ended, on its fresh rows, at the weights that played before it.
+
+        Never raises: what can't be measured is told once, and learning goes on unmeasured.
+        """
+        if self._has_failed:
+            return
         began = time.perf_counter()
+        try:
+            self.rounds.append(self._measured(batch, newest, loss, played, interval, report()))
+        except Exception as error:  # measuring must not stop what it measures
+            self._has_failed = True
+            log.error("telemetry stopped in round %d (%s: %s)", len(self.rounds), type(error).__name__, error)
+        self.seconds += time.perf_counter() - began
+
+    @torch.no_grad()
+    def _measured(
+        self, batch: Any, newest: Feedback, loss: float, played: Params, interval: float, report: dict[str, Any]
+    ) -> Round:
         num_depths = max(1, self._num_draft_tokens)
         depths = self._drafter.rows([played, self._start], batch, num_depths)
         logits, target = depths[0]
         (kl_now, kl_start), (tv_now, tv_start) = (of(logits, target).mean(-1).tolist() for of in (kl, total_variation))
         moved, function_moved = self._moved(batch, played)
-        self.rounds.append(
-            Round(
-                step=self._num_steps,
-                request=self._num_requests,
-                data=newest.domain,
-                interval=interval,
-                loss=loss,
-                kl=kl_now,
-                token_loss=float(cross_entropy(logits[0], target).mean()),
-                acceptance_prob=1 - tv_now,
-                frozen_kl=kl_start,
-                frozen_acceptance_prob=1 - tv_start,
-                acceptance_length_bound=self._bound(depths),
-                distance=math.sqrt(squared_distance(played, self._start)),
-                moved=moved,
-                function_moved=function_moved,
-                learner=report(),
-            )
+        return Round(
+            step=self._num_steps,
+            request=self._num_requests,
+            data=newest.domain,
+            interval=interval,
+            loss=loss,
+            kl=kl_now,
+            token_loss=float(cross_entropy(logits[0], target).mean()),
+            acceptance_prob=1 - tv_now,
+            frozen_kl=kl_start,
+            frozen_acceptance_prob=1 - tv_start,
+            acceptance_length_bound=self._bound(depths),
+            distance=math.sqrt(squared_distance(played, self._start)),
+            moved=moved,
+            function_moved=function_moved,
+            learner=report,
         )
-        self.seconds += time.perf_counter() - began
 
     def _bound(self, depths: Sequence[tuple[Tensor, TargetRows]]) -> float:
         """The guaranteed acceptance length: as if every depth were as far off as the worst."""

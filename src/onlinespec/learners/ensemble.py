@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from onlinespec.learners import make_learner
 from onlinespec.learners.base import Evaluate, Evaluation, Learner, Params
-from onlinespec.learners.geometry import Diagonal, Geometry, averaged, inner_product, is_finite
+from onlinespec.learners.geometry import Diagonal, Geometry, averaged, check_pool, inner_product, is_finite
 
 _GAP_DECAY = 0.8  # of the averaging gap's moving average, per round
+_LEAST_GAP = 1e-4  # nats; less is rounding
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,11 @@ class Hedge:
     loss_range: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, most in (("meta_step_size", math.inf), ("discount", 1.0), ("loss_range", math.inf)):
-            if not 0 < getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and at most {most:g}")
+        for name in ("meta_step_size", "discount", "loss_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive number")
+        if self.discount > 1:
+            raise ValueError(f"discount is {self.discount}; it must be at most 1")
 
     def charged(self, costs: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
         """Costs after a round. A loss that is not finite is charged for ever."""
@@ -100,9 +103,10 @@ class Ensemble(Learner):
     loss_range: float = Hedge.loss_range
 
     def __post_init__(self) -> None:
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"step_size_pool {', '.join(map(str, self.step_size_pool))} names one twice")
-        _ = self.experts, self.hedge  # what they refuse is refused now
+        check_pool(self._pool)
+        if any(type(expert) is Ensemble for expert in self.experts):
+            raise ValueError(f"base is {self.base}; an expert asks for one gradient a round, an ensemble for several")
+        _ = self.hedge  # what it refuses is refused now
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,7 +192,7 @@ class Ensemble(Learner):
             costs=tuple(costs),
             meta_weights=meta_weights,
             mean=mean,
-            played=best if state.averaging_gap > 0 else mean,
+            played=best if state.averaging_gap > _LEAST_GAP else mean,
         )
 
 
@@ -197,9 +201,13 @@ class SurrogateEnsemble(Ensemble):
     """Experts that all follow the one gradient of the mean, charged for its linear model: <gradient, weights - mean>.
 
     One gradient a round whatever the number of experts; not what OnlineSpec does. By linearity the averaging gap is 0.
+    Experts that share a gradient never come back together, so a meta step that is large swings from one end of the pool
+    to the other; hence the small default.
 
     Reference: Ader, arXiv:1810.10815.
     """
+
+    meta_step_size: float = 0.1
 
     def _evaluations(self, evaluate: Evaluate, state: EnsembleState) -> tuple[list[Evaluation | None], Evaluation]:
         (merged,) = evaluate(state.mean)

@@ -131,6 +131,15 @@ def averaged(points: Sequence[Params], weights: Sequence[float]) -> Params:
     return mean
 
 
+def check_pool(step_sizes: Sequence[float]) -> None:
+    """Raises ValueError unless all are positive numbers and no two alike."""
+    told = ", ".join(f"{size:g}" for size in step_sizes)
+    if not all(0 < size < math.inf for size in step_sizes):
+        raise ValueError(f"the step sizes {told} must be positive")
+    if len({f"{size:.3g}" for size in step_sizes}) < len(step_sizes):
+        raise ValueError(f"the step sizes {told} name one twice")
+
+
 def squared_norm(params: Params) -> float:
     """Of all tensors together."""
     return math.fsum(float(p.float().square().sum()) for p in params.values())

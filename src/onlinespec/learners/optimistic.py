@@ -10,6 +10,8 @@ import torch
 from onlinespec.learners.base import Evaluate, Learner, Params
 from onlinespec.learners.geometry import Diagonal, Geometry, Point, clip_by_norm, squared_distance, squared_norm
 
+_MOST_DOMAINS = 16
+
 
 class Hint(NamedTuple):
     """A guess of the next gradient: as it came, and as the geometry turned it."""
@@ -75,7 +77,7 @@ class OptimisticGradient(Learner):
             point=state.point.moved(direction, self.step_size),
             played=state.played,
             geometry=geometry,
-            hints=state.hints | {domain: self._averaged(state.hints.get(domain), came)},
+            hints=_newest(state.hints, domain, self._averaged(state.hints.get(domain), came)),
             used=None,
             met=came,
             missed=state.used,
@@ -110,6 +112,12 @@ class OptimisticGradient(Learner):
         if old is None or not self.hint_decay:
             return new
         return Hint(*(_lerp(a, b, 1 - self.hint_decay) for a, b in zip(old, new, strict=True)))
+
+
+def _newest(hints: dict[str, Hint], domain: str, hint: Hint) -> dict[str, Hint]:
+    """The hints with a new one last; the oldest go, for each holds two copies of the weights."""
+    others = [(name, old) for name, old in hints.items() if name != domain]
+    return dict([*others[1 - _MOST_DOMAINS :], (domain, hint)])
 
 
 def _lerp(old: Params, new: Params, share: float) -> Params:

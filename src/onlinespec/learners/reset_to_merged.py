@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from onlinespec.learners.base import Evaluate, Learner, Params
-from onlinespec.learners.geometry import Diagonal, Geometry, Point, averaged, clip_by_norm
+from onlinespec.learners.geometry import Diagonal, Geometry, Point, averaged, check_pool, clip_by_norm
 
 
 class ResetToMergedState(NamedTuple):
@@ -42,6 +42,7 @@ class ResetToMerged(Learner):
     temperature: float = 1.2
 
     def __post_init__(self) -> None:
+        check_pool(self.pool)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be positive")
 
