@@ -346,10 +346,12 @@ def acceptance_after_counting(cls):
     drafter = cls.fresh(target)
     drafter.unroll = 4
     learning = InlineLearning(
-        drafter, make_learner("online_gradient", 1e-2), LearnConfig(min_interval=8, max_interval=16)
+        drafter,
+        make_learner("online_gradient", 1e-2),
+        LearnConfig(min_interval=8, max_interval=16, budget=float("inf")),
     )
     loop = DecodeLoop(target, drafter, learning)
-    for first in range(60):
+    for first in range(100):
         loop.complete([first % 12, (first + 1) % 12], GenerationParams(max_new_tokens=48))
     assert learning.num_rounds > 40
     assert not learning.is_frozen
@@ -482,7 +484,9 @@ def test_a_file_cut_short_is_refused(saved):
 def test_drafts_and_learns_for_a_target_in_half_precision(tmp_path, dtype):
     target = load_target(save_tiny(tmp_path), dtype=dtype)
     drafter = Eagle.fresh(target)
-    learning = InlineLearning(drafter, make_learner("online_gradient", 1e-3), LearnConfig(min_interval=8))
+    learning = InlineLearning(
+        drafter, make_learner("online_gradient", 1e-3), LearnConfig(min_interval=8, budget=float("inf"))
+    )
     request = DecodeLoop(target, drafter, learning).complete([1, 2, 3], GenerationParams(max_new_tokens=30))
     assert request.stats.drafted > 0
     assert learning.num_rounds > 1

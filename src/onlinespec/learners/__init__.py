@@ -34,7 +34,11 @@ def make_learner(
     """
     if isinstance(geometry, str):
         geometry = resolve(GEOMETRIES, geometry, "geometry")()
-    return resolve(LEARNERS, name, "learner")(step_size=step_size, geometry=geometry, clip_norm=clip_norm, **options)
+    factory = resolve(LEARNERS, name, "learner")
+    learner: Learner = factory(step_size=step_size, geometry=geometry, clip_norm=clip_norm, **options)
+    if missing := [part for part in ("init", "played", "update", "expect", "report") if not hasattr(learner, part)]:
+        raise ValueError(f'learner "{name}" has no {", ".join(missing)}; make it a subclass of onlinespec.Learner')
+    return learner
 
 
 __all__ = [
