@@ -2,8 +2,8 @@
 
     python benchmarks/rounds.py [--repeats 31]
 
-Rows are from the target's own answers; the first rounds are not counted. Times are medians with quartiles, ratios are medians
-of ratios inside a repeat, so that a machine whose speed drifts hurts all alike.
+Rows are from the target's own answers; the first rounds are not counted. Times are medians, ratios medians of ratios
+round by round with their quartiles, so that a machine whose speed drifts hurts all alike.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ def run(options: Rounds) -> None:
             "rounds": len(pairs),
         }
         row = figures[method]
-        print(
-            f"{method:55s} {row['milliseconds']:6.1f} ms {row['ratio']:5.2f} [{row['quartiles'][0]:.2f}–{row['quartiles'][1]:.2f}]"
-        )
+        low, high = row["quartiles"]
+        print(f"{method:55s} {row['milliseconds']:6.1f} ms {row['ratio']:5.2f} [{low:.2f}–{high:.2f}]")
     if options.out:
         said = provenance(" ".join(sys.argv), options.target, options.drafter, target.fingerprint, {})
         with options.out.open("a") as lines:

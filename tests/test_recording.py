@@ -58,8 +58,9 @@ def test_sampled_counts_follow_the_law_of_decoding(make_drafter, sampling):
     replaying = Replaying(TARGET, make_drafter(), None, 3, seed=1)
     replayed = totals(replaying.replay(recorded) for recorded in record(TARGET, prompts, params))
     for theirs, ours in zip(decoded.acceptance_by_position, replayed.acceptance_by_position, strict=True):
-        error = math.sqrt(theirs * (1 - theirs) * (1 / decoded.steps + 1 / replayed.steps)) + 1e-3
-        assert abs(theirs - ours) < 4 * error
+        share = (theirs * decoded.steps + ours * replayed.steps) / (decoded.steps + replayed.steps)
+        error = math.sqrt(share * (1 - share) * (1 / decoded.steps + 1 / replayed.steps))
+        assert abs(theirs - ours) <= 4 * error
 
 
 def test_a_recording_of_another_target_is_refused():

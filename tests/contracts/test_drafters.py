@@ -1,6 +1,7 @@
 """What every drafter of the table keeps, whatever it is: a new line in `DRAFTERS` is tested by being there."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from functools import cache
@@ -43,7 +44,8 @@ def warm_params(name):
     """Weights that learned the target's answers to PROMPTS by heart, so that whole runs are accepted."""
     drafter = load_drafter(name, the_target())
     learner = make_learner("online_gradient", step_size=5e-3)
-    learning = InlineLearning(drafter, learner, LearnConfig(min_interval=48, max_interval=48))
+    config = LearnConfig(min_interval=48, max_interval=48, replay_every=0, budget=math.inf, loss="soft_cross_entropy")
+    learning = InlineLearning(drafter, learner, config)
     loop = DecodeLoop(the_target(), drafter, learning)
     for _ in range(12):
         run_together(loop, [(prompt, GenerationParams(max_new_tokens=48)) for prompt in PROMPTS])
