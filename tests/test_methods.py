@@ -175,6 +175,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onlinespec.learners import Learner
 from onlinespec.learners.online_gradient import OnlineGradient
 
 
@@ -188,7 +189,7 @@ def make(step_size: float, geometry: object, clip_norm: float, boost: float = 1.
     return Boosted(step_size, geometry, clip_norm, boost)
 
 
-class Plain:
+class Plain(Learner):
     def __init__(self, step_size, geometry, clip_norm, boost: float = 1.0):
         self.step_size, self.boost = step_size, boost
 """

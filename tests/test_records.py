@@ -8,8 +8,8 @@ from onlinespec.records import Report, RequestRecord, Run, Segment, Totals, Wind
 
 TOTALS_KEYS = {
     *("requests", "skipped", "tokens", "steps", "acceptance_length", "acceptance_rate", "acceptance_by_position"),
-    *("decode_seconds", "learn_seconds", "tokens_per_second", "speedup_vs_none", "speedup_vs_frozen"),
-    *("identical_to_plain", "ties"),
+    *("decode_seconds", "learn_seconds", "diagnostic_seconds", "tokens_per_second"),
+    *("speedup_vs_none", "speedup_vs_frozen", "identical_to_plain", "ties"),
 }
 FIGURES = {
     "requests": 3,

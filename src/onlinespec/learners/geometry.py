@@ -135,9 +135,9 @@ def check_pool(step_sizes: Sequence[float]) -> None:
     """Raises ValueError unless all are positive numbers and no two alike."""
     told = ", ".join(f"{size:g}" for size in step_sizes)
     if not all(0 < size < math.inf for size in step_sizes):
-        raise ValueError(f"the step sizes {told} must be positive")
+        raise ValueError(f"step_size_pool is {told}; all must be positive numbers")
     if len({f"{size:.3g}" for size in step_sizes}) < len(step_sizes):
-        raise ValueError(f"the step sizes {told} name one twice")
+        raise ValueError(f"step_size_pool is {told}; it names one twice")
 
 
 def squared_norm(params: Params) -> float:
