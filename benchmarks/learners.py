@@ -192,7 +192,8 @@ def run_replay(options: Replay) -> None:
             continue
         answers = _answers(options.work, streams(domains[:3])[stream], temperature, seed)
         drafter = load_drafter(options.drafter, target, seed)
-        config = parse(method, LearnConfig(telemetry=True, budget=math.inf))  # alike in rounds; `work` says what they cost
+        # alike in rounds; `work` says what they cost
+        config = parse(method, LearnConfig(telemetry=True, budget=math.inf))
         learning = InlineLearning(drafter, config=config, seed=seed)
         replaying = Replaying(target, drafter, learning, NUM_DRAFT_TOKENS, seed)
         began = time.monotonic()
