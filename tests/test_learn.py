@@ -359,6 +359,17 @@ def test_a_hint_by_domain_plays_as_soon_as_the_domain_is_known(drafter):
     assert all(torch.equal(drafter.weights.params[name], p) for name, p in ahead.params.items())
 
 
+def test_a_new_domain_moves_nothing_once_a_round_has_failed(drafter, monkeypatch):
+    learning = InlineLearning(drafter, config=parse("optimistic/hint_by_domain=true", OFTEN))
+    loop = DecodeLoop(TARGET, drafter, learning)
+    loop.complete(PROMPT, GenerationParams(30), domain="a")
+    monkeypatch.setattr(drafter, "losses", raise_something)
+    learning._steps_waited = 8  # due at the very step that brings the new domain
+    loop.complete(PROMPT, GenerationParams(1, num_draft_tokens=0), domain="b")
+    assert learning.is_frozen
+    assert drafter.weights is learning._last_good
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_is_learned_from(drafter, loss):
     learning = learn(drafter, config=replace(OFTEN, loss=loss))

@@ -301,9 +301,9 @@ class Comparing:
 
     def _measure_row_cost(self) -> None:
         """Before the first run: what budgets are counted in, if this machine is to say."""
-        drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
-        if not self.comparison.measures_row_cost or not drafter.is_trainable:
+        if not self.comparison.measures_row_cost or {NONE, FROZEN}.issuperset(self.comparison.learners):
             return
+        drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
         num_draft_tokens = self.comparison.generation.num_draft_tokens
         self._learn = replace(
             self._learn, row_cost=measure_row_cost(self.target, drafter, self._learn, num_draft_tokens)

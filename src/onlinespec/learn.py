@@ -92,7 +92,7 @@ class InlineLearning:
             self._steps_waited = self._requests_waited = 0
         if self.replay is not None:
             self._guarded(partial(self.replay.offer, feedback))
-        if feedback and feedback[-1].domain != self._domain:
+        if feedback and feedback[-1].domain != self._domain and not self.is_frozen:
             self._domain = feedback[-1].domain
             self._guarded(self._expect)
 

@@ -78,7 +78,9 @@ class Learning:
     cross_entropy, mix, reverse_kl, jsd, total_variation."""
     learn_budget: float = LearnConfig.budget
     """Most of decoding time that learning may take; 0.08 is 8 %. inf is no limit."""
-    row_cost: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: measured at start)")] = None
+    row_cost: Annotated[
+        float | None, arg(metavar="NUMBER", help_behavior_hint="(default: measured; 0.03 in generate)")
+    ] = None
     """What training one row costs, in decode steps: what the budget is counted in."""
     replay_every: int = LearnConfig.replay_every
     """Every so many updates, rows of an earlier request are learned again; 0 for no memory."""
