@@ -108,9 +108,10 @@ def test_several_settings_of_one_learner_are_runs_of_their_own(target, data):
     assert [one.learner for one in report.runs] == list(learners)
 
 
-def test_what_a_trained_row_costs_is_measured_if_asked_and_told(target, data):
-    measured = run(target, data(), measures_row_cost=True).provenance["row_cost"]
-    assert 0 < measured < 100
+def test_what_learning_costs_is_measured_if_asked_and_told(target, data):
+    measured = run(target, data(), measures_costs=True).provenance
+    assert 0 < measured["row_cost"] < 100
+    assert 0 <= measured["round_cost"] < 100
     assert "row_cost" not in run(target, data()).provenance
 
 

@@ -11,6 +11,7 @@ from onlinespec.models.layer import (
     LayerConfig,
     RotaryTable,
     Rows,
+    Seen,
     make_plan,
     plain_keys_values,
     plain_layer,
@@ -52,7 +53,9 @@ def test_fast_equals_plain(config, has_biases, has_head_norms, has_input_norm, m
     x = torch.randn(45, config.hidden_size, generator=torch.Generator().manual_seed(1))
     angles = rotary_angles(torch.arange(45), config)
     keys, values = plain_keys_values(config, weights, x, angles)
-    wanted = plain_layer(config, weights, x, angles, keys, values, torch.ones(45, 45).tril().bool())
+    is_visible = torch.ones(45, 45).tril().bool()
+    halves = [Seen(keys[part], values[part], is_visible[:, part]) for part in (slice(20), slice(20, 45))]
+    wanted = plain_layer(config, weights, x, angles, halves)
 
     cache = KVCache(1, config.num_kv_heads, config.head_dim, torch.device("cpu"), torch.float32)
     cache.take(0, 45)

@@ -203,17 +203,18 @@ def test_the_osd_preset_has_a_round_after_every_eighth_request_on_all_that_was_r
 
 @pytest.mark.parametrize("share", [0.02, 0.1])
 def test_learning_keeps_to_its_share_of_the_work(drafter, share):
-    row_cost, max_rows = 0.05, 16
-    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=max_rows, budget=share, row_cost=row_cost)
+    max_rows, costs = 16, {"round_cost": 0.25, "row_cost": 0.03}
+    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=max_rows, budget=share, **costs)
     learning = learn(drafter, config=config)
     steps = sum(complete(drafter, learning).stats.steps for _ in range(12))
-    work = learning.num_rows * row_cost
-    assert work <= share * steps + row_cost * max_rows  # the first round is free
-    assert work > 0.6 * share * steps  # and what was earned is used
+    work = learning.num_rounds * costs["round_cost"] + learning.num_rows * costs["row_cost"]
+    assert learning.work >= work  # comparisons with older weights too
+    assert learning.work <= share * steps + 1.4 * (0.25 + 0.03 * max_rows)  # the first round is free
+    assert learning.work > 0.6 * share * steps  # and what was earned is used
 
 
 def test_an_ensemble_pays_for_each_of_its_experts(drafter):
-    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=16, budget=0.1, row_cost=0.05)
+    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=16, budget=0.1, round_cost=0.0, row_cost=0.05)
     alone = learn(drafter, config=config)
     together = InlineLearning(Eagle.fresh(TARGET), config=parse("ensemble", config))
     for learning in (alone, together):

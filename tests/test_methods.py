@@ -21,10 +21,12 @@ SHARED = {  # a line of text for each setting that every learner has, and what i
     "min_interval": ("8", 8),
     "max_interval": ("400", 400),
     "requests_per_round": ("8", 8),
+    "least_gain": ("0.5", 0.5),
     "max_rows": ("32", 32),
     "replay_every": ("0", 0),
     "replay_megabytes": ("0.5", 0.5),
     "budget": ("inf", math.inf),
+    "round_cost": ("2", 2.0),
     "row_cost": ("0.1", 0.1),
     "telemetry": ("true", True),
 }

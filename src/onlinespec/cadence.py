@@ -12,27 +12,37 @@ class Cadence:
     more tokens in it, has less to learn, and should not pay more for it.
 
     What rounds bring is measured in pairs: on the same fresh rows, the loss now against that of the weights some rounds
-    ago. Losses of different rounds differ too much by their rows to be compared. A drift shows in the served
+    ago. Losses of different rounds differ too much by their rows to be compared. It counts as it is and not as a share
+    of the loss: a nat is worth about as many tokens to a warm drafter as to a cold one. A drift shows in the served
     acceptance, which costs nothing to watch, or in the loss of the next round.
+
+    Args:
+        least_gain: What a round must bring, in the loss's own units; those that bring less become rarer.
     """
 
-    _GAIN = 0.01  # of the older weights' loss; rounds that bring less are not worth their frequency
-    _JUMP = 0.25  # of the loss over its average; smaller ones are noise of small rounds
-    _DROP = 0.15  # of the share of drafts that are kept; on steady traffic it is seen once in some 3,000 steps
-    _STRETCH = 2.0
-    _PROBE_ROUNDS = 4  # between two comparisons while rounds are frequent
+    _PROBE_ROUNDS = 4  # between two comparisons
+    _SMOOTHING = 0.5  # of gains: the old average's share
+    _STRETCH = 4.0  # of the interval, after a comparison; one that pays shrinks it as much
+    _JUMP = 3.0  # standard deviations above the average loss
+    _LEAST_ROUNDS = 4  # before an average loss means anything
+    _LEAST_DEVIATION = 0.1  # of the average loss; a few rounds may be alike by chance
+    _DROP = 0.2  # of the share of drafts that are kept; on steady traffic it is seen once in some thousand steps
 
-    def __init__(self, min_interval: int, max_interval: int) -> None:
-        self._min, self._max = min_interval, max_interval
-        self.interval = float(min_interval)
-        self._loss = math.nan
-        self._acceptance = _Averages(fast=0.95, slow=0.99)
+    def __init__(self, min_interval: int, max_interval: int, least_gain: float) -> None:
+        self._min, self._max, self._least_gain = float(min_interval), float(max_interval), least_gain
+        self._restart()
+
+    def _restart(self) -> None:
+        self.interval = self._min
+        self._gain = math.nan  # moving average, per round
         self._rounds_since_probe = 0
+        self._losses = _Spread()
+        self._acceptance = _Averages(fast=0.95, slow=0.99)
 
     @property
     def wants_probe(self) -> bool:
-        """Whether this round should compare the loss with that of older weights; rare rounds all do."""
-        return self._rounds_since_probe >= self._PROBE_ROUNDS * self._min / self.interval
+        """Whether this round should compare the loss with that of older weights."""
+        return self._rounds_since_probe >= self._PROBE_ROUNDS
 
     def observe_step(self, num_accepted: int, num_draft_tokens: int) -> None:
         """Hears of every step; a clear fall in acceptance brings the next round near."""
@@ -43,53 +53,76 @@ class Cadence:
 
     def observe_round(self, fresh_loss: float) -> None:
         """Hears of every round's loss before its update."""
-        self._rounds_since_probe += 1
-        if fresh_loss > (1 + self._JUMP) * self._loss:  # never while there is no average yet
+        known = self._losses
+        deviation = max(known.deviation, self._LEAST_DEVIATION * known.mean)
+        if known.count >= self._LEAST_ROUNDS and fresh_loss > known.mean + self._JUMP * deviation:
             self._restart()
-        self._loss = fresh_loss if math.isnan(self._loss) else 0.8 * self._loss + 0.2 * fresh_loss
+        self._losses.add(fresh_loss)
+        self._rounds_since_probe += 1
 
     def observe_gain(self, gain: float) -> None:
-        """Hears what the rounds since the last comparison brought, as a share of the older weights' loss."""
+        """Hears what the rounds since the last comparison brought: the older weights' loss less today's."""
+        gain /= max(1, self._rounds_since_probe)
         self._rounds_since_probe = 0
-        self.interval = float(self._min) if gain > self._GAIN else min(float(self._max), self.interval * self._STRETCH)
-
-    def _restart(self) -> None:
-        self.interval = float(self._min)
-        self._loss = math.nan
-        self._acceptance = _Averages(fast=0.95, slow=0.99)
+        self._gain = gain if math.isnan(self._gain) else self._SMOOTHING * self._gain + (1 - self._SMOOTHING) * gain
+        wanted = self.interval / self._STRETCH if self._gain > self._least_gain else self.interval * self._STRETCH
+        self.interval = min(max(wanted, self._min), self._max)
 
 
 class Budget:
     """A learner's share of decoding, in work units that a clock does not change: the cost of a plain step is 1.
 
-    Every step earns `share`; a round spends what its rows cost. What is not spent while rounds are rare is kept, up to
-    some rounds, for the next drift.
+    Every step earns `share`; a round spends what it and its rows cost, as often as it is evaluated. What is not spent
+    while rounds are rare is kept, up to some rounds, for the next drift.
 
     Args:
         share: Of decoding time, learning may take this much; inf for no limit.
-        row_cost: What training one row costs, in steps; `calibration.measure_row_cost` tells it for a machine and a
-            pair.
+        round_cost: What a round costs, in steps, whatever its rows ...
+        row_cost: ... and what each row adds; `calibration.measure_costs` tells both for a machine and a pair.
     """
 
     _MOST_SAVED = 16  # rounds
 
-    def __init__(self, share: float, row_cost: float, max_rows: int) -> None:
-        self._share, self._row_cost = share, row_cost
-        self._round_cost = row_cost * max_rows
-        self._saved = self._round_cost  # the first round is free
+    def __init__(self, share: float, round_cost: float, row_cost: float, max_rows: int) -> None:
+        self._share, self._round_cost, self._row_cost = share, round_cost, row_cost
+        self._full_round = round_cost + row_cost * max_rows
+        self._saved = self._full_round  # the first round is free
+        self.spent = 0.0
 
     def earn(self) -> None:
         """One more step was decoded."""
-        self._saved = min(self._saved + self._share, self._MOST_SAVED * self._round_cost)
+        self._saved = min(self._saved + self._share, self._MOST_SAVED * self._full_round)
 
-    def spend(self, num_rows: float) -> None:
-        """Rows were trained, each as often as it was evaluated with a gradient."""
-        self._saved -= num_rows * self._row_cost
+    def spend(self, num_rows: int, num_evaluations: float = 1.0) -> None:
+        """A round trained so many rows, with a gradient so many times."""
+        cost = num_evaluations * (self._round_cost + num_rows * self._row_cost)
+        self._saved -= cost
+        self.spent += cost
 
     @property
     def has_room(self) -> bool:
         """Whether what was spent is earned again, and a round's cost beside it."""
-        return self._saved >= self._round_cost or math.isinf(self._share)
+        return self._saved >= self._full_round or math.isinf(self._share)
+
+
+class _Spread:
+    """Mean and variance of what was seen, the newest ten or so counting most."""
+
+    _LEAST_WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._variance = 0, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        weight = max(1 / self.count, self._LEAST_WEIGHT)
+        away = value - self.mean
+        self.mean += weight * away
+        self._variance = (1 - weight) * (self._variance + weight * away**2)
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self._variance)
 
 
 class _Averages:

@@ -1,9 +1,10 @@
-"""What this machine says of costs, before a run: measured once, then given as a number, so that runs ask no clock."""
+"""What this machine says of costs, before a run: measured once, then given as numbers, so that runs ask no clock."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.decode import DecodeLoop
@@ -12,24 +13,54 @@ from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.models.loading import Target
 
-_PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening."
+_PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening. " * 12  # context costs too
+_INTERVALS = 4, 28  # steps: rounds of few rows, and of many
+_REPEATS = 2
 
 
-def measure_row_cost(target: Target, drafter: Drafter, config: LearnConfig, num_draft_tokens: int = 4) -> float:
-    """What training one row costs, in decode steps, on this machine: for `LearnConfig.row_cost`.
+class Costs(NamedTuple):
+    """Of learning, in plain steps: for `LearnConfig`."""
 
-    Decodes and trains for some seconds; the drafter's weights are put back. Rounded to one digit, so that runs on like
-    machines agree; given the number, learning asks no clock.
+    round_cost: float
+    row_cost: float
+
+
+def measure_costs(target: Target, drafter: Drafter, config: LearnConfig, num_draft_tokens: int = 4) -> Costs:
+    """What a round costs on this machine, in decode steps, by itself and for each of its rows.
+
+    Decodes and trains for some seconds, with few rows a round and with many; the drafter's weights are put back.
+    Rounded, so that runs on like machines agree; given the numbers, learning asks no clock.
     """
-    config = replace(config, budget=math.inf, min_interval=16, max_interval=16, requests_per_round=0, telemetry=False)
-    weights, params = drafter.weights, GenerationParams(96, num_draft_tokens, ignore_end_tokens=True)
-    learning = InlineLearning(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), config)
-    prompt_ids = target.encode(_PROMPT)
-    costs = []
-    for _ in range(3):
-        rows_before = learning.num_rows
-        stats = DecodeLoop(target, drafter, learning).complete(prompt_ids, params).stats
-        if num_rows := learning.num_rows - rows_before:  # none if learning fails, which is not said here
-            costs.append(stats.learn_seconds / num_rows / (stats.decode_seconds / stats.steps))
+    weights = drafter.weights
+    few, many = (_cheapest(target, drafter, config, interval, num_draft_tokens) for interval in _INTERVALS)
     drafter.swap(weights)
-    return float(f"{min(costs):.1g}") if costs else config.row_cost
+    if few is None or many is None:  # learning fails, which is not said here
+        return Costs(config.round_cost, config.row_cost)
+    slope = (many.steps - few.steps) / max(many.rows - few.rows, 1.0)
+    row_cost = float(f"{min(max(slope, 1e-3), many.steps / many.rows):.1g}")
+    return Costs(round(max(many.steps - row_cost * many.rows, 0.0) * 4) / 4, row_cost)
+
+
+class _Round(NamedTuple):
+    rows: float
+    steps: float  # that it costs
+
+
+def _cheapest(
+    target: Target, drafter: Drafter, config: LearnConfig, interval: int, num_draft_tokens: int
+) -> _Round | None:
+    """The mean round of the least disturbed of some answers."""
+    always = replace(
+        config, budget=math.inf, min_interval=interval, max_interval=interval, requests_per_round=0, replay_every=0,
+        telemetry=False,
+    )  # fmt: skip
+    learning = InlineLearning(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
+    loop, params = DecodeLoop(target, drafter, learning), GenerationParams(64, num_draft_tokens, ignore_end_tokens=True)
+    prompt_ids, rounds = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2], []
+    for _ in range(_REPEATS):
+        rounds_before, rows_before = learning.num_rounds, learning.num_rows
+        stats = loop.complete(prompt_ids, params).stats
+        if count := learning.num_rounds - rounds_before:
+            cost = stats.learn_seconds / count / (stats.decode_seconds / stats.steps)
+            rounds.append(_Round((learning.num_rows - rows_before) / count, cost))
+    return min(rounds, key=lambda one: one.steps, default=None)

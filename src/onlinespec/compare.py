@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import torch
 
-from onlinespec.calibration import measure_row_cost
+from onlinespec.calibration import measure_costs
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.decode import ContextOverflow, DecodeLoop, Request
@@ -54,7 +54,7 @@ class Comparison:
     window: int = 5  # requests per point of the report's plots
     generation: GenerationParams = GenerationParams()
     learn: LearnConfig = LearnConfig()  # for what the learners' own lines leave open
-    measures_row_cost: bool = False  # on this machine, instead of `learn.row_cost`; the report says what it was
+    measures_costs: bool = False  # of learning on this machine, instead of those in `learn`; the report says them
 
     def __post_init__(self) -> None:
         for name in ("repeats", "window"):
@@ -157,7 +157,7 @@ class Comparing:
         known = sum(counts) * len(settings) if all(counts) else None
         done = 0
         try:
-            self._measure_row_cost()
+            self._measure_costs()
             for number, setting in enumerate(settings):
                 self._setting = setting
                 self._make_group()
@@ -299,16 +299,15 @@ class Comparing:
         learning = InlineLearning(drafter, config=config, seed=self.comparison.seed)
         return _Runner(name, DecodeLoop(self.target, drafter, learning), learning)
 
-    def _measure_row_cost(self) -> None:
+    def _measure_costs(self) -> None:
         """Before the first run: what budgets are counted in, if this machine is to say."""
-        if not self.comparison.measures_row_cost or {NONE, FROZEN}.issuperset(self.comparison.learners):
+        if not self.comparison.measures_costs or {NONE, FROZEN}.issuperset(self.comparison.learners):
             return
         drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
         num_draft_tokens = self.comparison.generation.num_draft_tokens
-        self._learn = replace(
-            self._learn, row_cost=measure_row_cost(self.target, drafter, self._learn, num_draft_tokens)
-        )
-        self._provenance["row_cost"] = self._learn.row_cost
+        costs = measure_costs(self.target, drafter, self._learn, num_draft_tokens)._asdict()
+        self._learn = replace(self._learn, **costs)
+        self._provenance |= costs
 
     def _warm_up(self) -> None:
         """A few uncounted tokens per run, so that no run pays for the machine's first calls."""

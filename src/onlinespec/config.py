@@ -87,7 +87,7 @@ ROW_CHOICES = ("all", "rejected")
 class LearnConfig:
     """How a drafter learns inline. Rows are verified positions; a round trains each of its rows once."""
 
-    learner: str = "online_gradient"
+    learner: str = "optimistic"
     step_size: float = 1e-3  # for drafters of about a million parameters
     geometry: str = "diagonal"  # or "euclidean", "preconditioned"
     clip_norm: float = 1.0
@@ -95,13 +95,15 @@ class LearnConfig:
     loss: str = "auto"  # by how requests decode: mostly the committed token when greedy, the whole row when sampled
     rows: str = "all"  # or "rejected": count only rows that refused a drafted token
     min_interval: int = 24  # steps between rounds while they bring something ...
-    max_interval: int = 192  # ... and once they don't
+    max_interval: int = 256  # ... and once they don't
     requests_per_round: int = 0  # rounds after so many finished requests instead of steps; 0 for steps
+    least_gain: float = 0.02  # of the loss, per round; rounds that bring less become rarer
     max_rows: int = 64  # newest rows a round trains; bounds what a long answer can cost
     replay_every: int = 3  # every so many rounds rows of a stored request join; 0 for no memory
     replay_megabytes: float = 64.0  # of memory
     budget: float = 0.08  # most of decoding time that learning may take; inf for no limit
-    row_cost: float = 0.03  # what a trained row costs, in steps: what the budget is counted in
+    round_cost: float = 1.0  # what a round costs, in steps, whatever its rows: what the budget is counted in ...
+    row_cost: float = 0.03  # ... and what each of its rows adds
     telemetry: bool = False  # measure regret, hints and drift beside learning, timed apart
 
     def __post_init__(self) -> None:
@@ -117,7 +119,9 @@ class LearnConfig:
         )
         _check(self.requests_per_round >= 0, "requests_per_round", self.requests_per_round, "0 (by steps) or a count")
         _check(self.max_rows >= 1, "max_rows", self.max_rows, "at least 1")
+        _check(self.least_gain >= 0, "least_gain", self.least_gain, "0 or a positive number")
         _check(self.replay_every >= 0, "replay_every", self.replay_every, "0 (no memory) or a number of rounds")
         _check(0 < self.replay_megabytes < float("inf"), "replay_megabytes", self.replay_megabytes, "positive")
         _check(self.budget > 0, "budget", self.budget, "positive; inf for no limit")
+        _check(0 <= self.round_cost < float("inf"), "round_cost", self.round_cost, "0 or a positive number")
         _check(0 < self.row_cost < float("inf"), "row_cost", self.row_cost, "positive")

@@ -53,8 +53,8 @@ class InlineLearning:
         self.config = config or LearnConfig()
         self._drafter, self._learner = drafter, learner or learner_of(self.config)
         self._row_loss: RowLoss = resolve(LOSSES, self.config.loss, "loss")
-        self.cadence = Cadence(self.config.min_interval, self.config.max_interval)
-        self.budget = Budget(self.config.budget, self.config.row_cost, self.config.max_rows)
+        self.cadence = Cadence(self.config.min_interval, self.config.max_interval, self.config.least_gain)
+        self.budget = Budget(self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows)
         self.replay = ReplayBuffer(int(self.config.replay_megabytes * 1e6), seed) if self.config.replay_every else None
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
         self._steps_waited = self._requests_waited = 0
@@ -64,10 +64,14 @@ class InlineLearning:
         self._anchor = drafter.weights.params  # what the cadence compares with
         self.num_rounds = 0
         self.num_rows = 0  # trained so far, replayed ones included
-        self.work = 0.0  # so far, in rows trained once: what the budget charges, over row_cost
         self.last_loss = math.nan  # of the weights that played, before the last update
         self.is_frozen = not drafter.is_trainable
         self.telemetry = Telemetry(drafter) if self.config.telemetry and not self.is_frozen else None
+
+    @property
+    def work(self) -> float:
+        """What learning has cost so far, in plain steps: what the budget counts."""
+        return self.budget.spent
 
     @property
     def diagnostic_seconds(self) -> float:
@@ -130,9 +134,8 @@ class InlineLearning:
             self._last_good = self._drafter.weights
             self._pace(scores, before, played_loss)
         num_rows = sum(record.num_rows for record in (*rows, *replayed))
-        self.budget.spend(num_rows * scores.num_evaluations)
+        self.budget.spend(num_rows, scores.num_evaluations)
         self.num_rows += num_rows
-        self.work += num_rows * scores.num_evaluations
         self.last_loss = played_loss
         self._play(state)
         self.num_rounds += 1
@@ -150,8 +153,7 @@ class InlineLearning:
         """Tells the cadence what happened, and every few rounds what they have brought."""
         self.cadence.observe_round(played_loss)
         if self.cadence.wants_probe:
-            anchor_loss = scores.fresh_loss(self._anchor)
-            self.cadence.observe_gain((anchor_loss - played_loss) / anchor_loss if anchor_loss else 0.0)
+            self.cadence.observe_gain(scores.fresh_loss(self._anchor) - played_loss)
             self._anchor = before
 
     def _expect(self) -> None:

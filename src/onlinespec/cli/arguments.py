@@ -78,10 +78,11 @@ class Learning:
     cross_entropy, mix, reverse_kl, jsd, total_variation."""
     learn_budget: float = LearnConfig.budget
     """Most of decoding time that learning may take; 0.08 is 8 %. inf is no limit."""
-    row_cost: Annotated[
-        float | None, arg(metavar="NUMBER", help_behavior_hint="(default: measured; 0.03 in generate)")
+    learn_costs: Annotated[
+        tuple[float, float] | None,
+        arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate)"),
     ] = None
-    """What training one row costs, in decode steps: what the budget is counted in."""
+    """What an update costs, in decode steps, by itself and for each of its rows: what the budget is counted in."""
     replay_every: int = LearnConfig.replay_every
     """Every so many updates, rows of an earlier request are learned again; 0 for no memory."""
     replay_megabytes: float = LearnConfig.replay_megabytes
@@ -98,7 +99,8 @@ class Learning:
             geometry=self.geometry,
             loss=self.loss,
             budget=self.learn_budget,
-            row_cost=LearnConfig.row_cost if self.row_cost is None else self.row_cost,
+            round_cost=self.learn_costs[0] if self.learn_costs else LearnConfig.round_cost,
+            row_cost=self.learn_costs[1] if self.learn_costs else LearnConfig.row_cost,
             replay_every=self.replay_every,
             replay_megabytes=self.replay_megabytes,
             min_interval=self.min_interval,
@@ -156,7 +158,7 @@ class Compare:
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
     ] = None
     """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
-    learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,online_gradient"
+    learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,optimistic"
     """Separated by commas: none (plain decoding), frozen, online_gradient, optimistic, ensemble, surrogate_ensemble,
     osd, momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings, as in ensemble/with_frozen=true."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None
@@ -198,8 +200,8 @@ class Demo:
     """0 is greedy."""
     save: SaveFolder = None
     """Write every learner's adapted drafter to a directory of its name in here."""
-    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(num_draft_tokens=3)
-    """How answers are drafted and chosen. A fourth drafted token costs this small pair more than it brings."""
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(num_draft_tokens=2)
+    """How answers are drafted and chosen. A third drafted token costs this small pair more than it brings."""
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 

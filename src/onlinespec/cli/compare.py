@@ -18,7 +18,7 @@ from onlinespec.models.loading import Target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
 
-DEMO_LEARNERS = "none,frozen,online_gradient"
+DEMO_LEARNERS = "none,frozen,optimistic"
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 
 
@@ -59,7 +59,7 @@ def compare(command: Compare) -> int:
         window=command.window,
         generation=command.decoding.params(),
         learn=command.learning.config(command.telemetry),
-        measures_row_cost=command.learning.row_cost is None,
+        measures_costs=command.learning.learn_costs is None,
     )
     check_results_folder(folder)
     for name in learners:

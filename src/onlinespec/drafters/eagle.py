@@ -30,6 +30,7 @@ from onlinespec.models.layer import (
     LayerConfig,
     RotaryTable,
     Rows,
+    Seen,
     make_plan,
     plain_keys_values,
     plain_layer,
@@ -325,48 +326,52 @@ class Eagle(Drafter):
         Stacked params give states with an axis of sets in front.
         """
         config, weights = self._layer_config, _layer_weights(params)
-        context_C, trained_N, left_M = rows.context_C, rows.trained_N, rows.left_N
-        embedded_SD = F.embedding(rows.next_ids_S, self._embedding_VD).float()
-        angles_SR = rotary_angles(rows.positions_S, config)
+        embedded_ND = F.embedding(rows.next_ids_N, self._embedding_VD).float()
+        angles_NR = rotary_angles(rows.positions_N, config)
         sets = params["fc.weight"].shape[:-2]  # (), or how many
-        states_MD = rows.states_ND.expand(*sets, *rows.states_ND.shape)
-
-        with torch.no_grad():  # context rows lend keys and values only; their own gradient is left out
-            inputs_CD = _fuse(params, embedded_SD[context_C], rows.features_CD.expand(*sets, *rows.features_CD.shape))
-            keys, values = plain_keys_values(config, weights, inputs_CD, angles_SR[context_C])
-        is_visible_MS, at_M = rows.is_visible_NS, torch.arange(len(trained_N), device=trained_N.device)
+        states_MD, left_M = rows.states_ND.expand(*sets, *rows.states_ND.shape), rows.left_N
+        is_kept_M = at_M = torch.arange(len(left_M), device=left_M.device)
+        seen = [self._context(params, weights, rows, sets)]
         for depth in range(num_depths):
             if depth:  # each row that its span goes on behind reads the next token, and its own earlier depths
                 is_kept_M = left_M > depth
                 states_MD, left_M, at_M = states_MD[..., is_kept_M, :], left_M[is_kept_M], at_M[is_kept_M] + 1
-                own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device)
-                is_visible_MS = torch.cat([is_visible_MS[is_kept_M], own], dim=1)
+                seen = [part._replace(is_visible_NS=part.is_visible_NS[is_kept_M]) for part in seen]
             if not len(at_M):
                 return
-            read_M = trained_N[at_M]
-            inputs_MD = _fuse(params, embedded_SD[read_M], states_MD)
-            k, v = plain_keys_values(config, weights, inputs_MD, angles_SR[read_M])
-            keys, values = torch.cat([keys, k], dim=-3), torch.cat([values, v], dim=-3)
-            states_MD = plain_layer(config, weights, inputs_MD, angles_SR[read_M], keys, values, is_visible_MS)
+            inputs_MD = _fuse(params, embedded_ND[at_M], states_MD)
+            k, v = plain_keys_values(config, weights, inputs_MD, angles_NR[at_M])
+            own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device) if depth else rows.is_visible_NN
+            seen.append(Seen(k, v, own))
+            states_MD = plain_layer(config, weights, inputs_MD, angles_NR[at_M], seen)
             yield at_M, states_MD
+
+    @torch.no_grad()
+    def _context(self, params: Params, weights: Params, rows: _Layout, sets: Sequence[int]) -> Seen:
+        """Keys and values of the context rows; their own gradient is left out."""
+        embedded_CD = F.embedding(rows.context_next_ids_C, self._embedding_VD).float()
+        inputs_CD = _fuse(params, embedded_CD, rows.features_CD.expand(*sets, *rows.features_CD.shape))
+        angles_CR = rotary_angles(rows.context_positions_C, self._layer_config)
+        return Seen(*plain_keys_values(self._layer_config, weights, inputs_CD, angles_CR), rows.is_visible_NC)
 
 
 class _Layout(NamedTuple):
-    """The spans of a batch side by side: S rows in all, the loss on N of them, the other C are context."""
+    """The spans of a batch side by side: the loss is on N rows, the other C are context."""
 
-    next_ids_S: Tensor
-    positions_S: Tensor  # inside the request
-    context_C: Tensor  # which rows
-    trained_N: Tensor  # which rows; a span's follow each other
-    left_N: Tensor  # rows of the span from this one on, itself included
+    context_next_ids_C: Tensor
+    context_positions_C: Tensor  # inside the request
     features_CD: Tensor
+    next_ids_N: Tensor  # a span's rows follow each other
+    positions_N: Tensor
+    left_N: Tensor  # rows of the span from this one on, itself included
     states_ND: Tensor  # features of the trained rows
     target_states_ND: Tensor
     token_ids_N: Tensor
     counts_N: Tensor
     temperatures_N: Tensor
     is_fresh_N: Tensor
-    is_visible_NS: Tensor  # keys of the context rows, then of the trained ones: of the same span and no later
+    is_visible_NC: Tensor  # of the same span
+    is_visible_NN: Tensor  # of the same span and no later
 
 
 def _runs(feedback: Sequence[Feedback]) -> list[list[Feedback]]:
@@ -390,29 +395,28 @@ def _stacked(candidates: Sequence[Params]) -> Params:
 
 def _lay_out(batch: Sequence[Span]) -> _Layout:
     device = batch[0].features_SD.device
-    sizes = torch.tensor([len(span.next_ids_S) for span in batch])
-    span_S = torch.arange(len(batch)).repeat_interleave(sizes)
-    positions_S = torch.cat([torch.arange(size) for size in sizes.tolist()])
-    is_trained_S = positions_S >= torch.tensor([span.num_context for span in batch])[span_S]
-    context_C, trained_N = (~is_trained_S).nonzero()[:, 0], is_trained_S.nonzero()[:, 0]
-    key_S = torch.cat([context_C, trained_N])
-    is_same = span_S[trained_N][:, None] == span_S[key_S]
-    left_N = sizes[span_S[trained_N]] - positions_S[trained_N]
-    is_visible_NS = is_same & (positions_S[trained_N][:, None] >= positions_S[key_S])
+    contexts = [span.num_context for span in batch]
+    sizes = [len(span.target_states_ND) for span in batch]
+    positions_N = torch.cat([torch.arange(c, c + n) for c, n in zip(contexts, sizes, strict=True)])
+    span_C = torch.arange(len(batch)).repeat_interleave(torch.tensor(contexts))
+    span_N = _per_row(range(len(batch)), batch)
+    ends_N = _per_row([c + n for c, n in zip(contexts, sizes, strict=True)], batch)
+    is_same_NN = span_N[:, None] == span_N
     return _Layout(
-        next_ids_S=torch.cat([span.next_ids_S for span in batch]),
-        positions_S=positions_S.to(device),
-        context_C=context_C.to(device),
-        trained_N=trained_N.to(device),
-        left_N=left_N.to(device),
+        context_next_ids_C=torch.cat([span.next_ids_S[: span.num_context] for span in batch]),
+        context_positions_C=torch.cat([torch.arange(c) for c in contexts]).to(device),
         features_CD=torch.cat([span.features_SD[: span.num_context] for span in batch]),
+        next_ids_N=torch.cat([span.next_ids_S[span.num_context :] for span in batch]),
+        positions_N=positions_N.to(device),
+        left_N=(ends_N - positions_N).to(device),
         states_ND=torch.cat([span.features_SD[span.num_context :] for span in batch]),
         target_states_ND=torch.cat([span.target_states_ND for span in batch]),
         token_ids_N=torch.cat([span.token_ids_N for span in batch]),
         counts_N=torch.cat([span.counts_N for span in batch]),
         temperatures_N=_per_row([span.temperature for span in batch], batch).to(device),
         is_fresh_N=_per_row([span.is_fresh for span in batch], batch).to(device),
-        is_visible_NS=is_visible_NS.to(device),
+        is_visible_NC=(span_N[:, None] == span_C).to(device),
+        is_visible_NN=(is_same_NN & (positions_N[:, None] >= positions_N)).to(device),
     )
 
 

@@ -11,6 +11,7 @@ angles, then have one more axis in front.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -88,31 +89,47 @@ def plain_keys_values(
     return rotate_half(rms_norm(k, weights.get("self_attn.k_norm.weight"), config.rms_norm_eps), angles_SR), v
 
 
+class Seen(NamedTuple):
+    """Some keys and values, and which of them each query attends to."""
+
+    keys_SGE: Tensor
+    values_SGE: Tensor
+    is_visible_NS: Tensor
+
+
 def plain_layer(
-    config: LayerConfig,
-    weights: Mapping[str, Tensor],
-    x_ND: Tensor,
-    angles_NR: Tensor,
-    keys_SGE: Tensor,
-    values_SGE: Tensor,
-    is_visible_NS: Tensor,
+    config: LayerConfig, weights: Mapping[str, Tensor], x_ND: Tensor, angles_NR: Tensor, seen: Sequence[Seen]
 ) -> Tensor:
     """The layer's output for queries x over the given keys and values, as published models define it.
 
     Args:
         weights: Named as in a checkpoint, without the layer prefix; an absent norm or bias is left out.
+        seen: In parts, so that keys which need no gradient can stay apart from those which do.
     """
     h = rms_norm(x_ND, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     q = project(weights, "self_attn.q_proj", h).unflatten(-1, (config.num_heads, config.head_dim))
     q = rotate_half(rms_norm(q, weights.get("self_attn.q_norm.weight"), config.rms_norm_eps), angles_NR)
-    group = config.num_heads // config.num_kv_heads
-    k, v = (t.repeat_interleave(group, dim=-2).transpose(-3, -2) for t in (keys_SGE, values_SGE))
-    q, k, v = (t if t.dim() == 4 else t[None] for t in (q.transpose(-3, -2), k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=is_visible_NS).transpose(-3, -2).flatten(-2)
-    x_ND = x_ND + project(weights, "self_attn.o_proj", mixed.view(x_ND.shape[:-1] + mixed.shape[-1:]))
+    x_ND = x_ND + project(weights, "self_attn.o_proj", _attend_plainly(q, seen))
     h = rms_norm(x_ND, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
     h = F.silu(project(weights, "mlp.gate_proj", h)) * project(weights, "mlp.up_proj", h)
     return x_ND + project(weights, "mlp.down_proj", h)
+
+
+def _attend_plainly(q_NHE: Tensor, seen: Sequence[Seen]) -> Tensor:
+    """Softmax attention over all parts together, [N, H * E].
+
+    Queries that share a key-value head are rows of one product, so that no key is copied for each of them.
+    """
+    q_NGME = q_NHE.unflatten(-2, (seen[0].keys_SGE.shape[-2], -1))
+    N, group = q_NGME.shape[-4], q_NGME.shape[-2]
+    q_GQE = q_NGME.transpose(-4, -3).flatten(-3, -2) * q_NHE.shape[-1] ** -0.5
+    scores_GQS = torch.cat([q_GQE @ part.keys_SGE.transpose(-3, -2).mT for part in seen], dim=-1)
+    is_visible_QS = torch.cat([part.is_visible_NS for part in seen], dim=-1).repeat_interleave(group, dim=0)
+    probs = scores_GQS.masked_fill(~is_visible_QS, -math.inf).softmax(-1)
+    shares = probs.split([part.is_visible_NS.shape[-1] for part in seen], dim=-1)
+    pairs = zip(shares, seen, strict=True)
+    mixed_GQE = torch.stack([share @ part.values_SGE.transpose(-3, -2) for share, part in pairs]).sum(0)
+    return mixed_GQE.unflatten(-2, (N, group)).transpose(-4, -3).flatten(-3)
 
 
 # --- the fast form ----------------------------------------------------------------------------------------------
