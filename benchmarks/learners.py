@@ -39,7 +39,7 @@ from onlinespec.provenance import provenance
 from onlinespec.recording import Recorded, Replaying, record
 from onlinespec.workloads import load_workload
 
-NUM_DRAFT_TOKENS = 3
+NUM_DRAFT_TOKENS = 2
 PER_VISIT = 50  # requests of a domain per visit
 TEMPERATURES = (0.0, 0.8)
 SEEDS = (0, 1, 2)
@@ -49,22 +49,21 @@ METHODS = (
     "online_gradient/step_size=3e-4",
     "online_gradient",
     "online_gradient/step_size=3e-3",
-    "online_gradient/step_size=1e-2",
     "optimistic",
-    "optimistic/geometry=preconditioned",
-    "online_gradient/geometry=preconditioned",
     "ensemble",
-    "ensemble/with_frozen=true",
     "surrogate_ensemble",
-    "reset_to_merged",
-    "online_gradient/step_size=1.444e-3",  # reset_to_merged's effective step
-    "momentum/geometry=preconditioned/step_size=1e-3",
-    "online_gradient/geometry=preconditioned/step_size=5.42e-3",  # momentum's effective step
     "osd",
     "osd/step_size=1e-3",
     "online_gradient/replay_every=0",
     "optimistic/replay_every=0",
     "ensemble/replay_every=0",
+    "ensemble/with_frozen=true",
+    "reset_to_merged",
+    "online_gradient/step_size=1.444e-3",  # reset_to_merged's effective step
+    "momentum/geometry=preconditioned/step_size=1e-3",
+    "online_gradient/geometry=preconditioned/step_size=5.42e-3",  # momentum's effective step
+    "online_gradient/geometry=preconditioned",
+    "optimistic/geometry=preconditioned",
 )
 
 

@@ -26,7 +26,7 @@ class Cadence:
     _JUMP = 3.0  # standard deviations above the average loss
     _LEAST_ROUNDS = 4  # before an average loss means anything
     _LEAST_DEVIATION = 0.1  # of the average loss; a few rounds may be alike by chance
-    _DROP = 0.2  # of the share of drafts that are kept; on steady traffic it is seen once in some thousand steps
+    _DROP = 0.25  # of the share of drafts that are kept; on steady traffic it is seen once in some thousand steps
 
     def __init__(self, min_interval: int, max_interval: int, least_gain: float) -> None:
         self._min, self._max, self._least_gain = float(min_interval), float(max_interval), least_gain
@@ -82,11 +82,12 @@ class Budget:
     """
 
     _MOST_SAVED = 16  # rounds
+    _SAVED_AT_START = 8  # on credit: a drafter is most often cold then
 
     def __init__(self, share: float, round_cost: float, row_cost: float, max_rows: int) -> None:
         self._share, self._round_cost, self._row_cost = share, round_cost, row_cost
         self._full_round = round_cost + row_cost * max_rows
-        self._saved = self._full_round  # the first round is free
+        self._saved = self._SAVED_AT_START * self._full_round
         self.spent = 0.0
 
     def earn(self) -> None:

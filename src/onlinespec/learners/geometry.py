@@ -48,12 +48,17 @@ class Diagonal:
     A per-weight scale, so that one step size fits layers of unlike size. The online-gradient bounds do not carry over
     to it (Adam has no such guarantee); with first_decay = 0 it is the plain preconditioned gradient.
 
+    Args:
+        warm_up: Directions grow to their full length over so many rounds. From one round alone every weight would move
+            a full step, which a drafter that starts well pays for.
+
     Reference: Adam, arXiv:1412.6980.
     """
 
     first_decay: float = 0.9
     second_decay: float = 0.99
     epsilon: float = 1e-8
+    warm_up: int = 15
 
     def init(self, params: Params) -> DiagonalState:
         zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()}
@@ -63,6 +68,7 @@ class Diagonal:
         num_rounds = state.num_rounds + 1
         first_scale = 1 - self.first_decay**num_rounds
         second_scale = (1 - self.second_decay**num_rounds) ** 0.5
+        length = min(1.0, num_rounds / self.warm_up) if self.warm_up else 1.0
         first, second, moves = {}, {}, {}
         for name, g in grads.items():
             g = g.float()
@@ -70,7 +76,7 @@ class Diagonal:
             second[name] = (state.second[name] * self.second_decay).addcmul_(g, g, value=1 - self.second_decay)
             # (first / first_scale) / (sqrt(second) / second_scale + epsilon), without a temporary for each operation
             root = second[name].sqrt().add_(self.epsilon * second_scale)
-            moves[name] = torch.div(first[name], root, out=root).mul_(second_scale / first_scale)
+            moves[name] = torch.div(first[name], root, out=root).mul_(length * second_scale / first_scale)
         return moves, DiagonalState(first, second, num_rounds)
 
 
