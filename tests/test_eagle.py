@@ -13,6 +13,7 @@ from rigs import Recorder, Script, hidden_states, other_weights, plain
 from safetensors.torch import load_file, save_file
 from toy import steady
 
+import onlinespec.drafters.eagle as eagle_module
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats, Feedback, Trace
 from onlinespec.decode import DecodeLoop
@@ -365,6 +366,28 @@ def test_counting_is_learned_to_perfection():
 
 def test_counting_is_not_learned_from_labels_one_off():
     assert acceptance_after_counting(LabelsOneOff) < 0.1
+
+
+# Drafting
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 2, 16, 17, 18, 60])
+def test_rows_of_a_prompt_that_no_one_reads_leave_the_same_keys_and_drafts(num_prompt_tokens, monkeypatch):
+    """A prompt's rows but the last write keys and values only; the reference runs all of them through the layer."""
+    drafts = {}
+    for many in (eagle_module._MANY_ROWS, 10**9):
+        monkeypatch.setattr(eagle_module, "_MANY_ROWS", many)
+        drafter, prompt = make_eagle(), random_text(num_prompt_tokens, seed=3)
+        loop = DecodeLoop(TARGET, drafter)
+        request = loop.start(prompt, GenerationParams(24, 3, SamplingParams(1.0)))
+        loop.step([request])
+        keys = drafter._cache.block(request.slot)[:, :, :, : drafter._cache.lengths[request.slot]].clone()
+        while request.finish_reason is None:
+            loop.step([request])
+        drafts[many] = keys, request.output_ids, request.stats.accepted
+    (keys, *made), (wanted_keys, *wanted) = drafts.values()
+    torch.testing.assert_close(keys, wanted_keys, atol=1e-5, rtol=1e-5)
+    assert made == wanted
 
 
 # Files

@@ -28,6 +28,7 @@ from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
     FastLayer,
     LayerConfig,
+    Plan,
     RotaryTable,
     Rows,
     Seen,
@@ -42,6 +43,7 @@ from onlinespec.models.loading import Target, check_tensors, read_weights
 from onlinespec.sampling import process_logits, sample_rows
 
 _LAYER = "layers.0."
+_MANY_ROWS = 16  # from which the layer's work for rows that no one reads costs more than a second call
 
 
 @dataclass
@@ -237,6 +239,8 @@ class Eagle(Drafter):
     def _absorb(self, slots: Sequence[int]) -> Tensor:
         """Runs the rows that became real since the last draft; the last of each request is where drafting starts."""
         if pending := [slot for slot in slots if self._slots[slot].next_ids]:
+            for slot in pending:
+                self._remember(slot)
             waiting = [self._slots[slot] for slot in pending]
             counts = [len(state.next_ids) for state in waiting]
             next_ids = torch.tensor([i for state in waiting for i in state.next_ids], device=self._decoder.device)
@@ -247,16 +251,34 @@ class Eagle(Drafter):
         states = [state for slot in slots if (state := self._slots[slot].state_1D) is not None]
         return states[0] if len(states) == 1 else torch.cat(states)
 
+    def _remember(self, slot: int) -> None:
+        """Of many rows at once, a prompt's, only the last is drafted from: the others leave their keys and values."""
+        state = self._slots[slot]
+        count = len(state.next_ids) - 1
+        if count < _MANY_ROWS:
+            return
+        features_ND, next_ids = torch.cat(state.features), torch.tensor(state.next_ids, device=self._decoder.device)
+        x_ND, plan = self._enter(next_ids[:-1], features_ND[:-1], [slot], [count], attends=False)
+        self._layer.write(x_ND, plan, 0)
+        self._cache.extend(slot, count)
+        state.features, state.next_ids = [features_ND[-1:]], state.next_ids[-1:]
+
     def _logits(self, states_ND: Tensor) -> Tensor:
         return self._head(states_ND.to(self._decoder.dtype)).float()
 
     def _forward(self, next_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        plan = make_plan(Rows(slots, [self._cache.lengths[slot] for slot in slots], counts), self._rotary, self._cache)
-        x_ND = self._fc(torch.cat([F.embedding(next_ids_N, self._embedding_VD), states_ND], dim=-1).float())
-        x_ND = self._layer(x_ND, plan, 0)
+        x_ND = self._layer(*self._enter(next_ids_N, states_ND, slots, counts), 0)
         for slot, count in zip(slots, counts, strict=True):
             self._cache.extend(slot, count)
         return x_ND
+
+    def _enter(
+        self, next_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int], attends: bool = True
+    ) -> tuple[Tensor, Plan]:
+        """What goes into the layer, and where its rows lie."""
+        rows = Rows(slots, [self._cache.lengths[slot] for slot in slots], counts)
+        x_ND = self._fc(torch.cat([F.embedding(next_ids_N, self._embedding_VD), states_ND], dim=-1).float())
+        return x_ND, make_plan(rows, self._rotary, self._cache, attends)
 
     # --- learning -----------------------------------------------------------------------------------------------
 

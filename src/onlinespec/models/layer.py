@@ -179,8 +179,8 @@ class RotaryTable:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).repeat(1, num_heads)
 
 
-def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache) -> Plan:
-    """Lays out the writes and attention calls of a ragged step.
+def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache, attends: bool = True) -> Plan:
+    """Lays out the writes and, unless only `FastLayer.write` follows, the attention calls of a ragged step.
 
     Every query is a batch row of its own, and how many keys it is given follows from its position alone (the next
     multiple of PAD, masked): torch's CPU kernel then gives it the same bits whatever stands beside it. With a
@@ -191,7 +191,7 @@ def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache) -> Plan:
     for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True):
         end, block = start + count, cache.block(slot)
         writes.append(block[..., start:end, :].flatten(1, 2).transpose(1, 2).unbind())
-        for num_keys in range((start // PAD + 1) * PAD, end + PAD, PAD):
+        for num_keys in range((start // PAD + 1) * PAD, end + PAD, PAD) if attends else ():
             first, last = max(start, num_keys - PAD), min(end, num_keys)
             sizes.append(last - first)
             calls.append(_plan_attention(block[..., :num_keys, :], first, last))
@@ -279,17 +279,12 @@ class FastLayer:
 
     def __call__(self, x_ND: Tensor, plan: Plan, index: int) -> Tensor:
         """The layer's output; its keys and values are written where the plan says for layer `index`."""
-        x_ND = x_ND + self._o(self._attend(self._qkv(self._unit(x_ND) if self._has_input_norm else x_ND), plan, index))
+        x_ND = x_ND + self._o(self._attend(self.write(x_ND, plan, index), plan, index))
         return x_ND + self._down(self._gate(self._gate_up(self._unit(x_ND))))
 
-    def _gate(self, gate_up_NF: Tensor) -> Tensor:
-        parts = []
-        for (part_NF,) in _by_rows(gate_up_NF):
-            gate_NF, up_NF = part_NF.chunk(2, dim=-1)
-            parts.append(F.silu(gate_NF).mul_(up_NF))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend(self, qkv_NW: Tensor, plan: Plan, index: int) -> Tensor:
+    def write(self, x_ND: Tensor, plan: Plan, index: int) -> Tensor:
+        """Only the keys and values, written where the plan says; returns the rows' queries."""
+        qkv_NW = self._qkv(self._unit(x_ND) if self._has_input_norm else x_ND)
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         if self._head_norm_HE is not None:
             qk_NHE = qkv_NW.view(-1, heads + 2 * kv_heads, self._config.head_dim)[:, : heads + kv_heads]
@@ -298,7 +293,17 @@ class FastLayer:
         q_NHE, kv_NGE = qkv_NW.view(-1, heads + 2 * kv_heads, self._config.head_dim).split((heads, 2 * kv_heads), dim=1)
         for rows, written in zip(kv_NGE.split(plan.counts), plan.writes, strict=True):
             written[index].copy_(rows)
-        q_NGME = q_NHE.unflatten(1, (kv_heads, -1))
+        return q_NHE
+
+    def _gate(self, gate_up_NF: Tensor) -> Tensor:
+        parts = []
+        for (part_NF,) in _by_rows(gate_up_NF):
+            gate_NF, up_NF = part_NF.chunk(2, dim=-1)
+            parts.append(F.silu(gate_NF).mul_(up_NF))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend(self, q_NHE: Tensor, plan: Plan, index: int) -> Tensor:
+        q_NGME = q_NHE.unflatten(1, (self._config.num_kv_heads, -1))
         group = q_NGME.shape[2]
         if group % 2:  # an odd one misaligns the scratch memory of torch's second thread, whose bits then differ
             q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
