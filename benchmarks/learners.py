@@ -41,14 +41,17 @@ from onlinespec.workloads import load_workload
 
 NUM_DRAFT_TOKENS = 2
 PER_VISIT = 50  # requests of a domain per visit
+INTERVAL = 32  # steps between rounds, for all alike: what is compared is what a round does, not when it comes
 TEMPERATURES = (0.0, 0.8)
 SEEDS = (0, 1, 2)
 
 METHODS = (
     "frozen",
+    "online_gradient/step_size=1e-4",
     "online_gradient/step_size=3e-4",
     "online_gradient",
     "online_gradient/step_size=3e-3",
+    "online_gradient/step_size=1e-2",
     "optimistic",
     "ensemble",
     "surrogate_ensemble",
@@ -191,8 +194,8 @@ def run_replay(options: Replay) -> None:
             continue
         answers = _answers(options.work, streams(domains[:3])[stream], temperature, seed)
         drafter = load_drafter(options.drafter, target, seed)
-        # alike in rounds; `work` says what they cost
-        config = parse(method, LearnConfig(telemetry=True, budget=math.inf))
+        even = LearnConfig(telemetry=True, budget=math.inf, min_interval=INTERVAL, max_interval=INTERVAL)
+        config = parse(method, even)
         learning = InlineLearning(drafter, config=config, seed=seed)
         replaying = Replaying(target, drafter, learning, NUM_DRAFT_TOKENS, seed)
         began = time.monotonic()
