@@ -145,6 +145,8 @@ COMPARE = ("compare", "target", "--data", "a.jsonl")
         ((*COMPARE, "--learners", "none,ensemble/magic=1"), EARLY, ["magic=1", "ensemble", "step_size_pool"]),
         ((*COMPARE, "--loss", "magic"), EARLY, ["magic", "soft_cross_entropy"]),
         ((*COMPARE, "--learn-budget", "0"), EARLY, ["budget", "0"]),
+        ((*COMPARE, "--learn-costs", "-1", "0.02"), EARLY, ["round_cost", "-1"]),
+        ((*COMPARE, "--learn-costs", "1", "0"), EARLY, ["row_cost", "0"]),
         ((*COMPARE, "--out", "taken"), EARLY, ["taken", "results of another run", "--out"]),
         ((*COMPARE, "--out", "a.jsonl/sub"), EARLY, ["a.jsonl/sub", "choose another --out"]),
         ((*COMPARE, "--save", "foreign/../a.jsonl"), EARLY, ["a.jsonl/frozen", "choose another --save"]),
