@@ -41,6 +41,7 @@ OWN = {
         "meta_step_size": ("5", 5.0),
         "discount": ("1", 1.0),
         "loss_range": ("0.5", 0.5),
+        "gap_every": ("1", 1),
     },
     "momentum": {"momentum": ("0.5", 0.5), "restart_every": ("0", 0)},
     "reset_to_merged": {"step_size_pool": ("1e-3", (1e-3,)), "temperature": ("0.2", 0.2)},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -129,7 +130,7 @@ class InlineLearning:
         scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
         before = self._learner.played(self._state)
         state = self._learner.update(scores, self._state)
-        played_loss = scores.fresh_loss(before)
+        played_loss = scores.cheap_loss(before)
         if math.isfinite(played_loss):
             self._last_good = self._drafter.weights
             self._pace(scores, before, played_loss)
@@ -141,7 +142,12 @@ class InlineLearning:
         self.num_rounds += 1
         if self.telemetry:
             self.telemetry.observe_round(
-                batch, rows[-1], played_loss, before, self.cadence.interval, lambda: self._learner.report(state)
+                batch,
+                rows[-1],
+                lambda: scores.fresh_loss(before),
+                before,
+                self.cadence.interval,
+                lambda: self._learner.report(state),
             )
 
     def _replayed(self) -> list[Feedback]:
@@ -153,7 +159,7 @@ class InlineLearning:
         """Tells the cadence what happened, and every few rounds what they have brought."""
         self.cadence.observe_round(played_loss)
         if self.cadence.wants_probe:
-            self.cadence.observe_gain(scores.fresh_loss(self._anchor) - played_loss)
+            self.cadence.observe_gain(scores.fresh_loss(self._anchor) - scores.fresh_loss(before))
             self._anchor = before
 
     def _expect(self) -> None:
@@ -184,10 +190,15 @@ class _Scores:
 
     def fresh_loss(self, params: Params) -> float:
         """On the fresh rows; asked of the drafter only if no one has."""
-        for known, loss in self._known:
-            if known is params:
-                return loss
-        return self._without([params])[0].fresh_loss
+        known = [loss for weights, loss in self._known if weights is params]
+        return known[0] if known else self._without([params])[0].fresh_loss
+
+    def cheap_loss(self, params: Params) -> float:
+        """The same if it is known; else the mean of all that are: an ensemble's experts, around what it plays."""
+        around = [loss for _, loss in self._known if math.isfinite(loss)]
+        if not around or any(weights is params for weights, _ in self._known):
+            return self.fresh_loss(params)
+        return statistics.fmean(around)
 
     def _with_gradients(self, candidates: Sequence[Params]) -> list[Evaluation]:
         if not candidates:

@@ -51,7 +51,7 @@ class Telemetry:
         self,
         batch: Any,
         newest: Feedback,
-        loss: float,
+        loss: Callable[[], float],
         played: Params,
         interval: float,
         report: Callable[[], dict[str, Any]],
@@ -64,7 +64,7 @@ class Telemetry:
             return
         began = time.perf_counter()
         try:
-            self.rounds.append(self._measured(batch, newest, loss, played, interval, report()))
+            self.rounds.append(self._measured(batch, newest, loss(), played, interval, report()))
         except Exception as error:  # measuring must not stop what it measures
             self._has_failed = True
             log.error("telemetry stopped in round %d (%s: %s)", len(self.rounds), type(error).__name__, error)

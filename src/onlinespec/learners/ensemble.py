@@ -71,6 +71,7 @@ class EnsembleState(NamedTuple):
     played: Params  # the mean, or the best expert's weights
     losses: tuple[float, ...]  # of the last round, before the update
     averaging_gap: float  # moving average of f(mean of weights) - mean of f(weights); above 0, averaging hurts
+    num_rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Ensemble(Learner):
     Args:
         step_size_pool: The experts' step sizes; by default a third of `step_size`, `step_size`, and three times it.
         base: The experts' learner, by name.
+        gap_every: Score the mean, which no expert needs, at every so-manieth round only.
         with_frozen: Add an expert that never moves, so that the meta weights can return to the start.
         meta_step_size, discount, loss_range: As `Hedge` has them.
 
@@ -101,8 +103,11 @@ class Ensemble(Learner):
     meta_step_size: float = Hedge.meta_step_size
     discount: float = Hedge.discount
     loss_range: float = Hedge.loss_range
+    gap_every: int = 4
 
     def __post_init__(self) -> None:
+        if self.gap_every < 1:
+            raise ValueError(f"gap_every is {self.gap_every}; it must be at least 1")
         check_pool(self._pool)
         if any(type(expert) is Ensemble for expert in self.experts):
             raise ValueError(f"base is {self.base}; an expert asks for one gradient a round, an ensemble for several")
@@ -148,6 +153,7 @@ class Ensemble(Learner):
             costs=self.hedge.charged(state.costs, losses),
             losses=losses,
             averaging_gap=self._gap(state, losses, merged),
+            num_rounds=state.num_rounds + 1,
         )
         return self._playing(next_state)
 
@@ -166,20 +172,27 @@ class Ensemble(Learner):
             "is_best_played": state.played is not state.mean,
         }
 
-    def _evaluations(self, evaluate: Evaluate, state: EnsembleState) -> tuple[list[Evaluation | None], Evaluation]:
-        """One for each expert that is still in, and one for the mean of their weights; all asked for at once."""
+    def _evaluations(
+        self, evaluate: Evaluate, state: EnsembleState
+    ) -> tuple[list[Evaluation | None], Evaluation | None]:
+        """One for each expert still in, and now and then one for the mean of their weights; all asked for at once."""
         alive = [i for i, cost in enumerate(state.costs) if math.isfinite(cost)]
         asked = [i for i in alive if self.experts[i].needs_gradient]
         scored = [i for i in alive if not self.experts[i].needs_gradient]
         plays = {i: self.experts[i].played(state.experts[i]) for i in alive}
-        *own, merged = evaluate(*(plays[i] for i in asked), scored=[*(plays[i] for i in scored), state.mean])
+        means = [state.mean] if state.num_rounds % self.gap_every == 0 else []
+        own = evaluate(*(plays[i] for i in asked), scored=[*(plays[i] for i in scored), *means])
+        merged = own.pop() if means else None
         by_expert = dict(zip(asked + scored, own, strict=True))
         return [by_expert.get(i) for i in range(len(self.experts))], merged
 
-    def _gap(self, state: EnsembleState, losses: Sequence[float], merged: Evaluation) -> float:
-        """The averaging gap after a round; one in which a loss that counts is not finite says nothing."""
+    def _gap(self, state: EnsembleState, losses: Sequence[float], merged: Evaluation | None) -> float:
+        """The averaging gap after a round; one in which a loss that counts is not finite or unknown says nothing."""
+        if merged is None:
+            return state.averaging_gap
+        decay = _GAP_DECAY**self.gap_every
         gap = sum(w * (merged.fresh_loss - loss) for w, loss in zip(state.meta_weights, losses, strict=True) if w)
-        return _GAP_DECAY * state.averaging_gap + (1 - _GAP_DECAY) * gap if math.isfinite(gap) else state.averaging_gap
+        return decay * state.averaging_gap + (1 - decay) * gap if math.isfinite(gap) else state.averaging_gap
 
     def _playing(self, state: EnsembleState) -> EnsembleState:
         """The state with the meta weights that its costs call for, and what they make play."""
@@ -209,7 +222,9 @@ class SurrogateEnsemble(Ensemble):
 
     meta_step_size: float = 0.1
 
-    def _evaluations(self, evaluate: Evaluate, state: EnsembleState) -> tuple[list[Evaluation | None], Evaluation]:
+    def _evaluations(
+        self, evaluate: Evaluate, state: EnsembleState
+    ) -> tuple[list[Evaluation | None], Evaluation | None]:
         (merged,) = evaluate(state.mean)
         plays = (expert.played(own) for expert, own in zip(self.experts, state.experts, strict=True))
         moved = (inner_product(merged.grads, params, state.mean) for params in plays)
@@ -218,7 +233,7 @@ class SurrogateEnsemble(Ensemble):
         ]
         return [None if loss is None else merged._replace(fresh_loss=loss) for loss in losses], merged
 
-    def _gap(self, state: EnsembleState, losses: Sequence[float], merged: Evaluation) -> float:
+    def _gap(self, state: EnsembleState, losses: Sequence[float], merged: Evaluation | None) -> float:
         return 0.0  # what rounding leaves of it must not choose what plays
 
 
