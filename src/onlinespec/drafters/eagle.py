@@ -184,7 +184,7 @@ class Eagle(Drafter):
         del self._slots[slot]
 
     def swap(self, weights: DrafterWeights) -> None:
-        """Rows that older weights wrote into the cache stay: they may cost acceptance (not measured), not exactness."""
+        """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
         self.weights = weights
         params = weights.params
         self._fc = self._make_linear(params["fc.weight"], params.get("fc.bias"))
