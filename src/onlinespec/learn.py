@@ -65,7 +65,7 @@ class InlineLearning:
         self._anchor = drafter.weights.params  # what the cadence compares with
         self.num_rounds = 0
         self.num_rows = 0  # trained so far, replayed ones included
-        self.last_loss = math.nan  # of the weights that played, before the last update
+        self.last_loss = math.nan  # of the weights that played, before the last update; see `_Scores.cheap_loss`
         self.is_frozen = not drafter.is_trainable
         self.telemetry = Telemetry(drafter) if self.config.telemetry and not self.is_frozen else None
 

@@ -84,7 +84,7 @@ class Ensemble(Learner):
     Args:
         step_size_pool: The experts' step sizes; by default a third of `step_size`, `step_size`, and three times it.
         base: The experts' learner, by name.
-        gap_every: Score the mean, which no expert needs, at every so-manieth round only.
+        gap_every: Score the mean, for the averaging gap, at every so-manieth round; no expert needs it.
         with_frozen: Add an expert that never moves, so that the meta weights can return to the start.
         meta_step_size, discount, loss_range: As `Hedge` has them.
 
