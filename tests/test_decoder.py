@@ -7,8 +7,9 @@ import torch
 from checkpoints import save_tiny, tiny_model
 from torch import Tensor
 
+from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.models.decoder import Decoder
-from onlinespec.models.kv_cache import PAD
+from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.linear import PlainLinear, can_pack
 from onlinespec.models.loading import load_target
 
@@ -175,48 +176,81 @@ def num_threads(request):
     torch.set_num_threads(before)
 
 
+def run_unblocked(decoder: Decoder, ids: Tensor, cache: KVCache | None = None, slot: int = 0) -> Tensor:
+    """Logits of all positions, in pieces too short to fill a block: each row attends alone, as in verification."""
+    if cache is None:
+        cache = decoder.new_cache()
+        cache.take(slot, len(ids))
+    return torch.cat([decoder.forward(part, [slot], [len(part)], cache).logits_MV for part in ids.split(PAD - 1)])
+
+
 @exact
 def test_a_position_has_the_same_bits_alone_and_among_eight_rows(decoder, num_threads):
     ids = ids_of(700)
-    at_once = run(decoder, ids, [700])
     cache = decoder.new_cache()
     cache.take(0, 700)
-    decoder.forward(ids, [0], [700], cache, num_logits=[0])
+    one_after_the_other = run_unblocked(decoder, ids, cache)
     for place in PLACES:
         for count in (1, 5, 8):
             cache.lengths[0] = place  # keys and values of all positions are there; only these are computed again
             logits = decoder.forward(ids[place : place + count], [0], [count], cache).logits_MV
-            assert torch.equal(logits, at_once[place : place + count]), (place, count)
+            assert torch.equal(logits, one_after_the_other[place : place + count]), (place, count)
 
 
 @exact
-def test_a_prompt_in_odd_pieces_has_the_same_bits(decoder, num_threads):
+def test_a_prompt_in_pieces_that_fill_no_block_has_the_same_bits(decoder, num_threads):
     ids = ids_of(300)
-    assert torch.equal(run(decoder, ids, [1, 37, 2, 64, 131, 65]), run(decoder, ids, [300]))
+    assert torch.equal(run(decoder, ids, [1, 37, 2, 40, 47, 32, 31, 33, 32, 32, 13]), run_unblocked(decoder, ids))
+
+
+@exact
+def test_a_prompt_cut_between_blocks_has_the_same_bits(decoder, num_threads):
+    ids = ids_of(300)
+    assert torch.equal(run(decoder, ids, [PAD, 3 * PAD, 5 * PAD, 12]), run(decoder, ids, [300]))
+
+
+@pytest.mark.parametrize("count", [PAD, 3 * PAD + 5])
+def test_blocks_attend_as_rows_alone_do(decoder, count):
+    ids = ids_of(count)
+    torch.testing.assert_close(run(decoder, ids, [count]), run_unblocked(decoder, ids), atol=1e-4, rtol=0)
+
+
+@exact
+def test_a_block_has_the_same_bits_in_a_mixed_batch(decoder, num_threads):
+    ids, other = ids_of(2 * PAD), ids_of(100, seed=1)
+    cache = decoder.new_cache()
+    for slot in (0, 1):
+        cache.take(slot, 100)
+    mixed = decoder.forward(torch.cat([other, ids]), [0, 1], [100, 2 * PAD], cache).logits_MV
+    assert torch.equal(mixed[100:], run(decoder, ids, [2 * PAD]))
+
+
+def test_verification_never_fills_a_block():
+    assert MAX_DRAFT_TOKENS + 1 < PAD
 
 
 @exact
 def test_a_position_has_the_same_bits_after_wrong_drafts_were_cropped(decoder, num_threads):
     ids, wrong = ids_of(230), ids_of(7, seed=1)
-    at_once = run(decoder, ids, [230])
+    untroubled = run_unblocked(decoder, ids)
     cache = decoder.new_cache()
     cache.take(0, 240)
-    decoder.forward(ids[:185], [0], [185], cache, num_logits=[0])
+    run_unblocked(decoder, ids[:185], cache)
     for place in range(185, 230):
         decoder.forward(wrong, [0], [7], cache)
         cache.crop(0, place)
         logits = decoder.forward(ids[place : place + 1], [0], [1], cache).logits_MV
-        assert torch.equal(logits[0], at_once[place]), place
+        assert torch.equal(logits[0], untroubled[place]), place
 
 
 @exact
 def test_a_position_has_the_same_bits_in_a_mixed_batch(decoder, num_threads):
     ids, other = ids_of(300), ids_of(500, seed=1)
-    alone = run(decoder, ids, [300])
+    alone = run_unblocked(decoder, ids)
     cache = decoder.new_cache()
     for slot, (text, done) in enumerate([(other, 480), (ids, 290), (other, 3)]):
         cache.take(slot, 600)
-        decoder.forward(text[:done], [slot], [done], cache, num_logits=[0])
+        run_unblocked(decoder, text[:done], cache, slot)
     new = torch.cat([other[480:500], ids[290:295], other[3:4]])
     mixed = decoder.forward(new, [0, 1, 2], [20, 5, 1], cache).logits_MV
     assert torch.equal(mixed[20:25], alone[290:295])

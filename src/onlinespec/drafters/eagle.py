@@ -23,6 +23,7 @@ from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.formats import read_drafter_config, read_side, write_drafter
+from onlinespec.drafters.shortlist import Shortlist
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
@@ -82,6 +83,8 @@ class Eagle(Drafter):
         params: Float32 masters under their published names.
         unroll: How many drafting depths a training row goes through; deeper rows read the drafter's own output, as
             they do when drafting.
+        shortlist: How many tokens greedy drafts choose from, those seen lately; None for `Shortlist`'s own choice.
+            Learning is on the whole vocabulary all the same.
     """
 
     is_trainable = True
@@ -96,6 +99,7 @@ class Eagle(Drafter):
         extra: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         make_linear: MakeLinear | None = None,
+        shortlist: int | None = None,
     ) -> None:
         self.config = dict(config)
         self.unroll = unroll
@@ -104,7 +108,9 @@ class Eagle(Drafter):
         self._fingerprint = target.fingerprint
         device, target_dtype = target.decoder.device, target.decoder.dtype
         self._make_linear = make_linear or draft_linear_for(device, torch.float32)
-        self._head = FrozenProduct(target.decoder.head_VD, make_linear or draft_linear_for(device, target_dtype))
+        make_head = make_linear or draft_linear_for(device, target_dtype)
+        self._head = FrozenProduct(target.decoder.head_VD, make_head)
+        self._shortlist = Shortlist(target.decoder.head_VD, make_head, shortlist)
         self._embedding_VD = target.decoder.embedding_VD
         self._cache = KVCache(
             1, self._layer_config.num_kv_heads, self._layer_config.head_dim, self._decoder.device, torch.float32
@@ -173,11 +179,15 @@ class Eagle(Drafter):
     def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
         self._cache.take(slot, capacity + MAX_DRAFT_TOKENS)  # a batch drafts as deep as its longest draft
         self._slots[slot] = _Slot([features_SD] if len(features_SD) else [], list(token_ids[1:]))
+        self._shortlist.note(token_ids)
+        self._shortlist.refresh()
 
     def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
         for slot, token_ids, rows_ND in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
+            committed = token_ids[: len(rows_ND)]
             self._slots[slot].features.append(rows_ND)
-            self._slots[slot].next_ids.extend(token_ids[: len(rows_ND)])
+            self._slots[slot].next_ids.extend(committed)
+            self._shortlist.note(committed)
 
     def release(self, slot: int) -> None:
         self._cache.release(slot)
@@ -222,7 +232,7 @@ class Eagle(Drafter):
         state_RD, drafted, rows = self._absorb(slots), [], []
         lengths = [self._cache.lengths[slot] for slot in slots]
         for k in range(num_draft_tokens):
-            ids_R, probs_RV = _draw(self._logits(state_RD), sampling, uniforms_RK[:, k])
+            ids_R, probs_RV = self._draw(state_RD, sampling, uniforms_RK[:, k])
             drafted.append(ids_R)
             if probs_RV is not None:
                 rows.append(probs_RV)
@@ -231,6 +241,19 @@ class Eagle(Drafter):
         for slot, length in zip(slots, lengths, strict=True):
             self._cache.crop(slot, length)
         return torch.stack(drafted, 1), torch.stack(rows, 1) if rows else None
+
+    def _draw(
+        self, states_RD: Tensor, sampling: Sequence[SamplingParams], uniforms_R: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """A token per state, and the row it was drawn from; greedy drafts are point masses. Penalties are the
+        target's."""
+        if all(params.is_greedy for params in sampling):
+            return self._shortlist.best(states_RD), None
+        plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
+        logits_RV = self._logits(states_RD)
+        logits_RV = logits_RV.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # weights that blew up may still draft
+        probs_RV = process_logits(logits_RV, plain[0] if len(plain) == 1 else plain)
+        return sample_rows(probs_RV, uniforms_R.to(probs_RV.device)), probs_RV
 
     def _has_rows(self, slot: int) -> bool:
         """Whether there is a feature to start from; a request whose prompt is one token has none in its first step."""
@@ -445,16 +468,6 @@ def _lay_out(batch: Sequence[Span]) -> _Layout:
 def _per_row(values: Sequence[float], batch: Sequence[Span]) -> Tensor:
     """Each span's value for each of its trained rows."""
     return torch.tensor(values).repeat_interleave(torch.tensor([len(span.target_states_ND) for span in batch]))
-
-
-def _draw(logits_NV: Tensor, sampling: Sequence[SamplingParams], uniforms_N: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A token per row, and the row it was drawn from; greedy drafts are point masses. Penalties are the target's."""
-    if all(params.is_greedy for params in sampling):
-        return logits_NV.argmax(-1), None
-    plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
-    logits_NV = logits_NV.float().nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # weights that blew up may still draft
-    probs_NV = process_logits(logits_NV, plain[0] if len(plain) == 1 else plain)
-    return sample_rows(probs_NV, uniforms_N.to(probs_NV.device)), probs_NV
 
 
 def _fuse(params: Params, embedded_ND: Tensor, states_ND: Tensor) -> Tensor:

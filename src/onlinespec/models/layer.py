@@ -156,9 +156,10 @@ class Plan(NamedTuple):
 class _Attention(NamedTuple):
     """One attention call: some queries of a request over its first keys."""
 
-    keys: Sequence[Tensor]  # by layer: [queries, G, S, E]
+    keys: Sequence[Tensor]  # by layer: [queries, G, S, E], or [G, 1, S, E] for a whole block
     values: Sequence[Tensor]
-    mask_N11S: Tensor
+    mask_NS: Tensor
+    is_block: bool
 
 
 class RotaryTable:
@@ -176,7 +177,7 @@ class RotaryTable:
         spans = zip(rows.starts, rows.counts, strict=True)
         parts = [self._table_SR[start : start + count] for start, count in spans]
         num_heads = self._config.num_heads + self._config.num_kv_heads
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).repeat(1, num_heads)
+        return torch.cat([parts[0] if len(parts) == 1 else torch.cat(parts)] * num_heads, dim=1)
 
 
 def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache, attends: bool = True) -> Plan:
@@ -185,6 +186,10 @@ def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache, attends: bool = T
     Every query is a batch row of its own, and how many keys it is given follows from its position alone (the next
     multiple of PAD, masked): torch's CPU kernel then gives it the same bits whatever stands beside it. With a
     neighbour's keys, masked or not, it would not: from some 190 keys on, their number changes the order of the sums.
+
+    Prompts are read faster: PAD new tokens that fill the positions between two multiples of PAD attend as one product.
+    Each has the same bits wherever else the prompt is cut, but others than alone. Verification, of at most
+    MAX_DRAFT_TOKENS + 1 tokens, never fills a block.
     """
     writes: list[Sequence[Tensor]] = []
     sizes, calls = [], []
@@ -201,11 +206,14 @@ def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache, attends: bool = T
 def _plan_attention(block_L2GSE: Tensor, first: int, last: int) -> _Attention:
     """The call of the queries at positions first..last-1 over the keys of a block."""
     num_queries, (_, _, num_kv_heads, num_keys, _) = last - first, block_L2GSE.shape
-    mask = block_L2GSE.new_full((num_queries, num_keys), float("-inf")).triu_(first + 1)
+    mask_NS = block_L2GSE.new_full((num_queries, num_keys), float("-inf")).triu_(first + 1)
+    if num_queries == PAD:
+        keys, values = block_L2GSE[:, :, :, None].unbind(1)
+        return _Attention(keys.unbind(), values.unbind(), mask_NS, is_block=True)
     if num_queries * num_kv_heads == 1:  # alone, its products would be shared by threads: other bits
         num_queries = 2
     keys, values = block_L2GSE[:, :, None].expand(-1, -1, num_queries, -1, -1, -1).unbind(1)
-    return _Attention(keys.unbind(), values.unbind(), mask[:, None, None])
+    return _Attention(keys.unbind(), values.unbind(), mask_NS, is_block=False)
 
 
 class _Unit:
@@ -304,12 +312,9 @@ class FastLayer:
 
     def _attend(self, q_NHE: Tensor, plan: Plan, index: int) -> Tensor:
         q_NGME = q_NHE.unflatten(1, (self._config.num_kv_heads, -1))
-        group = q_NGME.shape[2]
-        if group % 2:  # an odd one misaligns the scratch memory of torch's second thread, whose bits then differ
-            q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
         pairs = zip(q_NGME.split(plan.sizes), plan.calls, strict=True)
-        mixed = [_attend_one(q, call.keys[index], call.values[index], call.mask_N11S) for q, call in pairs]
-        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed))[:, :, :group].flatten(1)
+        mixed = [(_attend_block if call.is_block else _attend_alone)(q, call, index) for q, call in pairs]
+        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).flatten(1)
 
     @staticmethod
     def _rotate(qkv_NW: Tensor, rotations_NR: Tensor) -> Tensor:
@@ -321,9 +326,20 @@ class FastLayer:
         return wide_NW.to(qkv_NW.dtype)
 
 
-def _attend_one(q_NGME: Tensor, keys_NGSE: Tensor, values_NGSE: Tensor, mask_N11S: Tensor) -> Tensor:
-    num_queries = q_NGME.shape[0]
-    if keys_NGSE.shape[0] > num_queries:
+def _attend_alone(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
+    """Each query a batch row of its own."""
+    keys_NGSE, (num_queries, _, group, _) = call.keys[index], q_NGME.shape
+    if group % 2:  # an odd one misaligns the scratch memory of torch's second thread, whose bits then differ
+        q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
+    if len(keys_NGSE) > num_queries:
         q_NGME = q_NGME.expand(2, -1, -1, -1)
-    mixed = F.scaled_dot_product_attention(q_NGME, keys_NGSE, values_NGSE, attn_mask=mask_N11S)
-    return mixed[:num_queries]
+    mask_N11S = call.mask_NS[:, None, None]
+    mixed = F.scaled_dot_product_attention(q_NGME, keys_NGSE, call.values[index], attn_mask=mask_N11S)
+    return mixed[:num_queries, :, :group]
+
+
+def _attend_block(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
+    """A key-value head is a batch row, the query heads that share it are its heads."""
+    q_GMNE = q_NGME.permute(1, 2, 0, 3)
+    keys_GMSE, values_GMSE = (part[index].expand(-1, q_GMNE.shape[1], -1, -1) for part in (call.keys, call.values))
+    return F.scaled_dot_product_attention(q_GMNE, keys_GMSE, values_GMSE, attn_mask=call.mask_NS).permute(2, 0, 1, 3)
