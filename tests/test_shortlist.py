@@ -1,14 +1,14 @@
-"""Rows of the toy head are random: every token is the likeliest one for some state."""
-
 import pytest
 import rigs
 import torch
-from rigs import SOFT, other_weights, plain
+from rigs import SOFT, hidden_states, other_weights, plain
 
 from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.core import Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.shortlist import Shortlist
+from onlinespec.losses import soft_cross_entropy
 from onlinespec.models.linear import PlainLinear
 
 VOCAB, HIDDEN = 64, 16
@@ -23,73 +23,72 @@ def shortlist(size=None, head=HEAD, make_linear=PlainLinear):
 
 
 def listed(some):
-    """Every token the list can give."""
-    return set(some.best(STATES).tolist())
+    return some.now.token_ids_S.tolist()
 
 
 def see(some, *requests):
     for token_ids in requests:
+        some.age()
         some.note(token_ids)
-        some.refresh()
+        some.choose()
 
 
-def test_the_best_token_is_the_best_of_those_listed():
+def test_the_head_has_the_rows_of_the_listed_tokens():
     some = shortlist(size=4)
-    see(some, [50, 51, 52, 53])
-    logits = STATES @ HEAD.T
-    logits[:, [i for i in range(VOCAB) if i not in (50, 51, 52, 53)]] = -torch.inf
-    assert some.best(STATES).tolist() == logits.argmax(-1).tolist()
+    see(some, [53, 50, 52, 51])
+    torch.testing.assert_close(some.now.head(STATES), (STATES @ HEAD.T)[:, [50, 51, 52, 53]])
 
 
 @pytest.mark.parametrize("size", [VOCAB, 10 * VOCAB, None])
 def test_a_list_as_long_as_the_vocabulary_is_the_vocabulary(size):
     some = shortlist(size)
     see(some, [3, 4, 5])
-    assert some.best(STATES).tolist() == (STATES @ HEAD.T).argmax(-1).tolist()
+    assert listed(some) == list(range(VOCAB))
+
+
+def test_a_large_vocabulary_has_a_longer_list():
+    assert len(listed(shortlist(head=torch.zeros(32_000, 2)))) == 2_000
 
 
 def test_before_anything_is_seen_low_ids_are_listed():
-    assert listed(shortlist(size=8)) == set(range(8))
+    assert listed(shortlist(size=8)) == list(range(8))
 
 
 def test_a_prompts_tokens_are_listed_as_its_request_begins():
     some = shortlist(size=8)
     see(some, [60, 61, 60, 62])
-    assert listed(some) == {60, 61, 62, 0, 1, 2, 3, 4}
+    assert listed(some) == [0, 1, 2, 3, 4, 60, 61, 62]
 
 
 def test_the_list_follows_the_stream_and_keeps_what_stays_frequent():
     some = shortlist(size=4)
     see(some, *[[10, 11, 12, 13]] * 50)
-    assert listed(some) == {10, 11, 12, 13}
+    assert listed(some) == [10, 11, 12, 13]
     see(some, *[[10, 20, 21, 22]] * 20)
-    assert listed(some) == {10, 20, 21, 22}
+    assert listed(some) == [10, 20, 21, 22]
 
 
 def test_one_long_ago_yields_to_one_just_now():
     some = shortlist(size=1)
     see(some, [7], [8])
-    assert listed(some) == {8}
+    assert listed(some) == [8]
 
 
 def test_the_head_is_copied_only_when_the_list_changes():
-    copies = []
-
-    def counted(weight, bias):
-        copies.append(len(weight))
-        return PlainLinear(weight, bias)
-
-    some = shortlist(4, make_linear=counted)
+    some = shortlist(4)
+    before = some.now
     see(some, [1, 2], [2, 3], [0])  # all listed from the start
-    assert copies == [4]
+    assert some.now is before
     see(some, [9])
-    assert copies == [4, 4]
+    assert some.now is not before
 
 
-def test_the_head_may_be_of_half_precision():
-    some = shortlist(4, HEAD.bfloat16())
+def test_columns_are_places_in_the_list_and_none_if_one_is_missing():
+    some = shortlist(size=4)
     see(some, [50, 51, 52, 53])
-    assert set(some.best(STATES).tolist()) <= {50, 51, 52, 53}
+    assert some.now.columns(torch.tensor([53, 50, 50])).tolist() == [3, 0, 0]
+    for other in (0, 49, 54, 63):
+        assert some.now.columns(torch.tensor([53, other])) is None
 
 
 # In a drafter
@@ -138,3 +137,63 @@ def test_sampled_drafts_are_over_the_whole_vocabulary_so_that_a_seed_gives_the_s
         assert torch.equal(some.token_ids_BK, whole.token_ids_BK)
         if whole.num_draft_tokens_B.any():  # the last step has no room for a draft
             assert torch.equal(some.probs_BKV, whole.probs_BKV)
+
+
+# Learning
+
+
+def record(temperature=0.0, num_rows=6, seed=0):
+    """A request of random tokens from all over the vocabulary, its last rows to be learned from."""
+    ids = torch.randint(256, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
+    states = hidden_states(TARGET, ids[:-1])
+    return Feedback(Trace(ids, states, len(states)), 19 - num_rows, num_rows, 2, 0, 0, temperature=temperature)
+
+
+def scored(drafter, *records):
+    """Width of the logits that the loss compares, and the target's rows."""
+    seen = []
+
+    def spy(logits, target):
+        seen.append((logits.shape[-1], target))
+        return soft_cross_entropy(logits, target)
+
+    drafter.loss(drafter.weights.params, drafter.batch(records), spy)
+    return seen[0]
+
+
+def test_greedy_rows_learn_over_the_list():
+    drafter, greedy = eagle(40), record()
+    width, target = scored(drafter, greedy)
+    ids = drafter._shortlist.now.token_ids_S
+    assert width == len(ids) == 40
+    assert ids[target.token_ids_N].tolist() == greedy.trace.token_ids[14:]
+    whole = TARGET.decoder.head(greedy.trace.hidden_states_SD[13:19])
+    torch.testing.assert_close(target.probs_NV, whole[:, ids].softmax(-1))
+
+
+@pytest.mark.parametrize("records", [[record(1.0)], [record(), record(0.7, seed=1)]], ids=["sampled", "mixed"])
+def test_sampled_rows_learn_over_the_vocabulary(records):
+    width, target = scored(eagle(40), *records)
+    assert width == target.probs_NV.shape[-1] == 288
+    assert target.token_ids_N[:6].tolist() == records[0].trace.token_ids[14:]
+
+
+def test_rows_with_more_tokens_than_the_list_holds_learn_over_the_vocabulary():
+    assert scored(eagle(4), record())[0] == 288
+
+
+def test_replayed_tokens_are_listed_with_the_fresh_ones():
+    drafter, fresh, old = eagle(40), record(), record(seed=1)
+    drafter.batch([fresh], [old])
+    assert (
+        drafter._shortlist.now.columns(torch.tensor(fresh.trace.token_ids[14:] + old.trace.token_ids[14:])) is not None
+    )
+
+
+def test_over_a_list_that_holds_everything_the_loss_is_the_whole_ones():
+    drafter, greedy = eagle(None), record()
+    batch = drafter.batch([greedy])
+    listed_loss = drafter.loss(drafter.weights.params, batch)
+    drafter._shortlist.choose = lambda: None
+    drafter._shortlist._now = drafter._shortlist.now._replace(token_ids_S=torch.full((288,), 999))  # fits no row
+    torch.testing.assert_close(listed_loss.total, drafter.loss(drafter.weights.params, batch).total)

@@ -84,7 +84,6 @@ class Eagle(Drafter):
         unroll: How many drafting depths a training row goes through; deeper rows read the drafter's own output, as
             they do when drafting.
         shortlist: How many tokens greedy drafts choose from, those seen lately; None for `Shortlist`'s own choice.
-            Learning is on the whole vocabulary all the same.
     """
 
     is_trainable = True
@@ -179,8 +178,9 @@ class Eagle(Drafter):
     def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
         self._cache.take(slot, capacity + MAX_DRAFT_TOKENS)  # a batch drafts as deep as its longest draft
         self._slots[slot] = _Slot([features_SD] if len(features_SD) else [], list(token_ids[1:]))
+        self._shortlist.age()
         self._shortlist.note(token_ids)
-        self._shortlist.refresh()
+        self._shortlist.choose()
 
     def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
         for slot, token_ids, rows_ND in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
@@ -248,9 +248,10 @@ class Eagle(Drafter):
         """A token per state, and the row it was drawn from; greedy drafts are point masses. Penalties are the
         target's."""
         if all(params.is_greedy for params in sampling):
-            return self._shortlist.best(states_RD), None
+            listed = self._shortlist.now
+            return listed.token_ids_S[self._logits(states_RD, listed.head).argmax(-1)], None
         plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
-        logits_RV = self._logits(states_RD)
+        logits_RV = self._logits(states_RD, self._head)
         logits_RV = logits_RV.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # weights that blew up may still draft
         probs_RV = process_logits(logits_RV, plain[0] if len(plain) == 1 else plain)
         return sample_rows(probs_RV, uniforms_R.to(probs_RV.device)), probs_RV
@@ -286,8 +287,8 @@ class Eagle(Drafter):
         self._cache.extend(slot, count)
         state.features, state.next_ids = [features_ND[-1:]], state.next_ids[-1:]
 
-    def _logits(self, states_ND: Tensor) -> Tensor:
-        return self._head(states_ND.to(self._decoder.dtype)).float()
+    def _logits(self, states_ND: Tensor, head: FrozenProduct) -> Tensor:
+        return head(states_ND.to(self._decoder.dtype)).float()
 
     def _forward(self, next_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         x_ND = self._layer(*self._enter(next_ids_N, states_ND, slots, counts), 0)
@@ -311,7 +312,11 @@ class Eagle(Drafter):
         fresh = [self._span(run, rejected_only, is_fresh=True) for run in _runs(feedback)]
         if not any(span.counts_N.any() for span in fresh):
             return []
-        return fresh + [self._span(run, rejected_only, is_fresh=False) for run in _runs(replayed)]
+        spans = fresh + [self._span(run, rejected_only, is_fresh=False) for run in _runs(replayed)]
+        for span in spans:
+            self._shortlist.note(span.token_ids_N)
+        self._shortlist.choose()
+        return spans
 
     def _span(self, records: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> Span:
         trace, first = records[0].trace, max(1, records[0].start)  # row 0 has no state before it
@@ -339,11 +344,11 @@ class Eagle(Drafter):
         if not any(span.counts_N.any() for span in batch):
             raise ValueError("a batch without verified rows has no loss")
         layout = _lay_out(batch)
-        target, counts_N = self._target_rows(layout), layout.counts_N.float()
+        (head, target), counts_N = self._scope(layout), layout.counts_N.float()
         num_rows, weights_EN = counts_N.sum(), []
         for at_M, states_EMD in self._depths(_stacked(candidates), layout, self.unroll):
             rows = TargetRows(*(part[at_M] for part in target))
-            logits = self._logits(states_EMD.flatten(0, -2)).view(*states_EMD.shape[:-1], -1)
+            logits = self._logits(states_EMD.flatten(0, -2), head).view(*states_EMD.shape[:-1], -1)
             weights_EN.append(row_loss(logits, rows).view(len(candidates), -1) * counts_N[at_M])
         totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
         fresh_N = layout.is_fresh_N & layout.counts_N
@@ -357,9 +362,19 @@ class Eagle(Drafter):
         layout = _lay_out([span for span in batch if span.is_fresh])
         target, depths = self._target_rows(layout), []
         for at_M, states_MD in self._depths(_stacked(candidates), layout, num_depths):
-            logits = self._logits(states_MD.flatten(0, -2)).view(len(candidates), len(at_M), -1)
+            logits = self._logits(states_MD.flatten(0, -2), self._head).view(len(candidates), len(at_M), -1)
             depths.append((logits, TargetRows(*(part[at_M] for part in target))))
         return depths
+
+    def _scope(self, layout: _Layout) -> tuple[FrozenProduct, TargetRows]:
+        """The head to learn through, and the target's rows over its tokens: greedy rows learn what greedy drafts choose
+        from, if their own tokens are all there."""
+        listed = self._shortlist.now
+        columns_N = listed.columns(layout.token_ids_N)
+        if columns_N is None or layout.temperatures_N.any():
+            return self._head, self._target_rows(layout)
+        probs_NS = self._logits(layout.target_states_ND, listed.head).softmax(-1)
+        return listed.head, TargetRows(probs_NS, columns_N, layout.temperatures_N)
 
     def _target_rows(self, layout: _Layout) -> TargetRows:
         probs_NV = self._decoder.head(layout.target_states_ND).softmax(-1)
