@@ -1,7 +1,7 @@
 """What learners are worth: acceptance and regret of many methods on five streams, greedy and sampled, several seeds.
 
     python benchmarks/learners.py record --work DIR [--data DIR]          # the target's answers, once: half an hour
-    python benchmarks/learners.py replay --work DIR --out learners.jsonl  # all methods, all streams: hours on one core
+    python benchmarks/learners.py replay --work DIR --out learners.jsonl  # methods, streams, seeds: hours on one core
     python benchmarks/learners.py tables learners.jsonl                   # the tables of benchmarks/README.md
 
 Acceptance doesn't hang on time, so the target's answers are recorded and only drafting and learning run
@@ -45,7 +45,7 @@ INTERVAL = 32  # steps between rounds, for all alike: what is compared is what a
 TEMPERATURES = (0.0, 0.8)
 SEEDS = (0, 1, 2)
 
-METHODS = (
+MAIN = (  # on every stream
     "frozen",
     "online_gradient/step_size=1e-4",
     "online_gradient/step_size=3e-4",
@@ -54,20 +54,33 @@ METHODS = (
     "online_gradient/step_size=1e-2",
     "optimistic",
     "ensemble",
+)
+OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "surrogate_ensemble",
+    "ensemble/with_frozen=true",
     "osd",
     "osd/step_size=1e-3",
-    "online_gradient/replay_every=0",
-    "optimistic/replay_every=0",
-    "ensemble/replay_every=0",
-    "ensemble/with_frozen=true",
-    "reset_to_merged",
-    "online_gradient/step_size=1.444e-3",  # reset_to_merged's effective step
     "momentum/geometry=preconditioned/step_size=1e-3",
     "online_gradient/geometry=preconditioned/step_size=5.42e-3",  # momentum's effective step
+    "reset_to_merged",
+    "online_gradient/step_size=1.444e-3",  # reset_to_merged's effective step
     "online_gradient/geometry=preconditioned",
     "optimistic/geometry=preconditioned",
+    "online_gradient/step_size=3e-4/replay_every=0",
+    "online_gradient/replay_every=0",
+    "online_gradient/step_size=3e-3/replay_every=0",
+    "optimistic/replay_every=0",
+    "ensemble/replay_every=0",
+    "momentum/geometry=preconditioned/step_size=1e-3/replay_every=0",
+    "reset_to_merged/replay_every=0",
 )
+
+FIXED = MAIN[1:6]  # one step size each
+TESTED = ("ensemble", "optimistic")
+STEP_COST = 1.2  # of a step at K = 2, in plain steps, on the Intel Xeon of docs/log.md ...
+ROUND_COST, ROW_COST = 1.0, 0.007  # ... and of a round of one learner; `calibration.measure_costs` tells them
+
+Cells = dict[tuple[float, str, str], list[dict[str, Any]]]  # by temperature, method, stream: one row a seed
 
 
 def streams(domains: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
@@ -121,6 +134,7 @@ class Replay:
 
     Attributes:
         out: Rows are added to it; those that are there already are not run again.
+        others: On the abrupt stream only.
         part: Every so-manieth cell only, as 0/2 and 1/2: for several processes.
     """
 
@@ -128,7 +142,8 @@ class Replay:
     out: Path
     target: str = "demo"
     drafter: str = "demo"
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = MAIN
+    others: tuple[str, ...] = OTHERS
     streams: tuple[str, ...] = ("abrupt", "strong", "stationary", "interleaved", "gradual")
     temperatures: tuple[float, ...] = TEMPERATURES
     seeds: tuple[int, ...] = SEEDS
@@ -185,7 +200,7 @@ def run_replay(options: Replay) -> None:
         for seed in options.seeds
         for stream in options.streams
         for temperature in options.temperatures
-        for method in options.methods
+        for method in options.methods + (options.others if stream == "abrupt" else ())
     ]
     said = provenance(" ".join(sys.argv), options.target, options.drafter, target.fingerprint, {})
     for number, (stream, temperature, seed, method) in enumerate(cells):
@@ -263,22 +278,35 @@ def _read(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def run_tables(options: Tables) -> None:
-    """Acceptance length by method and stream, mean and standard deviation over seeds; regrets and hints; returns."""
-    cells: dict[tuple[float, str, str], list[dict[str, Any]]] = defaultdict(list)
+    """Acceptance length by method and stream, mean and standard deviation over seeds; hindsight; regrets; returns."""
+    cells: Cells = defaultdict(list)
     for row in _read(options.rows):
         cells[row["temperature"], row["method"], row["stream"]].append(row)
     names = list(dict.fromkeys(stream for _, _, stream in cells))
     methods = list(dict.fromkeys(method for _, method, _ in cells))
     for temperature in sorted({temperature for temperature, _, _ in cells}):
-        print(f"\n### Acceptance length, temperature {temperature:g}\n")
+        main = [m for m in methods if any(cells.get((temperature, m, s)) for s in names if s != "abrupt")]
+        print(f"\n### Temperature {temperature:g}: acceptance length\n")
         _print_table(
             ["method", *names],
-            [[f"`{m}`", *(_spread(cells[temperature, m, s], "acceptance_length") for s in names)] for m in methods],
+            [[f"`{m}`", *(_spread(cells[temperature, m, s], "acceptance_length") for s in names)] for m in main],
         )
-        print(f"\n### On the abrupt stream, temperature {temperature:g}\n")
-        columns = ["regret_vs_frozen", "regret_vs_best_expert", "hint_error_ratio", "direction_hint_error_ratio"]
+        print(f"\n### Temperature {temperature:g}: against `online_gradient` at one step size, chosen in hindsight\n")
         _print_table(
-            ["method", "first visit, last third", "return, first tenth", "return", "rounds", *columns],
+            [
+                "stream",
+                "best",
+                "worst of five",
+                *(f"`{m}` / best, / worst" for m in TESTED),
+                "`optimistic` / same step",
+            ],
+            [_hindsight_row(cells, temperature, s) for s in names],
+        )
+        print(f"\n### Temperature {temperature:g}: the abrupt stream\n")
+        columns = ["regret_upper", "regret_vs_frozen", "regret_vs_best_expert"]
+        columns += ["hint_error_ratio", "direction_hint_error_ratio"]
+        _print_table(
+            ["method", "all", "first visit, last third", "return, first tenth", "return", "kept", "learning", *columns],
             [
                 _abrupt_row(m, cells[temperature, m, "abrupt"], columns)
                 for m in methods
@@ -287,14 +315,43 @@ def run_tables(options: Tables) -> None:
         )
 
 
+def _hindsight_row(cells: Cells, temperature: float, stream: str) -> list[str]:
+    """Seed by seed: what the best and the worst fixed step size reach, and what the others are of that."""
+    by_seed: dict[int, dict[str, float]] = defaultdict(dict)
+    for (t, method, s), rows in cells.items():
+        if (t, s) == (temperature, stream):
+            for row in rows:
+                by_seed[row["seed"]][method] = row["acceptance_length"]
+    whole = [seed for seed in by_seed.values() if {*TESTED, *FIXED} <= seed.keys()]
+    if not whole:
+        return [stream, *["–"] * (3 + len(TESTED))]
+    means = {method: statistics.mean(seed[method] for seed in whole) for method in FIXED}
+    best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+
+    def over(method: str, other: str) -> str:
+        return _mean_sd([seed[method] / seed[other] for seed in whole])
+
+    named = (f"{means[m]:.3f} ({_step_size(m)})" for m in (best, worst))
+    ratios = (f"{over(m, best)}, {over(m, worst)}" for m in TESTED)
+    return [stream, *named, *ratios, over("optimistic", "online_gradient")]
+
+
+def _step_size(method: str) -> str:
+    return f"{parse(method).step_size:g}"
+
+
 def _abrupt_row(method: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
     visits = [row["visits"] for row in rows]
+    works = [row["rounds"] * ROUND_COST + row["rows"] * ROW_COST for row in rows]
+    shares = [work / (row["steps"] * STEP_COST + work) for work, row in zip(works, rows, strict=True)]
     return [
         f"`{method}`",
+        _spread(rows, "acceptance_length"),
         _mean_sd([v[0]["last_third"] for v in visits]),
         _mean_sd([v[-1]["first_tenth"] for v in visits]),
         _mean_sd([v[-1]["acceptance_length"] for v in visits]),
-        f"{statistics.mean(row['rounds'] for row in rows):.0f}",
+        f"{statistics.mean(v[-1]['acceptance_length'] / v[0]['last_third'] for v in visits):.2f}",
+        f"{statistics.mean(shares):.1%}",
         *(_spread(rows, name, digits=2) for name in columns),
     ]
 

@@ -158,7 +158,7 @@ class _Attention(NamedTuple):
 
     keys: Sequence[Tensor]  # by layer: [queries, G, S, E], or [G, 1, S, E] for a whole block
     values: Sequence[Tensor]
-    mask_NS: Tensor
+    mask: Tensor  # [queries, 1, 1, S], or [queries, S] for a whole block
     is_block: bool
 
 
@@ -213,7 +213,7 @@ def _plan_attention(block_L2GSE: Tensor, first: int, last: int) -> _Attention:
     if num_queries * num_kv_heads == 1:  # alone, its products would be shared by threads: other bits
         num_queries = 2
     keys, values = block_L2GSE[:, :, None].expand(-1, -1, num_queries, -1, -1, -1).unbind(1)
-    return _Attention(keys.unbind(), values.unbind(), mask_NS, is_block=False)
+    return _Attention(keys.unbind(), values.unbind(), mask_NS[:, None, None], is_block=False)
 
 
 class _Unit:
@@ -333,8 +333,7 @@ def _attend_alone(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
         q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
     if len(keys_NGSE) > num_queries:
         q_NGME = q_NGME.expand(2, -1, -1, -1)
-    mask_N11S = call.mask_NS[:, None, None]
-    mixed = F.scaled_dot_product_attention(q_NGME, keys_NGSE, call.values[index], attn_mask=mask_N11S)
+    mixed = F.scaled_dot_product_attention(q_NGME, keys_NGSE, call.values[index], attn_mask=call.mask)
     return mixed[:num_queries, :, :group]
 
 
@@ -342,4 +341,4 @@ def _attend_block(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
     """A key-value head is a batch row, the query heads that share it are its heads."""
     q_GMNE = q_NGME.permute(1, 2, 0, 3)
     keys_GMSE, values_GMSE = (part[index].expand(-1, q_GMNE.shape[1], -1, -1) for part in (call.keys, call.values))
-    return F.scaled_dot_product_attention(q_GMNE, keys_GMSE, values_GMSE, attn_mask=call.mask_NS).permute(2, 0, 1, 3)
+    return F.scaled_dot_product_attention(q_GMNE, keys_GMSE, values_GMSE, attn_mask=call.mask).permute(2, 0, 1, 3)
