@@ -17,6 +17,7 @@ WRONG = [
     (GenerationParams, "stop_strings", [("",), ("a", "")]),
     (LearnConfig, "step_size", [-1e-3, math.inf, math.nan]),
     (LearnConfig, "clip_norm", [0, -1, math.nan]),
+    (LearnConfig, "full_loss", [-1, math.inf, math.nan]),
     (LearnConfig, "min_interval", [0]),
     (LearnConfig, "max_interval", [LearnConfig.min_interval - 1]),
     (LearnConfig, "max_rows", [0]),

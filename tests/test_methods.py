@@ -6,7 +6,7 @@ import pytest
 
 from onlinespec.config import LearnConfig
 from onlinespec.learners import LEARNERS, Euclidean
-from onlinespec.learners.geometry import Diagonal
+from onlinespec.learners.geometry import Diagonal, Preconditioned
 from onlinespec.methods import PRESETS, learner_of, parse
 from onlinespec.tables import resolve
 
@@ -16,6 +16,7 @@ SHARED = {  # a line of text for each setting that every learner has, and what i
     "step_size": ("3e-4", 3e-4),
     "geometry": ("euclidean", "euclidean"),
     "clip_norm": ("inf", math.inf),
+    "full_loss": ("0.5", 0.5),
     "loss": ("jsd", "jsd"),
     "rows": ("rejected", "rejected"),
     "min_interval": ("8", 8),
@@ -103,6 +104,13 @@ def test_step_size_geometry_and_clip_norm_reach_the_learner(name):
     assert (learner.step_size, learner.geometry, learner.clip_norm) == (3e-4, Euclidean(), 0.5)
 
 
+@pytest.mark.parametrize("geometry", [Diagonal, Preconditioned])
+def test_where_steps_shorten_reaches_the_geometries_that_can(geometry):
+    line = f"optimistic/geometry={geometry.__name__.lower()}/full_loss=0.5"
+    assert learner_of(parse(line)).geometry == geometry(full_loss=0.5)
+    assert learner_of(parse("optimistic")).geometry == Diagonal(full_loss=LearnConfig.full_loss)
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("0", False)]
 )
@@ -168,6 +176,7 @@ def test_osd_is_what_the_paper_does():
     assert (config.learner, config.loss, config.rows) == ("online_gradient", "soft_cross_entropy", "rejected")
     assert (config.requests_per_round, config.replay_every) == (8, 0)
     assert math.isinf(config.clip_norm)
+    assert config.full_loss == 0
     assert math.isinf(config.budget)
 
 
@@ -214,7 +223,7 @@ def test_a_learner_from_elsewhere_takes_settings_like_ours(theirs, name):
 def test_a_learner_that_extends_ours_has_its_settings_too(theirs):
     config = parse(f"{theirs}:Boosted/pool=1:2/clip_norm=inf")
     assert config.learner == f"{theirs}:Boosted"
-    assert (learner_of(config).pool, learner_of(config).geometry) == ((1, 2), Diagonal())
+    assert (learner_of(config).pool, type(learner_of(config).geometry)) == ((1, 2), Diagonal)
 
 
 # What is refused

@@ -17,14 +17,14 @@ from typing import Any, get_type_hints
 import msgspec
 
 from onlinespec.config import LearnConfig
-from onlinespec.learners import LEARNERS, Learner, make_learner
+from onlinespec.learners import GEOMETRIES, LEARNERS, Learner, make_learner
 from onlinespec.tables import resolve
 
 # Names for whole settings, as the lines they stand for.
 PRESETS = {
     # Online Speculative Decoding, arXiv:2310.07177: one step per eight requests, on the rejected positions, used once.
-    "osd": "online_gradient/step_size=1e-4/clip_norm=inf/rows=rejected/requests_per_round=8/max_rows=1000000"
-    "/loss=soft_cross_entropy/replay_every=0/budget=inf",
+    "osd": "online_gradient/step_size=1e-4/clip_norm=inf/full_loss=0/rows=rejected/requests_per_round=8"
+    "/max_rows=1000000/loss=soft_cross_entropy/replay_every=0/budget=inf",
 }
 
 _SHARED = ("step_size", "geometry", "clip_norm")
@@ -62,7 +62,11 @@ def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
 
 def learner_of(config: LearnConfig) -> Learner:
     """The learner that settings ask for."""
-    return make_learner(config.learner, config.step_size, config.geometry, config.clip_norm, **config.options)
+    make_geometry = resolve(GEOMETRIES, config.geometry, "geometry")
+    shortened = {"full_loss": config.full_loss} if "full_loss" in _parameters(make_geometry) else {}
+    return make_learner(
+        config.learner, config.step_size, make_geometry(**shortened), config.clip_norm, **config.options
+    )
 
 
 def _factory(name: str) -> Any:

@@ -21,7 +21,7 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.learn import InlineLearning
-from onlinespec.learners import Diagonal, make_learner
+from onlinespec.learners import make_learner
 from onlinespec.randomness import DRAFT, uniforms
 
 GREEDY = SamplingParams()
@@ -43,7 +43,7 @@ def the_target():
 def warm_params(name):
     """Weights that learned the target's answers to PROMPTS by heart, so that whole runs are accepted."""
     drafter = load_drafter(name, the_target())
-    learner = make_learner("online_gradient", 5e-3, Diagonal(warm_up=0))
+    learner = make_learner("online_gradient", 5e-3)
     config = LearnConfig(min_interval=48, max_interval=48, replay_every=0, budget=math.inf, loss="soft_cross_entropy")
     learning = InlineLearning(drafter, learner, config)
     loop = DecodeLoop(the_target(), drafter, learning)

@@ -12,7 +12,7 @@ from toy import steady
 
 from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
 from onlinespec.learners.ensemble import Ensemble, Hedge
-from onlinespec.learners.geometry import Point, averaged, clip_by_norm, is_finite
+from onlinespec.learners.geometry import Diagonal, Point, Preconditioned, averaged, clip_by_norm, is_finite
 from onlinespec.learners.optimistic import OptimisticGradient
 
 DOES_NOT_LEARN = {"frozen": "the control: it tracks nothing, on purpose"}
@@ -422,9 +422,9 @@ def test_two_sequences_are_the_unrolled_rule(geometry):
     state, w = learner.init(start_params()), start_params()
     last, memory = {name: torch.zeros_like(p) for name, p in w.items()}, learner.geometry.init(w)
     for each in map(drifting, range(40)):
-        grads = each.evaluate(learner.played(state)).grads
+        played = each.evaluate(learner.played(state))
         state = learner.update(each, state)
-        u, memory = learner.geometry.direction(grads, memory)
+        u, memory = learner.geometry.direction(played.grads, played.total_loss, memory)
         w = {name: p - 2 * 0.05 * u[name] + 0.05 * last[name] for name, p in w.items()}
         last = u
         assert_close(learner.played(state), w, tolerance=1e-5)
@@ -829,20 +829,31 @@ def test_with_even_shares_it_moves_like_online_gradient_at_its_effective_step():
 # Geometries
 
 
-@pytest.mark.parametrize(("geometry", "betas"), [("diagonal", (0.9, 0.99)), ("preconditioned", (0.0, 0.99))])
-def test_the_diagonal_geometries_are_adams_step_for_step(geometry, betas):
-    """The preconditioned one goes against the newest gradient alone, which is Adam without its first average."""
-    learner = make_learner("online_gradient", step_size=0.03, geometry=geometry, clip_norm=math.inf)
+@pytest.mark.parametrize("full_loss", [0.0, 3.0])
+@pytest.mark.parametrize(("geometry", "betas"), [(Diagonal, (0.9, 0.99)), (Preconditioned, (0.0, 0.99))])
+def test_the_diagonal_geometries_are_adams_step_for_step(geometry, betas, full_loss):
+    """Preconditioned goes against the newest gradient alone, which is Adam without its first average. Below a loss of
+    `full_loss` steps shorten in proportion."""
+    learner = make_learner("online_gradient", 0.03, geometry(full_loss=full_loss), clip_norm=math.inf)
     state = learner.init(start_params())
     theirs = {name: p.clone().requires_grad_() for name, p in start_params().items()}
-    adam = torch.optim.Adam(theirs.values(), lr=0.03, betas=betas, eps=1e-8)
+    adam, losses = torch.optim.Adam(theirs.values(), lr=0.03, betas=betas, eps=1e-8), []
     for round_ in range(50):
+        losses.append(drifting(round_).evaluate(learner.played(state)).total_loss)
         state = learner.update(drifting(round_), state)
         for name, p in theirs.items():
             p.grad = p.detach() - drifting_goal(round_)[name]
-        adam.param_groups[0]["lr"] = 0.03 * min(1.0, (round_ + 1) / 15)
+        adam.param_groups[0]["lr"] = 0.03 * (min(1.0, losses[-1] / full_loss) if full_loss else 1.0)
         adam.step()
         assert_close(learner.played(state), {name: p.detach() for name, p in theirs.items()}, tolerance=1e-5)
+    assert min(losses) < 3 < max(losses)
+
+
+@pytest.mark.parametrize("loss", [-1.0, 0.0])
+def test_a_loss_that_has_nothing_left_to_fall_moves_nothing(loss):
+    geometry, grads = Diagonal(full_loss=1.0), at(1.0, -2.0)
+    direction, _ = geometry.direction(grads, loss, geometry.init(grads))
+    assert_equal(direction, at(0.0, 0.0))
 
 
 def test_the_euclidean_geometry_is_plain_gradient_descent():

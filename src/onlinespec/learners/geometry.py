@@ -18,8 +18,12 @@ class Geometry(Protocol):
     def init(self, params: Params) -> Any:
         """The state before the first gradient."""
 
-    def direction(self, grads: Params, state: Any) -> tuple[Params, Any]:
-        """What to subtract, per unit of step size, and the next state."""
+    def direction(self, grads: Params, loss: float, state: Any) -> tuple[Params, Any]:
+        """What to subtract, per unit of step size, and the next state.
+
+        Args:
+            loss: What the gradients are of.
+        """
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Euclidean:
     def init(self, params: Params) -> None:
         return None
 
-    def direction(self, grads: Params, state: None) -> tuple[Params, None]:
+    def direction(self, grads: Params, loss: float, state: None) -> tuple[Params, None]:
         return grads, None
 
 
@@ -49,26 +53,27 @@ class Diagonal:
     to it (Adam has no such guarantee); with first_decay = 0 it is the plain preconditioned gradient.
 
     Args:
-        warm_up: Directions grow to their full length over so many rounds. From one round alone every weight would move
-            a full step, which a drafter that starts well pays for.
+        full_loss: Below this loss, in its own units, directions shorten in proportion, like a capped Polyak step: at
+            full length every weight moves as far for a small loss as for a large one, which a drafter that starts well
+            pays for. 0 for never.
 
-    Reference: Adam, arXiv:1412.6980.
+    Reference: Adam, arXiv:1412.6980; the capped Polyak step, arXiv:2002.10542.
     """
 
     first_decay: float = 0.9
     second_decay: float = 0.99
     epsilon: float = 1e-8
-    warm_up: int = 15
+    full_loss: float = 0.0
 
     def init(self, params: Params) -> DiagonalState:
         zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()}
         return DiagonalState(zeros, dict(zeros), num_rounds=0)
 
-    def direction(self, grads: Params, state: DiagonalState) -> tuple[Params, DiagonalState]:
+    def direction(self, grads: Params, loss: float, state: DiagonalState) -> tuple[Params, DiagonalState]:
         num_rounds = state.num_rounds + 1
         first_scale = 1 - self.first_decay**num_rounds
         second_scale = (1 - self.second_decay**num_rounds) ** 0.5
-        length = min(1.0, num_rounds / self.warm_up) if self.warm_up else 1.0
+        length = max(0.0, min(1.0, loss / self.full_loss)) if self.full_loss else 1.0
         first, second, moves = {}, {}, {}
         for name, g in grads.items():
             g = g.float()

@@ -60,7 +60,8 @@ class Momentum(Learner):
 
     def update(self, evaluate: Evaluate, state: MomentumState) -> MomentumState:
         (evaluation,) = evaluate(state.point.played)
-        direction, geometry = self.geometry.direction(clip_by_norm(evaluation.grads, self.clip_norm), state.geometry)
+        grads = clip_by_norm(evaluation.grads, self.clip_norm)
+        direction, geometry = self.geometry.direction(grads, evaluation.total_loss, state.geometry)
         is_new_chunk = self.restart_every and state.num_rounds % self.restart_every == 0
         velocity = {name: d.to(state.point.masters[name].dtype) for name, d in direction.items()}
         if state.velocity and not is_new_chunk:

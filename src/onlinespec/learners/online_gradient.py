@@ -39,5 +39,6 @@ class OnlineGradient(Learner):
 
     def update(self, evaluate: Evaluate, state: OnlineGradientState) -> OnlineGradientState:
         (evaluation,) = evaluate(state.point.played)
-        direction, geometry = self.geometry.direction(clip_by_norm(evaluation.grads, self.clip_norm), state.geometry)
+        grads = clip_by_norm(evaluation.grads, self.clip_norm)
+        direction, geometry = self.geometry.direction(grads, evaluation.total_loss, state.geometry)
         return OnlineGradientState(state.point.moved(direction, self.step_size), geometry)

@@ -71,7 +71,7 @@ class OptimisticGradient(Learner):
     def update(self, evaluate: Evaluate, state: OptimisticState) -> OptimisticState:
         (evaluation,) = evaluate(state.played)
         grads = clip_by_norm(evaluation.grads, self.clip_norm)
-        direction, geometry = self.geometry.direction(grads, state.geometry)
+        direction, geometry = self.geometry.direction(grads, evaluation.total_loss, state.geometry)
         came, domain = Hint(evaluation.grads, direction), evaluation.domain if self.hint_by_domain else ""
         next_state = OptimisticState(
             point=state.point.moved(direction, self.step_size),

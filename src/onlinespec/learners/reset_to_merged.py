@@ -63,7 +63,8 @@ class ResetToMerged(Learner):
 
     def update(self, evaluate: Evaluate, state: ResetToMergedState) -> ResetToMergedState:
         (evaluation,) = evaluate(state.point.played)
-        direction, geometry = self.geometry.direction(clip_by_norm(evaluation.grads, self.clip_norm), state.geometry)
+        grads = clip_by_norm(evaluation.grads, self.clip_norm)
+        direction, geometry = self.geometry.direction(grads, evaluation.total_loss, state.geometry)
         experts = [state.point.moved(direction, step_size) for step_size in self.pool]
         scores = [after.total_loss for after in evaluate(scored=[expert.played for expert in experts])]
         best = min((score for score in scores if math.isfinite(score)), default=math.nan)
