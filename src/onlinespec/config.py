@@ -96,9 +96,9 @@ class LearnConfig:
     loss: str = "auto"  # by how requests decode: mostly the committed token when greedy, the whole row when sampled
     rows: str = "all"  # or "rejected": count only rows that refused a drafted token
     min_interval: int = 16  # steps between rounds while they bring something ...
-    max_interval: int = 256  # ... and once they don't
+    max_interval: int = 128  # ... and once they don't
     requests_per_round: int = 0  # rounds after so many finished requests instead of steps; 0 for steps
-    least_gain: float = 0.007  # of the loss, per round; rounds that bring less become rarer
+    least_gain: float = 0.004  # of the loss, per round; rounds that bring less become rarer
     max_rows: int = 64  # newest rows a round trains; bounds what a long answer can cost
     replay_every: int = 3  # every so many rounds rows of a stored request join; 0 for no memory
     replay_megabytes: float = 64.0  # of memory
