@@ -1,4 +1,4 @@
-"""What learners are worth: acceptance and regret of many methods on five streams, greedy and sampled, several seeds.
+"""What learners are worth: acceptance and regret on five streams, greedy and sampled, several seeds.
 
     python benchmarks/learners.py record --work DIR [--data DIR]          # the target's answers, once: half an hour
     python benchmarks/learners.py replay --work DIR --out learners.jsonl  # methods, streams, seeds: hours on one core
@@ -45,16 +45,15 @@ INTERVAL = 32  # steps between rounds, for all alike: what is compared is what a
 TEMPERATURES = (0.0, 0.8)
 SEEDS = (0, 1, 2)
 
-MAIN = (  # on every stream
-    "frozen",
+FIXED = (  # one step size each
     "online_gradient/step_size=1e-4",
     "online_gradient/step_size=3e-4",
     "online_gradient",
     "online_gradient/step_size=3e-3",
     "online_gradient/step_size=1e-2",
-    "optimistic",
-    "ensemble",
 )
+TESTED = ("ensemble", "optimistic")
+MAIN = ("frozen", *FIXED, *TESTED)  # on every stream
 OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "surrogate_ensemble",
     "ensemble/with_frozen=true",
@@ -75,10 +74,8 @@ OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "reset_to_merged/replay_every=0",
 )
 
-FIXED = MAIN[1:6]  # one step size each
-TESTED = ("ensemble", "optimistic")
 STEP_COST = 1.2  # of a step at K = 2, in plain steps, on the Intel Xeon of docs/log.md ...
-ROUND_COST, ROW_COST = 1.0, 0.007  # ... and of a round of one learner; `calibration.measure_costs` tells them
+COSTS = {0.0: (1.0, 0.007), 0.8: (1.25, 0.016)}  # ... and of a round and its rows, by temperature: `calibration` tells
 
 Cells = dict[tuple[float, str, str], list[dict[str, Any]]]  # by temperature, method, stream: one row a seed
 
@@ -134,7 +131,7 @@ class Replay:
 
     Attributes:
         out: Rows are added to it; those that are there already are not run again.
-        others: On the abrupt stream only.
+        methods: Instead of MAIN, and of OTHERS on the abrupt stream.
         part: Every so-manieth cell only, as 0/2 and 1/2: for several processes.
     """
 
@@ -142,8 +139,7 @@ class Replay:
     out: Path
     target: str = "demo"
     drafter: str = "demo"
-    methods: tuple[str, ...] = MAIN
-    others: tuple[str, ...] = OTHERS
+    methods: tuple[str, ...] = ()
     streams: tuple[str, ...] = ("abrupt", "strong", "stationary", "interleaved", "gradual")
     temperatures: tuple[float, ...] = TEMPERATURES
     seeds: tuple[int, ...] = SEEDS
@@ -200,7 +196,7 @@ def run_replay(options: Replay) -> None:
         for seed in options.seeds
         for stream in options.streams
         for temperature in options.temperatures
-        for method in options.methods + (options.others if stream == "abrupt" else ())
+        for method in options.methods or (MAIN + OTHERS if stream == "abrupt" else MAIN)
     ]
     said = provenance(" ".join(sys.argv), options.target, options.drafter, target.fingerprint, {})
     for number, (stream, temperature, seed, method) in enumerate(cells):
@@ -209,7 +205,15 @@ def run_replay(options: Replay) -> None:
             continue
         answers = _answers(options.work, streams(domains[:3])[stream], temperature, seed)
         drafter = load_drafter(options.drafter, target, seed)
-        even = LearnConfig(telemetry=True, budget=math.inf, min_interval=INTERVAL, max_interval=INTERVAL)
+        round_cost, row_cost = COSTS.get(temperature, COSTS[0.8])
+        even = LearnConfig(
+            telemetry=True,
+            budget=math.inf,
+            min_interval=INTERVAL,
+            max_interval=INTERVAL,
+            round_cost=round_cost,
+            row_cost=row_cost,
+        )
         config = parse(method, even)
         learning = InlineLearning(drafter, config=config, seed=seed)
         replaying = Replaying(target, drafter, learning, NUM_DRAFT_TOKENS, seed)
@@ -342,8 +346,7 @@ def _step_size(method: str) -> str:
 
 def _abrupt_row(method: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
     visits = [row["visits"] for row in rows]
-    works = [row["rounds"] * ROUND_COST + row["rows"] * ROW_COST for row in rows]
-    shares = [work / (row["steps"] * STEP_COST + work) for work, row in zip(works, rows, strict=True)]
+    shares = [row["work"] / (row["steps"] * STEP_COST + row["work"]) for row in rows]
     return [
         f"`{method}`",
         _spread(rows, "acceptance_length"),

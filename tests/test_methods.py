@@ -108,7 +108,29 @@ def test_step_size_geometry_and_clip_norm_reach_the_learner(name):
 def test_where_steps_shorten_reaches_the_geometries_that_can(geometry):
     line = f"optimistic/geometry={geometry.__name__.lower()}/full_loss=0.5"
     assert learner_of(parse(line)).geometry == geometry(full_loss=0.5)
-    assert learner_of(parse("optimistic")).geometry == Diagonal(full_loss=LearnConfig.full_loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "full_loss"), [("auto", 4), ("soft_cross_entropy", 4), ("jsd", 0), ("total_variation", 0)]
+)
+def test_steps_shorten_by_themselves_only_with_losses_that_are_cross_entropies(loss, full_loss):
+    assert learner_of(parse(f"optimistic/loss={loss}")).geometry == Diagonal(full_loss=full_loss)
+    assert learner_of(parse(f"optimistic/loss={loss}/full_loss=2")).geometry == Diagonal(full_loss=2)
+
+
+@pytest.mark.parametrize("name", ["Unannotated", "part"])
+def test_a_geometry_of_others_gets_where_steps_shorten_if_it_takes_that(tmp_path, monkeypatch, name):
+    (tmp_path / "geometries_of_others.py").write_text(
+        "from functools import partial\n"
+        "from onlinespec.learners.geometry import Diagonal\n"
+        "part = partial(Diagonal, second_decay=0.5)\n"
+        "class Unannotated(Diagonal):\n"
+        "    def __init__(self, full_loss=0.0):\n"
+        "        super().__init__(second_decay=0.5, full_loss=full_loss)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    geometry = learner_of(parse(f"optimistic/geometry=geometries_of_others:{name}/full_loss=3")).geometry
+    assert (geometry.second_decay, geometry.full_loss) == (0.5, 3)
 
 
 @pytest.mark.parametrize(

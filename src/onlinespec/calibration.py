@@ -25,14 +25,17 @@ class Costs(NamedTuple):
     row_cost: float
 
 
-def measure_costs(target: Target, drafter: Drafter, config: LearnConfig, num_draft_tokens: int = 4) -> Costs:
+def measure_costs(target: Target, drafter: Drafter, config: LearnConfig, params: GenerationParams) -> Costs:
     """What a round costs on this machine, in decode steps, by itself and for each of its rows.
 
     Decodes and trains for some seconds, with few rows a round and with many; the drafter's weights are put back.
     Rounded, so that runs on like machines agree; given the numbers, learning asks no clock.
+
+    Args:
+        params: How requests decode: drafted tokens and sampling count, for rounds on greedy rows are cheaper.
     """
     weights = drafter.weights
-    few, many = (_cheapest(target, drafter, config, interval, num_draft_tokens) for interval in _INTERVALS)
+    few, many = (_cheapest(target, drafter, config, interval, params) for interval in _INTERVALS)
     drafter.swap(weights)
     if few is None or many is None:  # learning fails, which is not said here
         return Costs(config.round_cost, config.row_cost)
@@ -47,7 +50,7 @@ class _Round(NamedTuple):
 
 
 def _cheapest(
-    target: Target, drafter: Drafter, config: LearnConfig, interval: int, num_draft_tokens: int
+    target: Target, drafter: Drafter, config: LearnConfig, interval: int, params: GenerationParams
 ) -> _Round | None:
     """The mean round of the least disturbed of some answers."""
     always = replace(
@@ -55,7 +58,8 @@ def _cheapest(
         telemetry=False,
     )  # fmt: skip
     learning = InlineLearning(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
-    loop, params = DecodeLoop(target, drafter, learning), GenerationParams(64, num_draft_tokens, ignore_end_tokens=True)
+    loop = DecodeLoop(target, drafter, learning)
+    params = GenerationParams(64, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
     prompt_ids, rounds = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2], []
     for _ in range(_REPEATS):
         rounds_before, rows_before = learning.num_rounds, learning.num_rows

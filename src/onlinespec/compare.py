@@ -304,8 +304,7 @@ class Comparing:
         if not self.comparison.measures_costs or {NONE, FROZEN}.issuperset(self.comparison.learners):
             return
         drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
-        num_draft_tokens = self.comparison.generation.num_draft_tokens
-        costs = measure_costs(self.target, drafter, self._learn, num_draft_tokens)._asdict()
+        costs = measure_costs(self.target, drafter, self._learn, self.comparison.generation)._asdict()
         self._learn = replace(self._learn, **costs)
         self._provenance |= costs
 

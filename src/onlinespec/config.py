@@ -91,7 +91,8 @@ class LearnConfig:
     step_size: float = 1e-3  # for drafters of about a million parameters
     geometry: str = "diagonal"  # or "euclidean", "preconditioned"
     clip_norm: float = 1.0
-    full_loss: float = 4.0  # in nats, all drafting depths together: below it steps shorten in proportion; 0 for never
+    full_loss: float | None = None  # loss of all drafting depths together below which the diagonal geometries' steps
+    # shorten in proportion; 0 for never; None for 4 nats with cross-entropies, and never with other losses
     options: Mapping[str, Any] = field(default_factory=dict)  # what this learner takes beside the three above
     loss: str = "auto"  # by how requests decode: mostly the committed token when greedy, the whole row when sampled
     rows: str = "all"  # or "rejected": count only rows that refused a drafted token
@@ -110,7 +111,7 @@ class LearnConfig:
     def __post_init__(self) -> None:
         _check(0 <= self.step_size < float("inf"), "step_size", self.step_size, "0 or a positive number")
         _check(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
-        _check(0 <= self.full_loss < float("inf"), "full_loss", self.full_loss, "0 or a positive number")
+        _check(0 <= (self.full_loss or 0) < float("inf"), "full_loss", self.full_loss, "0 or a positive number")
         _check(self.rows in ROW_CHOICES, "rows", self.rows, f"one of {', '.join(ROW_CHOICES)}")
         _check(self.min_interval >= 1, "min_interval", self.min_interval, "at least 1")
         _check(

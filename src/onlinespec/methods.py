@@ -27,6 +27,9 @@ PRESETS = {
     "/max_rows=1000000/loss=soft_cross_entropy/replay_every=0/budget=inf",
 }
 
+_CROSS_ENTROPIES = ("auto", "soft_cross_entropy", "cross_entropy", "mix")
+_FULL_LOSS = 4.0  # nats, both drafting depths together
+
 _SHARED = ("step_size", "geometry", "clip_norm")
 
 
@@ -63,10 +66,15 @@ def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
 def learner_of(config: LearnConfig) -> Learner:
     """The learner that settings ask for."""
     make_geometry = resolve(GEOMETRIES, config.geometry, "geometry")
-    shortened = {"full_loss": config.full_loss} if "full_loss" in _parameters(make_geometry) else {}
-    return make_learner(
-        config.learner, config.step_size, make_geometry(**shortened), config.clip_norm, **config.options
-    )
+    has_length = "full_loss" in inspect.signature(make_geometry).parameters
+    geometry = make_geometry(full_loss=_full_loss(config)) if has_length else make_geometry()
+    return make_learner(config.learner, config.step_size, geometry, config.clip_norm, **config.options)
+
+
+def _full_loss(config: LearnConfig) -> float:
+    if config.full_loss is not None:
+        return config.full_loss
+    return _FULL_LOSS if config.loss in _CROSS_ENTROPIES else 0.0
 
 
 def _factory(name: str) -> Any:

@@ -98,7 +98,8 @@ class Telemetry:
         )
 
     def _bound(self, depths: Sequence[tuple[Tensor, TargetRows]]) -> float:
-        """The guaranteed acceptance length: as if every depth were as far off as the worst."""
+        """The guaranteed acceptance length: as if every depth were as far off as the worst, and no token too rare to be
+        drafted."""
         distances = [_distance(logits[0], target) for logits, target in depths]
         return acceptance_length_at(max(distances), self._num_draft_tokens)
 

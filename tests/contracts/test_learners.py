@@ -849,8 +849,8 @@ def test_the_diagonal_geometries_are_adams_step_for_step(geometry, betas, full_l
     assert min(losses) < 3 < max(losses)
 
 
-@pytest.mark.parametrize("loss", [-1.0, 0.0])
-def test_a_loss_that_has_nothing_left_to_fall_moves_nothing(loss):
+@pytest.mark.parametrize("loss", [-1.0, 0.0, math.nan])
+def test_a_loss_that_has_nothing_left_to_fall_or_is_unknown_moves_nothing(loss):
     geometry, grads = Diagonal(full_loss=1.0), at(1.0, -2.0)
     direction, _ = geometry.direction(grads, loss, geometry.init(grads))
     assert_equal(direction, at(0.0, 0.0))

@@ -23,7 +23,7 @@ from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.formats import read_drafter_config, read_side, write_drafter
-from onlinespec.drafters.shortlist import Shortlist
+from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
@@ -73,6 +73,14 @@ class Span(NamedTuple):
         return len(self.next_ids_S) - len(self.target_states_ND)
 
 
+class Batch(list[Span]):
+    """The spans of a round, and the tokens that greedy rows are learned over."""
+
+    def __init__(self, spans: Sequence[Span], listed: Listed) -> None:
+        super().__init__(spans)
+        self.listed = listed
+
+
 class Eagle(Drafter):
     """The EAGLE-1 head.
 
@@ -83,7 +91,8 @@ class Eagle(Drafter):
         params: Float32 masters under their published names.
         unroll: How many drafting depths a training row goes through; deeper rows read the drafter's own output, as
             they do when drafting.
-        shortlist: How many tokens greedy drafts choose from, those seen lately; None for `Shortlist`'s own choice.
+        shortlist: How many tokens drafts choose from where all requests of a step are greedy, those seen lately; None
+            for `Shortlist`'s own choice.
     """
 
     is_trainable = True
@@ -178,9 +187,7 @@ class Eagle(Drafter):
     def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
         self._cache.take(slot, capacity + MAX_DRAFT_TOKENS)  # a batch drafts as deep as its longest draft
         self._slots[slot] = _Slot([features_SD] if len(features_SD) else [], list(token_ids[1:]))
-        self._shortlist.age()
-        self._shortlist.note(token_ids)
-        self._shortlist.choose()
+        self._shortlist.begin(token_ids)
 
     def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
         for slot, token_ids, rows_ND in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
@@ -245,8 +252,10 @@ class Eagle(Drafter):
     def _draw(
         self, states_RD: Tensor, sampling: Sequence[SamplingParams], uniforms_R: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """A token per state, and the row it was drawn from; greedy drafts are point masses. Penalties are the
-        target's."""
+        """A token per state, and the row it was drawn from; where all are greedy, a point mass of a listed token.
+
+        Penalties are the target's.
+        """
         if all(params.is_greedy for params in sampling):
             listed = self._shortlist.now
             return listed.token_ids_S[self._logits(states_RD, listed.head).argmax(-1)], None
@@ -313,10 +322,7 @@ class Eagle(Drafter):
         if not any(span.counts_N.any() for span in fresh):
             return []
         spans = fresh + [self._span(run, rejected_only, is_fresh=False) for run in _runs(replayed)]
-        for span in spans:
-            self._shortlist.note(span.token_ids_N)
-        self._shortlist.choose()
-        return spans
+        return Batch(spans, self._shortlist.holding(torch.cat([span.token_ids_N for span in spans])))
 
     def _span(self, records: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> Span:
         trace, first = records[0].trace, max(1, records[0].start)  # row 0 has no state before it
@@ -344,7 +350,7 @@ class Eagle(Drafter):
         if not any(span.counts_N.any() for span in batch):
             raise ValueError("a batch without verified rows has no loss")
         layout = _lay_out(batch)
-        (head, target), counts_N = self._scope(layout), layout.counts_N.float()
+        (head, target), counts_N = self._scope(batch, layout), layout.counts_N.float()
         num_rows, weights_EN = counts_N.sum(), []
         for at_M, states_EMD in self._depths(_stacked(candidates), layout, self.unroll):
             rows = TargetRows(*(part[at_M] for part in target))
@@ -366,14 +372,14 @@ class Eagle(Drafter):
             depths.append((logits, TargetRows(*(part[at_M] for part in target))))
         return depths
 
-    def _scope(self, layout: _Layout) -> tuple[FrozenProduct, TargetRows]:
+    def _scope(self, batch: Sequence[Span], layout: _Layout) -> tuple[FrozenProduct, TargetRows]:
         """The head to learn through, and the target's rows over its tokens: greedy rows learn what greedy drafts choose
         from, if their own tokens are all there."""
-        listed = self._shortlist.now
-        columns_N = listed.columns(layout.token_ids_N)
-        if columns_N is None or layout.temperatures_N.any():
+        listed = batch.listed if isinstance(batch, Batch) else None
+        columns_N = None if listed is None or layout.temperatures_N.any() else listed.columns(layout.token_ids_N)
+        if listed is None or columns_N is None:
             return self._head, self._target_rows(layout)
-        probs_NS = self._logits(layout.target_states_ND, listed.head).softmax(-1)
+        probs_NS = listed.target_logits(layout.target_states_ND).softmax(-1)
         return listed.head, TargetRows(probs_NS, columns_N, layout.temperatures_N)
 
     def _target_rows(self, layout: _Layout) -> TargetRows:

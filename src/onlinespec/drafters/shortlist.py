@@ -15,9 +15,9 @@ Axis letters: N rows, S tokens of the list, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.models.linear import FrozenProduct, MakeLinear
@@ -27,11 +27,17 @@ _SHARE = 16  # of the vocabulary one token in so many, once that is more
 _DECAY = 0.95  # of counts, from one request to the next
 
 
-class Listed(NamedTuple):
-    """The tokens of a list, in the order of their ids, and their rows of the head."""
+class Listed:
+    """The tokens of a list, in the order of their ids, and their rows of the head; never changes."""
 
-    token_ids_S: Tensor
-    head: FrozenProduct
+    def __init__(self, token_ids_S: Tensor, head_SD: Tensor, make_linear: MakeLinear) -> None:
+        self.token_ids_S = token_ids_S
+        self.head = FrozenProduct(head_SD, make_linear)  # as drafts are made
+        self._head_SD = head_SD
+
+    def target_logits(self, states_ND: Tensor) -> Tensor:
+        """What the target says of the listed tokens, in full precision, float32 [N, S]."""
+        return F.linear(states_ND, self._head_SD).float()
 
     def columns(self, token_ids_N: Tensor) -> Tensor | None:
         """Where in the list each token is; None unless all of them are there."""
@@ -47,31 +53,47 @@ class Shortlist:
     """
 
     def __init__(self, head_VD: Tensor, make_linear: MakeLinear, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"a shortlist of {size} tokens can't be drafted from; it must have at least 1")
         self._head_VD, self._make_linear = head_VD, make_linear
         V = len(head_VD)
         self._size = min(V, size or max(_LEAST_SIZE, V // _SHARE))
         # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
         self._unseen_V = torch.linspace(1e-6, 0, V, dtype=torch.float64)
         self._counts_V = torch.zeros(V, dtype=torch.float64)
-        self._now: Listed | None = None
+        self._chosen: Listed | None = None
+        self._is_stale = True
 
     @property
     def now(self) -> Listed:
-        """The list as it was last chosen."""
-        return self._now or self.choose()
+        """What to draft from: chosen as the newest request began. Work is done only when asked for."""
+        if self._is_stale or self._chosen is None:
+            self._chosen, self._is_stale = self._choose(self._counts_V), False
+        return self._chosen
 
-    def note(self, token_ids: Sequence[int] | Tensor) -> None:
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """One more request: what was seen before weighs less, and the list is chosen anew."""
+        self._counts_V *= _DECAY
+        self.note(prompt_ids)
+        self._is_stale = True
+
+    def note(self, token_ids: Sequence[int]) -> None:
         """These tokens were seen."""
-        ids = torch.as_tensor(token_ids, dtype=torch.int64, device="cpu")
+        ids = torch.tensor(token_ids, dtype=torch.int64)
         self._counts_V.index_put_((ids,), torch.ones((), dtype=torch.float64), accumulate=True)
 
-    def age(self) -> None:
-        """One more request: what was seen before weighs less."""
-        self._counts_V *= _DECAY
+    def holding(self, token_ids_N: Tensor) -> Listed:
+        """A list of the same size with these tokens on it before all others; what is drafted from stays as it is."""
+        listed = self.now
+        if listed.columns(token_ids_N) is not None:
+            return listed
+        weights_V = self._counts_V.clone()
+        weights_V[token_ids_N.cpu()] = torch.inf
+        return self._choose(weights_V)
 
-    def choose(self) -> Listed:
-        """Chooses anew. Rows of the head are copied only if the choice changed."""
-        chosen_S = (self._counts_V + self._unseen_V).topk(self._size).indices.sort().values.to(self._head_VD.device)
-        if self._now is None or not torch.equal(chosen_S, self._now.token_ids_S):
-            self._now = Listed(chosen_S, FrozenProduct(self._head_VD[chosen_S], self._make_linear))
-        return self._now
+    def _choose(self, weights_V: Tensor) -> Listed:
+        """Rows of the head are copied only if the choice differs from the last one."""
+        chosen_S = (weights_V + self._unseen_V).topk(self._size).indices.sort().values.to(self._head_VD.device)
+        if self._chosen is not None and torch.equal(chosen_S, self._chosen.token_ids_S):
+            return self._chosen
+        return Listed(chosen_S, self._head_VD[chosen_S], self._make_linear)

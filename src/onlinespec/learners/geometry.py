@@ -55,7 +55,7 @@ class Diagonal:
     Args:
         full_loss: Below this loss, in its own units, directions shorten in proportion, like a capped Polyak step: at
             full length every weight moves as far for a small loss as for a large one, which a drafter that starts well
-            pays for. 0 for never.
+            pays for. A loss that is NaN moves nothing. 0 for never.
 
     Reference: Adam, arXiv:1412.6980; the capped Polyak step, arXiv:2002.10542.
     """
@@ -73,7 +73,7 @@ class Diagonal:
         num_rounds = state.num_rounds + 1
         first_scale = 1 - self.first_decay**num_rounds
         second_scale = (1 - self.second_decay**num_rounds) ** 0.5
-        length = max(0.0, min(1.0, loss / self.full_loss)) if self.full_loss else 1.0
+        length = max(0.0, min(loss / self.full_loss, 1.0)) if self.full_loss else 1.0
         first, second, moves = {}, {}, {}
         for name, g in grads.items():
             g = g.float()
