@@ -117,7 +117,7 @@ def test_columns_are_places_in_the_list_and_none_if_one_is_missing():
 
 
 def eagle(size):
-    """Weights that are far from random behaviour, drafting from a list of the given size."""
+    """Random weights, drafting from a list of the given size."""
     fresh = Eagle.fresh(TARGET)
     params = other_weights(fresh.weights, seed=1, scale=0.2).params
     return Eagle(TARGET, fresh.config, params, make_linear=PlainLinear, shortlist=size)
@@ -132,7 +132,7 @@ def test_answers_are_plain_decodings_whatever_is_listed(size):
 
 
 def proposals(size, sampling):
-    """Every draft of some requests, and the tokens that had been seen before each."""
+    """Every draft of some requests."""
     drafter, drafts = eagle(size), []
     propose = drafter.propose
 

@@ -74,9 +74,9 @@ class Span(NamedTuple):
 
 
 class Batch(list[Span]):
-    """The spans of a round, and the tokens that greedy rows are learned over."""
+    """The spans of a round, and the tokens they are learned over if all are greedy; None for the vocabulary."""
 
-    def __init__(self, spans: Sequence[Span], listed: Listed) -> None:
+    def __init__(self, spans: Sequence[Span], listed: Listed | None) -> None:
         super().__init__(spans)
         self.listed = listed
 
@@ -322,7 +322,9 @@ class Eagle(Drafter):
         if not any(span.counts_N.any() for span in fresh):
             return []
         spans = fresh + [self._span(run, rejected_only, is_fresh=False) for run in _runs(replayed)]
-        return Batch(spans, self._shortlist.holding(torch.cat([span.token_ids_N for span in spans])))
+        is_greedy = not any(span.temperature for span in spans)
+        listed = self._shortlist.holding(torch.cat([span.token_ids_N for span in spans])) if is_greedy else None
+        return Batch(spans, listed)
 
     def _span(self, records: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> Span:
         trace, first = records[0].trace, max(1, records[0].start)  # row 0 has no state before it
@@ -376,7 +378,7 @@ class Eagle(Drafter):
         """The head to learn through, and the target's rows over its tokens: greedy rows learn what greedy drafts choose
         from, if their own tokens are all there."""
         listed = batch.listed if isinstance(batch, Batch) else None
-        columns_N = None if listed is None or layout.temperatures_N.any() else listed.columns(layout.token_ids_N)
+        columns_N = listed.columns(layout.token_ids_N) if listed else None
         if listed is None or columns_N is None:
             return self._head, self._target_rows(layout)
         probs_NS = listed.target_logits(layout.target_states_ND).softmax(-1)
