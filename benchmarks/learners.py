@@ -59,18 +59,20 @@ OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "ensemble/with_frozen=true",
     "osd",
     "osd/step_size=1e-3",
-    "momentum/geometry=preconditioned/step_size=1e-3",
-    "online_gradient/geometry=preconditioned/step_size=5.42e-3",  # momentum's effective step
+    "momentum",
+    "online_gradient/step_size=5.42e-3",  # momentum's effective step
     "reset_to_merged",
     "online_gradient/step_size=1.444e-3",  # reset_to_merged's effective step
-    "online_gradient/geometry=preconditioned",
-    "optimistic/geometry=preconditioned",
+    "optimistic/step_size=5e-4",
+    "optimistic/hint_decay=0.9",
+    "online_gradient/geometry=diagonal",
+    "optimistic/geometry=diagonal",
     "online_gradient/step_size=3e-4/replay_every=0",
     "online_gradient/replay_every=0",
     "online_gradient/step_size=3e-3/replay_every=0",
     "optimistic/replay_every=0",
     "ensemble/replay_every=0",
-    "momentum/geometry=preconditioned/step_size=1e-3/replay_every=0",
+    "momentum/replay_every=0",
     "reset_to_merged/replay_every=0",
 )
 

@@ -320,9 +320,9 @@ def test_compare_writes_its_files_and_shows_the_table(run, tmp_path):
     status, shown, _ = run(*COMPARE, "builtin:sql", "--drafter", "drafter", *options)
     assert status == 0
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "requests.jsonl"]
-    assert [one.learner for one in read_report(out / "report.json").runs] == ["none", "frozen", "optimistic"]
-    assert all(name in shown for name in ("none", "frozen", "optimistic", "4 of 4"))
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["frozen", "optimistic"]
+    assert [one.learner for one in read_report(out / "report.json").runs] == ["none", "frozen", "online_gradient"]
+    assert all(name in shown for name in ("none", "frozen", "online_gradient", "4 of 4"))
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["frozen", "online_gradient"]
     assert_refused(run(*COMPARE, "--out", out), "results of another run")
 
 
@@ -496,7 +496,7 @@ def test_ctrl_c_leaves_whole_files(tmp_path):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "what was finished is kept" in err
-    assert "optimistic" in shown
+    assert "online_gradient" in shown
     report = read_report(out / "report.json")
     assert report.provenance["partial"] is True
     lines = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]

@@ -114,8 +114,8 @@ def test_where_steps_shorten_reaches_the_geometries_that_can(geometry):
     ("loss", "full_loss"), [("auto", 4), ("soft_cross_entropy", 4), ("jsd", 0), ("total_variation", 0)]
 )
 def test_steps_shorten_by_themselves_only_with_losses_that_are_cross_entropies(loss, full_loss):
-    assert learner_of(parse(f"optimistic/loss={loss}")).geometry == Diagonal(full_loss=full_loss)
-    assert learner_of(parse(f"optimistic/loss={loss}/full_loss=2")).geometry == Diagonal(full_loss=2)
+    assert learner_of(parse(f"optimistic/loss={loss}")).geometry == Preconditioned(full_loss=full_loss)
+    assert learner_of(parse(f"optimistic/loss={loss}/full_loss=2")).geometry == Preconditioned(full_loss=2)
 
 
 @pytest.mark.parametrize("name", ["Unannotated", "part"])
@@ -245,7 +245,7 @@ def test_a_learner_from_elsewhere_takes_settings_like_ours(theirs, name):
 def test_a_learner_that_extends_ours_has_its_settings_too(theirs):
     config = parse(f"{theirs}:Boosted/pool=1:2/clip_norm=inf")
     assert config.learner == f"{theirs}:Boosted"
-    assert (learner_of(config).pool, type(learner_of(config).geometry)) == ((1, 2), Diagonal)
+    assert (learner_of(config).pool, type(learner_of(config).geometry)) == ((1, 2), Preconditioned)
 
 
 # What is refused

@@ -87,9 +87,9 @@ ROW_CHOICES = ("all", "rejected")
 class LearnConfig:
     """How a drafter learns inline. Rows are verified positions; a round trains each of its rows once."""
 
-    learner: str = "optimistic"
+    learner: str = "online_gradient"
     step_size: float = 1e-3  # for drafters of about a million parameters
-    geometry: str = "diagonal"  # or "euclidean", "preconditioned"
+    geometry: str = "preconditioned"  # or "diagonal", "euclidean"
     clip_norm: float = 1.0
     full_loss: float | None = None  # loss of all drafting depths together below which the diagonal geometries' steps
     # shorten in proportion; 0 for never; None for 4 nats with cross-entropies, and never with other losses

@@ -22,9 +22,9 @@ from onlinespec.tables import resolve
 
 # Names for whole settings, as the lines they stand for.
 PRESETS = {
-    # Online Speculative Decoding, arXiv:2310.07177: one step per eight requests, on the rejected positions, used once.
-    "osd": "online_gradient/step_size=1e-4/clip_norm=inf/full_loss=0/rows=rejected/requests_per_round=8"
-    "/max_rows=1000000/loss=soft_cross_entropy/replay_every=0/budget=inf",
+    # Online Speculative Decoding, arXiv:2310.07177: one Adam step per eight requests, on rejected positions, used once.
+    "osd": "online_gradient/step_size=1e-4/geometry=diagonal/clip_norm=inf/full_loss=0/rows=rejected"
+    "/requests_per_round=8/max_rows=1000000/loss=soft_cross_entropy/replay_every=0/budget=inf",
 }
 
 _CROSS_ENTROPIES = ("auto", "soft_cross_entropy", "cross_entropy", "mix")

@@ -72,7 +72,8 @@ class Learning:
     step_size: float = LearnConfig.step_size
     """Rate of learning; 1e-3 suits drafters of about a million parameters, 1e-4 of a hundred million."""
     geometry: str = LearnConfig.geometry
-    """Norm of the updates: diagonal (Adam-like), preconditioned (the same without averaging) or euclidean."""
+    """Norm of the updates: preconditioned (per-weight scales), diagonal (Adam: averages gradients too) or
+    euclidean (the gradient itself)."""
     loss: str = LearnConfig.loss
     """What is learned: auto (the committed token when greedy, the whole row when sampled), soft_cross_entropy,
     cross_entropy, mix, reverse_kl, jsd, total_variation."""
@@ -158,7 +159,7 @@ class Compare:
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
     ] = None
     """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
-    learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,optimistic"
+    learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,online_gradient"
     """Separated by commas: none (plain decoding), frozen, online_gradient, optimistic, ensemble, surrogate_ensemble,
     osd, momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings, as in ensemble/with_frozen=true."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None

@@ -18,7 +18,7 @@ from onlinespec.models.loading import Target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
 
-DEMO_LEARNERS = "none,frozen,optimistic"
+DEMO_LEARNERS = "none,frozen,online_gradient"
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 
 

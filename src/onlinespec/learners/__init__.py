@@ -18,7 +18,7 @@ LEARNERS = {
 
 
 def make_learner(
-    name: str, step_size: float, geometry: str | Geometry = "diagonal", clip_norm: float = 1.0, **options: Any
+    name: str, step_size: float, geometry: str | Geometry = "preconditioned", clip_norm: float = 1.0, **options: Any
 ) -> Learner:
     """A learner from its table name, or from "pkg.module:Class".
 

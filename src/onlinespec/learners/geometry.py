@@ -77,7 +77,7 @@ class Diagonal:
         first, second, moves = {}, {}, {}
         for name, g in grads.items():
             g = g.float()
-            first[name] = torch.lerp(state.first[name], g, 1 - self.first_decay)
+            first[name] = torch.lerp(state.first[name], g, 1 - self.first_decay) if self.first_decay else g
             second[name] = (state.second[name] * self.second_decay).addcmul_(g, g, value=1 - self.second_decay)
             # (first / first_scale) / (sqrt(second) / second_scale + epsilon), without a temporary for each operation
             root = second[name].sqrt().add_(self.epsilon * second_scale)
@@ -89,7 +89,8 @@ class Diagonal:
 class Preconditioned(Diagonal):
     """Each gradient over the root of the averaged squares, without an average of its own: RMSprop's, bias-corrected.
 
-    With it `optimistic` is optimism alone; the average in `diagonal` is momentum of a kind.
+    With it `optimistic` is optimism alone; the average in `diagonal` is momentum of a kind. Measured online, it
+    learns more than `diagonal` on streams that shift (docs/log.md).
     """
 
     first_decay: float = 0.0
