@@ -63,6 +63,9 @@ OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "online_gradient/step_size=5.42e-3",  # momentum's effective step
     "reset_to_merged",
     "online_gradient/step_size=1.444e-3",  # reset_to_merged's effective step
+    "momentum/step_size=1e-4",
+    "optimistic/step_size=1e-4",
+    "online_gradient/step_size=5.42e-4",
     "optimistic/step_size=5e-4",
     "optimistic/hint_decay=0.9",
     "online_gradient/geometry=diagonal",
@@ -75,6 +78,8 @@ OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "momentum/replay_every=0",
     "reset_to_merged/replay_every=0",
 )
+
+ABRUPT = ("all", "first visit, last third", "return, first tenth", "return", "kept", "learning", "net, computed")
 
 STEP_COST = 1.2  # of a step at K = 2, in plain steps, on the Intel Xeon of docs/log.md ...
 COSTS = {0.0: (1.0, 0.007), 0.8: (1.25, 0.016)}  # ... and of a round and its rows, by temperature: `calibration` tells
@@ -312,7 +317,7 @@ def run_tables(options: Tables) -> None:
         columns = ["regret_upper", "regret_vs_frozen", "regret_vs_best_expert"]
         columns += ["hint_error_ratio", "direction_hint_error_ratio"]
         _print_table(
-            ["method", "all", "first visit, last third", "return, first tenth", "return", "kept", "learning", *columns],
+            ["method", *ABRUPT, *columns],
             [
                 _abrupt_row(m, cells[temperature, m, "abrupt"], columns)
                 for m in methods
@@ -348,7 +353,7 @@ def _step_size(method: str) -> str:
 
 def _abrupt_row(method: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
     visits = [row["visits"] for row in rows]
-    shares = [row["work"] / (row["steps"] * STEP_COST + row["work"]) for row in rows]
+    times = [row["steps"] * STEP_COST + row["work"] for row in rows]  # in plain steps, prompts left out
     return [
         f"`{method}`",
         _spread(rows, "acceptance_length"),
@@ -356,7 +361,8 @@ def _abrupt_row(method: str, rows: Sequence[dict[str, Any]], columns: Sequence[s
         _mean_sd([v[-1]["first_tenth"] for v in visits]),
         _mean_sd([v[-1]["acceptance_length"] for v in visits]),
         f"{statistics.mean(v[-1]['acceptance_length'] / v[0]['last_third'] for v in visits):.2f}",
-        f"{statistics.mean(shares):.1%}",
+        f"{statistics.mean(row['work'] / time for row, time in zip(rows, times, strict=True)):.1%}",
+        _mean_sd([row["tokens"] / time for row, time in zip(rows, times, strict=True)]),
         *(_spread(rows, name, digits=2) for name in columns),
     ]
 
