@@ -80,6 +80,13 @@ OTHERS = (  # on the abrupt stream, where memory and step size matter most
 )
 
 ABRUPT = ("all", "first visit, last third", "return, first tenth", "return", "kept", "learning", "net, computed")
+REGRETS = (
+    "regret_upper",
+    "regret_vs_frozen",
+    "regret_vs_best_expert",
+    "hint_error_ratio",
+    "direction_hint_error_ratio",
+)
 
 STEP_COST = 1.2  # of a step at K = 2, in plain steps, on the Intel Xeon of docs/log.md ...
 COSTS = {0.0: (1.0, 0.007), 0.8: (1.25, 0.016)}  # ... and of a round and its rows, by temperature: `calibration` tells
@@ -289,18 +296,23 @@ def _read(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def run_tables(options: Tables) -> None:
-    """Acceptance length by method and stream, mean and standard deviation over seeds; hindsight; regrets; returns."""
+    """Acceptance length by method and stream, mean and standard deviation over seeds; hindsight; returns; regret."""
     cells: Cells = defaultdict(list)
-    for row in _read(options.rows):
+    rows = list(_read(options.rows))
+    for row in rows:
         cells[row["temperature"], row["method"], row["stream"]].append(row)
-    names = list(dict.fromkeys(stream for _, _, stream in cells))
-    methods = list(dict.fromkeys(method for _, method, _ in cells))
-    for temperature in sorted({temperature for temperature, _, _ in cells}):
-        main = [m for m in methods if any(cells.get((temperature, m, s)) for s in names if s != "abrupt")]
+    print(f"{len(rows)} rows; " + "; ".join(_told(rows, name) for name in ("commit", "processor", "seed")))
+    for temperature in TEMPERATURES:
+        methods = [m for m in MAIN + OTHERS if cells.get((temperature, m, "abrupt"))]
+        names = [s for s in Replay.streams if any(cells.get((temperature, m, s)) for m in methods)]
         print(f"\n### Temperature {temperature:g}: acceptance length\n")
         _print_table(
             ["method", *names],
-            [[f"`{m}`", *(_spread(cells[temperature, m, s], "acceptance_length") for s in names)] for m in main],
+            [
+                [f"`{m}`", *(_spread(cells[temperature, m, s], "acceptance_length") for s in names)]
+                for m in methods
+                if m in MAIN
+            ],
         )
         print(f"\n### Temperature {temperature:g}: against `online_gradient` at one step size, chosen in hindsight\n")
         _print_table(
@@ -313,17 +325,18 @@ def run_tables(options: Tables) -> None:
             ],
             [_hindsight_row(cells, temperature, s) for s in names],
         )
+        abrupt = {m: cells[temperature, m, "abrupt"] for m in methods}
         print(f"\n### Temperature {temperature:g}: the abrupt stream\n")
-        columns = ["regret_upper", "regret_vs_frozen", "regret_vs_best_expert"]
-        columns += ["hint_error_ratio", "direction_hint_error_ratio"]
+        _print_table(["method", *ABRUPT], [_abrupt_row(m, rows) for m, rows in abrupt.items()])
+        print(f"\n### Temperature {temperature:g}: regret and hints on the abrupt stream\n")
         _print_table(
-            ["method", *ABRUPT, *columns],
-            [
-                _abrupt_row(m, cells[temperature, m, "abrupt"], columns)
-                for m in methods
-                if cells[temperature, m, "abrupt"]
-            ],
+            ["method", *REGRETS],
+            [[f"`{m}`", *(_spread(rows, name, digits=2) for name in REGRETS)] for m, rows in abrupt.items()],
         )
+
+
+def _told(rows: Sequence[dict[str, Any]], name: str) -> str:
+    return f"{name} " + ", ".join(str(value) for value in sorted({row[name] for row in rows}))
 
 
 def _hindsight_row(cells: Cells, temperature: float, stream: str) -> list[str]:
@@ -351,7 +364,7 @@ def _step_size(method: str) -> str:
     return f"{parse(method).step_size:g}"
 
 
-def _abrupt_row(method: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+def _abrupt_row(method: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     visits = [row["visits"] for row in rows]
     times = [row["steps"] * STEP_COST + row["work"] for row in rows]  # in plain steps, prompts left out
     return [
@@ -363,7 +376,6 @@ def _abrupt_row(method: str, rows: Sequence[dict[str, Any]], columns: Sequence[s
         f"{statistics.mean(v[-1]['acceptance_length'] / v[0]['last_third'] for v in visits):.2f}",
         f"{statistics.mean(row['work'] / time for row, time in zip(rows, times, strict=True)):.1%}",
         _mean_sd([row["tokens"] / time for row, time in zip(rows, times, strict=True)]),
-        *(_spread(rows, name, digits=2) for name in columns),
     ]
 
 

@@ -135,7 +135,7 @@ class InlineLearning:
             self._last_good = self._drafter.weights
             self._pace(scores, before, played_loss)
         num_rows = sum(record.num_rows for record in (*rows, *replayed))
-        self.budget.spend(num_rows, scores.num_evaluations)
+        self.budget.spend(num_rows, scores.num_evaluations + self._learner.extra_work)
         self.num_rows += num_rows
         self.last_loss = played_loss
         self._play(state)

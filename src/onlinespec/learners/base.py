@@ -44,6 +44,11 @@ class Learner(Protocol):
     def update(self, evaluate: Evaluate, state: Any) -> Any:
         """The state after one round."""
 
+    @property
+    def extra_work(self) -> float:
+        """What a round costs beside the evaluations asked for, in evaluations with gradient; the budget counts it."""
+        return 0.0
+
     def expect(self, domain: str, state: Any) -> Any:
         """The state once it is known whose traffic comes next; most learners don't mind."""
         return state

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from onlinespec.learners import make_learner
 from onlinespec.learners.base import Evaluate, Evaluation, Learner, Params
-from onlinespec.learners.geometry import Diagonal, Geometry, averaged, check_pool, inner_product, is_finite
+from onlinespec.learners.geometry import Geometry, Preconditioned, averaged, check_pool, inner_product, is_finite
 
 _GAP_DECAY = 0.8  # of the averaging gap's moving average, per round
 _LEAST_GAP = 1e-4  # nats; less is rounding
+_MOVE_COST = 0.25  # of a round, for another expert that moves by the same gradient: benchmarks/rounds.py
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Ensemble(Learner):
     """
 
     step_size: float
-    geometry: Geometry = Diagonal()
+    geometry: Geometry = Preconditioned()
     clip_norm: float = 1.0
     step_size_pool: tuple[float, ...] = ()
     base: str = "online_gradient"
@@ -221,6 +222,10 @@ class SurrogateEnsemble(Ensemble):
     """
 
     meta_step_size: float = 0.1
+
+    @property
+    def extra_work(self) -> float:
+        return _MOVE_COST * (len(self.experts) - 1)
 
     def _evaluations(
         self, evaluate: Evaluate, state: EnsembleState

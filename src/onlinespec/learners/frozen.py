@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onlinespec.learners.base import Evaluate, Learner, Params
-from onlinespec.learners.geometry import Diagonal, Geometry
+from onlinespec.learners.geometry import Geometry, Preconditioned
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Frozen(Learner):
     """Plays its start for ever and asks for no gradient; every other learner is compared with it."""
 
     step_size: float = 0.0
-    geometry: Geometry = Diagonal()
+    geometry: Geometry = Preconditioned()
     clip_norm: float = 1.0
 
     needs_gradient = False

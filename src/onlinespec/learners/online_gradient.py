@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from onlinespec.learners.base import Evaluate, Learner, Params
-from onlinespec.learners.geometry import Diagonal, Geometry, Point, clip_by_norm
+from onlinespec.learners.geometry import Geometry, Point, Preconditioned, clip_by_norm
 
 
 class OnlineGradientState(NamedTuple):
@@ -28,7 +28,7 @@ class OnlineGradient(Learner):
     """
 
     step_size: float
-    geometry: Geometry = Diagonal()
+    geometry: Geometry = Preconditioned()
     clip_norm: float = 1.0
 
     def init(self, params: Params) -> OnlineGradientState:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from onlinespec.learners.base import Evaluate, Learner, Params
-from onlinespec.learners.geometry import Diagonal, Geometry, Point, clip_by_norm, squared_distance, squared_norm
+from onlinespec.learners.geometry import Geometry, Point, Preconditioned, clip_by_norm, squared_distance, squared_norm
 
 _MOST_DOMAINS = 16
 
@@ -52,7 +52,7 @@ class OptimisticGradient(Learner):
     """
 
     step_size: float
-    geometry: Geometry = Diagonal()
+    geometry: Geometry = Preconditioned()
     clip_norm: float = 1.0
     hint_decay: float = 0.0
     hint_by_domain: bool = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from onlinespec.learners.base import Evaluate, Learner, Params
-from onlinespec.learners.geometry import Diagonal, Geometry, Point, averaged, check_pool, clip_by_norm
+from onlinespec.learners.geometry import Geometry, Point, Preconditioned, averaged, check_pool, clip_by_norm
 
 
 class ResetToMergedState(NamedTuple):
@@ -36,7 +36,7 @@ class ResetToMerged(Learner):
     """
 
     step_size: float
-    geometry: Geometry = Diagonal()
+    geometry: Geometry = Preconditioned()
     clip_norm: float = 1.0
     step_size_pool: tuple[float, ...] = ()
     temperature: float = 1.2
