@@ -366,7 +366,8 @@ def _step_size(method: str) -> str:
 
 def _abrupt_row(method: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     visits = [row["visits"] for row in rows]
-    times = [row["steps"] * STEP_COST + row["work"] for row in rows]  # in plain steps, prompts left out
+    steps = [row["steps"] * STEP_COST for row in rows]  # in plain ones; what learning costs is in drafted ones
+    times = [drafted + row["work"] * STEP_COST for drafted, row in zip(steps, rows, strict=True)]
     return [
         f"`{method}`",
         _spread(rows, "acceptance_length"),
@@ -374,7 +375,7 @@ def _abrupt_row(method: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         _mean_sd([v[-1]["first_tenth"] for v in visits]),
         _mean_sd([v[-1]["acceptance_length"] for v in visits]),
         f"{statistics.mean(v[-1]['acceptance_length'] / v[0]['last_third'] for v in visits):.2f}",
-        f"{statistics.mean(row['work'] / time for row, time in zip(rows, times, strict=True)):.1%}",
+        f"{statistics.mean(row['work'] / row['steps'] for row in rows):.1%}",
         _mean_sd([row["tokens"] / time for row, time in zip(rows, times, strict=True)]),
     ]
 

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from checkpoints import save_tiny
 
 import onlinespec.compare
 import onlinespec.decode
+from onlinespec.calibration import Costs
 from onlinespec.compare import TIE_GAP, Comparing, Comparison, is_tie
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.core import Verdict
@@ -109,14 +111,39 @@ def test_several_settings_of_one_learner_are_runs_of_their_own(target, data):
 
 
 def test_what_learning_costs_is_measured_if_asked_and_told(target, data):
-    measured = run(target, data(), measures_costs=True).provenance
+    (measured,) = run(target, data(), measures_costs=True).provenance["learn_costs"]
     assert 0 < measured["row_cost"] < 100
     assert 0 <= measured["round_cost"] < 100
-    assert "row_cost" not in run(target, data()).provenance
+    assert "learn_costs" not in run(target, data()).provenance
 
 
-def test_the_report_says_what_auto_learns_by(target, data):
-    assert "75 % the committed token" in run(target, data()).provenance["loss"][0]
+def test_costs_are_measured_as_requests_decode_at_each_temperature(target, data, monkeypatch):
+    asked = []
+
+    def measured(target, drafter, config, params):
+        asked.append(params.sampling.temperature)
+        return Costs(1.0, 0.01 * len(asked))
+
+    monkeypatch.setattr("onlinespec.compare.measure_costs", measured)
+    report = run(target, data(), measures_costs=True, temperatures=(0.0, 0.8), repeats=2)
+    assert asked == [0.0, 0.8]
+    told = [(costs["temperature"], costs["row_cost"]) for costs in report.provenance["learn_costs"]]
+    assert told == [(0.0, 0.01), (0.8, 0.02)]
+
+
+def test_a_round_that_scores_nothing_finite_leaves_a_report_that_can_be_read(target, data, tmp_path):
+    learner = "ensemble/geometry=euclidean/step_size_pool=1e-2:1e30"
+    learn = LearnConfig(min_interval=8, max_interval=8, telemetry=True)
+    run(target, data(), learners=("none", learner), learn=learn, out=tmp_path)
+    (watched,) = [one for one in read_report(tmp_path / "report.json").runs if one.learner == learner]
+    assert all(math.isfinite(one.kl) for one in watched.telemetry.rounds)
+
+
+def test_the_report_says_what_each_learner_learns_by(target, data):
+    loss = run(target, data(), learners=("none", "online_gradient", "osd")).provenance["loss"]
+    assert set(loss) == {"online_gradient", "osd"}
+    assert "75 % the committed token" in loss["online_gradient"][0]
+    assert loss["osd"] == ["soft_cross_entropy"]
 
 
 @pytest.mark.parametrize("line", ["magic", "online_gradient/magic=1", "ensemble/discount=2"])

@@ -31,7 +31,7 @@ def drafter():
     return Eagle.fresh(TARGET)
 
 
-def learn(drafter, learner="online_gradient", step_size=5e-3, config=OFTEN, geometry="diagonal"):
+def learn(drafter, learner="online_gradient", step_size=5e-3, config=OFTEN, geometry="preconditioned"):
     return InlineLearning(drafter, make_learner(learner, step_size, geometry), config)
 
 
@@ -215,7 +215,7 @@ def test_learning_keeps_to_its_share_of_the_work(drafter, share):
 
 @pytest.mark.parametrize(("name", "least", "most"), [("ensemble", 2.5, 4.5), ("surrogate_ensemble", 1.3, 2.0)])
 def test_an_ensemble_pays_for_each_of_its_experts(drafter, name, least, most):
-    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=16, budget=0.1, round_cost=0.0, row_cost=0.05)
+    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=16, budget=0.03, round_cost=0.0, row_cost=0.05)
     alone = learn(drafter, config=config)
     together = InlineLearning(Eagle.fresh(TARGET), config=parse(name, config))
     for learning in (alone, together):
@@ -224,6 +224,17 @@ def test_an_ensemble_pays_for_each_of_its_experts(drafter, name, least, most):
     per_row = [learning.work / learning.num_rows for learning in (alone, together)]
     assert least < per_row[1] / per_row[0] < most
     assert together.num_rows < alone.num_rows
+
+
+# The pace, in the loop
+
+
+@pytest.mark.parametrize(("step_size", "is_rare"), [(0.0, True), (5e-3, False)])
+def test_rounds_become_rare_where_they_bring_nothing_and_only_there(drafter, step_size, is_rare):
+    learning = learn(drafter, step_size=step_size, config=replace(OFTEN, min_interval=4, max_interval=64))
+    for _ in range(4):
+        complete(drafter, learning)
+    assert (learning.cadence.interval == 64) == is_rare
 
 
 # Memory

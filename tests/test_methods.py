@@ -197,6 +197,7 @@ def test_osd_is_what_the_paper_does():
     config = parse("osd")
     assert (config.learner, config.loss, config.rows) == ("online_gradient", "soft_cross_entropy", "rejected")
     assert (config.requests_per_round, config.replay_every) == (8, 0)
+    assert (config.step_size, config.geometry, config.max_rows) == (1e-4, "diagonal", 1_000_000)
     assert math.isinf(config.clip_norm)
     assert config.full_loss == 0
     assert math.isinf(config.budget)

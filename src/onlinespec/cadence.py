@@ -35,7 +35,7 @@ class Cadence:
     def _restart(self) -> None:
         self.interval = self._min
         self._gain = math.nan  # moving average, per round
-        self._rounds_since_probe = 0
+        self._rounds_since_probe, self._is_anew = 0, True
         self._losses = _Spread()
         self._acceptance = _Averages(fast=0.95, slow=0.99)
 
@@ -51,14 +51,20 @@ class Cadence:
             if self._acceptance.slow - self._acceptance.fast > self._DROP:
                 self._restart()
 
-    def observe_round(self, fresh_loss: float) -> None:
-        """Hears of every round's loss before its update."""
+    def observe_round(self, fresh_loss: float) -> bool:
+        """Hears of every round's loss before its update.
+
+        Returns:
+            Whether the traffic has moved since the last round: comparisons start anew with the weights of this one.
+        """
         known = self._losses
         deviation = max(known.deviation, self._LEAST_DEVIATION * known.mean)
         if known.count >= self._LEAST_ROUNDS and fresh_loss > known.mean + self._JUMP * deviation:
             self._restart()
         self._losses.add(fresh_loss)
-        self._rounds_since_probe += 1
+        is_anew, self._is_anew = self._is_anew, False
+        self._rounds_since_probe += not is_anew
+        return is_anew
 
     def observe_gain(self, gain: float) -> None:
         """Hears what the rounds since the last comparison brought: the older weights' loss less today's."""
@@ -70,7 +76,7 @@ class Cadence:
 
 
 class Budget:
-    """A learner's share of decoding, in work units that a clock does not change: the cost of a plain step is 1.
+    """A learner's share of decoding, in work units that a clock does not change: a step, its drafts included, costs 1.
 
     Every step earns `share`; a round spends what it and its rows cost, as often as it is evaluated. What is not spent
     while rounds are rare is kept, up to some rounds, for the next drift.

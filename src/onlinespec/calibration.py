@@ -19,14 +19,14 @@ _REPEATS = 2
 
 
 class Costs(NamedTuple):
-    """Of learning, in plain steps: for `LearnConfig`."""
+    """Of learning, in steps as requests decode, their drafts included: for `LearnConfig`."""
 
     round_cost: float
     row_cost: float
 
 
 def measure_costs(target: Target, drafter: Drafter, config: LearnConfig, params: GenerationParams) -> Costs:
-    """What a round costs on this machine, in decode steps, by itself and for each of its rows.
+    """What a round costs on this machine, in decode steps with their drafts, by itself and for each of its rows.
 
     Decodes and trains for some seconds, with few rows a round and with many; the drafter's weights are put back.
     Rounded, so that runs on like machines agree; given the numbers, learning asks no clock.

@@ -137,8 +137,12 @@ class Comparing:
         self._provenance = provenance(
             command, target.name, comparison.drafter, target.fingerprint, msgspec.to_builtins(comparison)
         )
-        self._learn = comparison.learn
-        self._provenance["loss"] = [told(comparison.learn.loss, t) for t in comparison.temperatures]
+        self._costs: dict[float, dict[str, Any]] = {}  # of learning, by temperature
+        self._provenance["loss"] = {
+            name: [told(parse(name, comparison.learn).loss, t) for t in comparison.temperatures]
+            for name in comparison.learners
+            if name not in (NONE, FROZEN)
+        }
         self._workloads: dict[str, Workload] = {spec: load_workload(spec) for spec in comparison.data}
         self._make_group()  # so that a drafter or a learner that does not exist is found before anything is written
         if out:
@@ -157,9 +161,9 @@ class Comparing:
         known = sum(counts) * len(settings) if all(counts) else None
         done = 0
         try:
-            self._measure_costs()
             for number, setting in enumerate(settings):
                 self._setting = setting
+                self._measure_costs()
                 self._make_group()
                 self._warm_up()
                 for segment, index, prompt in self._stream():
@@ -290,7 +294,7 @@ class Comparing:
         if name == NONE:
             return _Runner(name, DecodeLoop(self.target), None)
         drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
-        config = parse(name, self._learn)
+        config = parse(name, replace(self.comparison.learn, **self._costs.get(self._setting[0], {})))
         if config.learner != FROZEN and not drafter.is_trainable:
             raise ValueError(
                 f"drafter {self.comparison.drafter} does not learn, so learner {name} has nothing to do; "
@@ -300,13 +304,16 @@ class Comparing:
         return _Runner(name, DecodeLoop(self.target, drafter, learning), learning)
 
     def _measure_costs(self) -> None:
-        """Before the first run: what budgets are counted in, if this machine is to say."""
-        if not self.comparison.measures_costs or {NONE, FROZEN}.issuperset(self.comparison.learners):
+        """Before the first run at a temperature: what budgets are counted in, if this machine is to say."""
+        is_asked = self.comparison.measures_costs and not {NONE, FROZEN}.issuperset(self.comparison.learners)
+        temperature = self._setting[0]
+        if not is_asked or temperature in self._costs:
             return
         drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
-        costs = measure_costs(self.target, drafter, self._learn, self.comparison.generation)._asdict()
-        self._learn = replace(self._learn, **costs)
-        self._provenance |= costs
+        params = replace(self.comparison.generation, sampling=self._sampling())
+        self._costs[temperature] = measure_costs(self.target, drafter, self.comparison.learn, params)._asdict()
+        told_so_far = self._provenance.setdefault("learn_costs", [])
+        told_so_far.append({"temperature": temperature, **self._costs[temperature]})
 
     def _warm_up(self) -> None:
         """A few uncounted tokens per run, so that no run pays for the machine's first calls."""

@@ -71,7 +71,7 @@ class InlineLearning:
 
     @property
     def work(self) -> float:
-        """What learning has cost so far, in plain steps: what the budget counts."""
+        """What learning has cost so far, in steps with their drafts: what the budget counts."""
         return self.budget.spent
 
     @property
@@ -157,7 +157,8 @@ class InlineLearning:
 
     def _pace(self, scores: _Scores, before: Params, played_loss: float) -> None:
         """Tells the cadence what happened, and every few rounds what they have brought."""
-        self.cadence.observe_round(played_loss)
+        if self.cadence.observe_round(played_loss):
+            self._anchor = before
         if self.cadence.wants_probe:
             self.cadence.observe_gain(scores.fresh_loss(self._anchor) - scores.fresh_loss(before))
             self._anchor = before
@@ -195,8 +196,9 @@ class _Scores:
 
     def cheap_loss(self, params: Params) -> float:
         """The same if it is known; else the mean of all that are: an ensemble's experts, around what it plays."""
-        around = [loss for _, loss in self._known if math.isfinite(loss)]
-        if not around or any(weights is params for weights, _ in self._known):
+        around = [loss for _, loss in self._known]
+        is_known = any(weights is params for weights, _ in self._known)
+        if is_known or not around or not all(map(math.isfinite, around)):
             return self.fresh_loss(params)
         return statistics.fmean(around)
 

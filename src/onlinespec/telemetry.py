@@ -58,13 +58,16 @@ class Telemetry:
     ) -> None:
         """Measures a round that has just ended, on its fresh rows, at the weights that played before it.
 
-        Never raises: what can't be measured is told once, and learning goes on unmeasured.
+        Never raises: what can't be measured is told once, and learning goes on unmeasured. A round whose weights score
+        nothing finite is left out.
         """
         if self._has_failed:
             return
         began = time.perf_counter()
         try:
-            self.rounds.append(self._measured(batch, newest, loss(), played, interval, report()))
+            measured = self._measured(batch, newest, loss(), played, interval, report())
+            if _is_finite(measured):
+                self.rounds.append(measured)
         except Exception as error:  # measuring must not stop what it measures
             self._has_failed = True
             log.error("telemetry stopped in round %d (%s: %s)", len(self.rounds), type(error).__name__, error)
@@ -116,6 +119,12 @@ class Telemetry:
             return None, None
         moved = math.sqrt(squared_distance(played, then[0]))
         return moved, float((probs_NV - then[1]).abs().sum(-1).mean() / 2)
+
+
+def _is_finite(measured: Round) -> bool:
+    """Whether sums and charts may count it: the mean of an ensemble can fail where an expert goes on."""
+    figures = (measured.loss, measured.kl, measured.token_loss, measured.acceptance_prob, measured.distance)
+    return all(map(math.isfinite, figures))
 
 
 def _distance(logits_NV: Tensor, target: TargetRows) -> float:
