@@ -118,8 +118,8 @@ def _guarantee(group: Group, styles: Styles) -> Theme:
     )
     return Theme(
         "What the losses guarantee",
-        "From the losses alone follows an acceptance length that a learner cannot stay below on average. The bound is "
-        "loose, and at 1 says nothing; where it is higher, both should rise together.",
+        "If the positions of a step are alike, as OnlineSpec assumes, the losses alone give an acceptance length that a "
+        "learner cannot stay below on average. It is loose, and at 1 says nothing; both should rise together.",
         (chart,),
     )
 

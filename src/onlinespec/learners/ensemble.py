@@ -215,6 +215,8 @@ class SurrogateEnsemble(Ensemble):
     """Experts that all follow the one gradient of the mean, charged for its linear model: <gradient, weights - mean>.
 
     One gradient a round whatever the number of experts; not what OnlineSpec does. By linearity the averaging gap is 0.
+    That gradient is of all rows, replayed ones and deeper ones included, and so is what experts are charged: their
+    reported losses compare with each other and with nothing else.
     Experts that share a gradient never come back together, so a meta step that is large swings from one end of the pool
     to the other; hence the small default.
 

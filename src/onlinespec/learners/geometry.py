@@ -55,7 +55,7 @@ class Diagonal:
     Args:
         full_loss: Below this loss, in its own units, directions shorten in proportion, like a capped Polyak step: at
             full length every weight moves as far for a small loss as for a large one, which a drafter that starts well
-            pays for. A loss that is NaN moves nothing. 0 for never.
+            pays for. A loss that is NaN moves nothing, unless its gradients are NaN too. 0 for never.
 
     Reference: Adam, arXiv:1412.6980; the capped Polyak step, arXiv:2002.10542.
     """
