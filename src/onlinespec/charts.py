@@ -118,7 +118,7 @@ def _guarantee(group: Group, styles: Styles) -> Theme:
     )
     return Theme(
         "What the losses guarantee",
-        "If the positions of a step are alike, as OnlineSpec assumes, the losses alone give an acceptance length that a "
+        "If a step's positions are alike, as OnlineSpec assumes, the losses alone give an acceptance length that a "
         "learner cannot stay below on average. It is loose, and at 1 says nothing; both should rise together.",
         (chart,),
     )
