@@ -2,8 +2,9 @@
 
     python benchmarks/rounds.py [--repeats 31]
 
-Rows are from the target's own answers; the first rounds are not counted. Times are medians, ratios medians of ratios
-round by round with their quartiles, so that a machine whose speed drifts hurts all alike.
+All learn from the same steps, those of one frozen drafter on the target's own answers, so their rounds have the same
+rows and come one after the other; the first ones are not counted. Times are medians, ratios medians of ratios round by
+round with their quartiles, so that a machine whose speed drifts hurts all alike.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 import tyro
 
 from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.core import Feedback
 from onlinespec.drafters import load_drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.methods import parse
@@ -66,6 +69,19 @@ class Timed(InlineLearning):
         self.seconds.append(time.perf_counter() - began)
 
 
+class Together:
+    """Several learnings that hear of the same steps."""
+
+    diagnostic_seconds = 0.0
+
+    def __init__(self, learnings: Sequence[InlineLearning]) -> None:
+        self._learnings = learnings
+
+    def offer(self, feedback: Sequence[Feedback]) -> None:
+        for learning in self._learnings:
+            learning.offer(feedback)
+
+
 def run(options: Rounds) -> None:
     """Prints a table, and adds a line of JSON to `out`."""
     torch.set_num_threads(1)
@@ -73,16 +89,13 @@ def run(options: Rounds) -> None:
     prompts = islice(load_workload(options.data).prompts(0), 2 + options.repeats // 2)
     answers = list(record(target, prompts, GenerationParams(96)))
     config = LearnConfig(max_rows=options.rows, min_interval=24, max_interval=24, replay_every=0, budget=float("inf"))
-    runs = {}
-    for method in METHODS:
-        drafter = load_drafter(options.drafter, target)
-        runs[method] = Timed(drafter, config=parse(method, config)), drafter
+    runs = {m: Timed(load_drafter(options.drafter, target), config=parse(m, config)) for m in METHODS}
+    replaying = Replaying(target, load_drafter(options.drafter, target), Together(list(runs.values())), 2)
     for answer in answers:
-        for learning, drafter in runs.values():
-            Replaying(target, drafter, learning, 3).replay(answer)
-    base = runs["online_gradient"][0].seconds
+        replaying.replay(answer)
+    base = runs["online_gradient"].seconds
     figures = {}
-    for method, (learning, _) in runs.items():
+    for method, learning in runs.items():
         pairs = list(zip(learning.seconds, base, strict=False))[2:]
         ratios = sorted(one / other for one, other in pairs)
         figures[method] = {
