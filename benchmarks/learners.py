@@ -88,8 +88,8 @@ REGRETS = (
     "direction_hint_error_ratio",
 )
 
-STEP_COST = 1.2  # of a step at K = 2, in plain steps, on the Intel Xeon of docs/log.md ...
-COSTS = {0.0: (1.0, 0.007), 0.8: (1.25, 0.016)}  # ... and of a round and its rows, by temperature: `calibration` tells
+STEP_COST = 1.2  # of a step at K = 2, in plain steps, on the Intel Xeon of docs/log.md; next, of a round and its rows,
+COSTS = {0.0: (1.0, 0.007), 0.8: (1.25, 0.016)}  # in such steps, by temperature
 
 Cells = dict[tuple[float, str, str], list[dict[str, Any]]]  # by temperature, method, stream: one row a seed
 

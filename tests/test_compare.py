@@ -136,6 +136,7 @@ def test_a_round_that_scores_nothing_finite_leaves_a_report_that_can_be_read(tar
     learn = LearnConfig(min_interval=8, max_interval=8, telemetry=True)
     run(target, data(), learners=("none", learner), learn=learn, out=tmp_path)
     (watched,) = [one for one in read_report(tmp_path / "report.json").runs if one.learner == learner]
+    assert watched.telemetry.rounds
     assert all(math.isfinite(one.kl) for one in watched.telemetry.rounds)
 
 

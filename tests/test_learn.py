@@ -97,6 +97,15 @@ def test_a_failing_round_freezes_the_drafter_says_so_once_and_decoding_goes_on(d
     assert f"stays at weights version {good.version}" in caplog.text
 
 
+def test_weights_that_score_nothing_finite_are_never_the_last_good_ones(drafter):
+    config = parse("ensemble/geometry=euclidean/step_size_pool=1e-2:1e30", OFTEN)
+    learning, largest = InlineLearning(drafter, config=config), []
+    for _ in DecodeLoop(TARGET, drafter, learning).generate(PROMPT, GenerationParams(60)):
+        largest.append(max(float(p.abs().max()) for p in drafter.weights.params.values()))
+        assert max(float(p.abs().max()) for p in learning._last_good.params.values()) < 1e6
+    assert max(largest) > 1e6  # such weights did play
+
+
 def plain_ids(prompt, num_tokens=40):
     return plain(TARGET, prompt, GenerationParams(num_tokens)).output_ids
 
