@@ -22,7 +22,7 @@ from onlinespec.drafters.eagle import Eagle
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.losses import auto, soft_cross_entropy
-from onlinespec.models.linear import PlainLinear
+from onlinespec.models.linear import PlainLinear, half_product
 from onlinespec.models.loading import load_target
 from onlinespec.sampling import process_logits
 
@@ -515,3 +515,17 @@ def test_drafts_and_learns_for_a_target_in_half_precision(tmp_path, dtype):
     assert learning.num_rounds > 1
     assert not learning.is_frozen
     assert all(p.dtype == torch.float32 for p in drafter.weights.params.values())
+
+
+def test_gradients_from_bfloat16_products_point_where_the_plain_ones_do(eagle):
+    text = random_text(40)
+    batch = eagle.batch([record(trace_of(text), 8, 30)])
+
+    def gradient():
+        params = leaves(eagle)
+        grads = torch.autograd.grad(eagle.loss(params, batch).total, list(params.values()))
+        return torch.cat([grad.flatten() for grad in grads])
+
+    plain = gradient()
+    eagle._product = half_product
+    assert torch.cosine_similarity(gradient(), plain, dim=0) > 0.99

@@ -13,7 +13,10 @@ from onlinespec.models.linear import (
     PlainLinear,
     can_pack,
     draft_linear_for,
+    half_product,
+    learn_product_for,
     linear_for,
+    plain_product,
 )
 
 packs = pytest.mark.skipif(not can_pack(), reason="this processor has no prepacked products")
@@ -47,8 +50,25 @@ def test_a_frozen_product_has_the_gradient_of_the_plain_one(make_linear):
     torch.testing.assert_close(torch.autograd.grad(product, x, grad)[0], grad @ weight, **tolerance)
 
 
+@pytest.mark.parametrize("num_rows", [1, 31, 32, 45])
+@pytest.mark.parametrize("sets", [(), (3,)], ids=["one set of weights", "three"])
+def test_a_half_product_and_both_its_gradients_are_the_plain_ones_but_for_rounding(num_rows, sets):
+    x, weight, grad = draw(*sets, num_rows, 64), draw(*sets, 96, 64), draw(*sets, num_rows, 96)
+    inputs = x.requires_grad_(), weight.requires_grad_()
+    half, plain = half_product(*inputs), plain_product(*inputs)
+    for one, other in zip(
+        (half, *torch.autograd.grad(half, inputs, grad)),
+        (plain, *torch.autograd.grad(plain, inputs, grad)),
+        strict=True,
+    ):
+        assert one.dtype == other.dtype == torch.float32
+        assert one.shape == other.shape
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
 def test_where_packing_is_missing_the_plain_product_serves(monkeypatch):
     monkeypatch.setattr(module, "can_pack", lambda: False)
+    assert learn_product_for(torch.device("cpu")) is plain_product
     assert linear_for(torch.device("cpu"), torch.float32) is PlainLinear
     assert draft_linear_for(torch.device("cpu"), torch.float32) is PlainLinear
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from dataclasses import replace
 from typing import NamedTuple
 
 from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
@@ -14,8 +17,8 @@ from onlinespec.learners import make_learner
 from onlinespec.models.loading import Target
 
 _PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening. " * 12  # context costs too
-_INTERVALS = 4, 28  # steps: rounds of few rows, and of many
-_REPEATS = 2
+_INTERVAL = 8  # steps: rounds of few rows, and every second one with replayed rows beside them
+_NUM_ANSWERS = 5  # the first is not counted
 
 
 class Costs(NamedTuple):
@@ -28,43 +31,67 @@ class Costs(NamedTuple):
 def measure_costs(target: Target, drafter: Drafter, config: LearnConfig, params: GenerationParams) -> Costs:
     """What a round costs on this machine, in decode steps with their drafts, by itself and for each of its rows.
 
-    Decodes and trains for some seconds, with few rows a round and with many; the drafter's weights are put back.
-    Rounded, so that runs on like machines agree; given the numbers, learning asks no clock.
+    Decodes and trains for some seconds, rounds of few and of many rows taking turns; the drafter's weights are put
+    back. Rounded, so that runs on like machines agree; given the numbers, learning asks no clock.
 
     Args:
         params: How requests decode: drafted tokens and sampling count, for rounds on greedy rows are cheaper.
     """
     weights = drafter.weights
-    few, many = (_cheapest(target, drafter, config, interval, params) for interval in _INTERVALS)
+    rounds, step_seconds = _timed(target, drafter, config, params)
     drafter.swap(weights)
-    if few is None or many is None:  # learning fails, which is not said here
+    middle = statistics.fmean(one.rows for one in rounds) if rounds else 0.0
+    few, many = [one for one in rounds if one.rows < middle], [one for one in rounds if one.rows >= middle]
+    if not few or not many:  # learning fails, which is not said here
         return Costs(config.round_cost, config.row_cost)
-    slope = (many.steps - few.steps) / max(many.rows - few.rows, 1.0)
-    row_cost = float(f"{min(max(slope, 1e-3), many.steps / many.rows):.1g}")
-    return Costs(round(max(many.steps - row_cost * many.rows, 0.0) * 4) / 4, row_cost)
+    (few_rows, few_steps), (many_rows, many_steps) = (_middle(part, step_seconds) for part in (few, many))
+    slope = (many_steps - few_steps) / (many_rows - few_rows)
+    row_cost = float(f"{min(max(slope, 1e-3), many_steps / many_rows):.1g}")
+    return Costs(round(max(few_steps - row_cost * few_rows, 0.0) * 4) / 4, row_cost)
 
 
 class _Round(NamedTuple):
-    rows: float
-    steps: float  # that it costs
+    rows: int
+    seconds: float  # for each time that its rows were evaluated
 
 
-def _cheapest(
-    target: Target, drafter: Drafter, config: LearnConfig, interval: int, params: GenerationParams
-) -> _Round | None:
-    """The mean round of the least disturbed of some answers."""
+class _Timing(InlineLearning):
+    """Learning that keeps the time of each round, and never moves."""
+
+    rounds: tuple[_Round, ...] = ()
+
+    def _round(self) -> None:
+        began, rows, work = time.perf_counter(), self.num_rows, self.work
+        super()._round()
+        if self.work > work:
+            seconds = (time.perf_counter() - began) / (self.work - work)
+            self.rounds = (*self.rounds, _Round(self.num_rows - rows, seconds))
+
+
+def _timed(
+    target: Target, drafter: Drafter, config: LearnConfig, params: GenerationParams
+) -> tuple[tuple[_Round, ...], float]:
+    """Rounds of all answers but the first, and seconds of a step."""
     always = replace(
-        config, budget=math.inf, min_interval=interval, max_interval=interval, requests_per_round=0, replay_every=0,
-        telemetry=False,
+        config, budget=math.inf, min_interval=_INTERVAL, max_interval=_INTERVAL, requests_per_round=0, replay_every=2,
+        telemetry=False, round_cost=1.0, row_cost=1e-9,
     )  # fmt: skip
-    learning = InlineLearning(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
+    learning = _Timing(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
     loop = DecodeLoop(target, drafter, learning)
     params = GenerationParams(64, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
-    prompt_ids, rounds = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2], []
-    for _ in range(_REPEATS):
-        rounds_before, rows_before = learning.num_rounds, learning.num_rows
-        stats = loop.complete(prompt_ids, params).stats
-        if count := learning.num_rounds - rounds_before:
-            cost = stats.learn_seconds / count / (stats.decode_seconds / stats.steps)
-            rounds.append(_Round((learning.num_rows - rows_before) / count, cost))
-    return min(rounds, key=lambda one: one.steps, default=None)
+    prompt_ids, num_first, stats = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2], 0, DecodeStats()
+    for answer in range(_NUM_ANSWERS):
+        answered = loop.complete(prompt_ids, params).stats
+        if answer:
+            stats += answered
+        else:
+            num_first = len(learning.rounds)
+    return learning.rounds[num_first:], stats.decode_seconds / stats.steps
+
+
+def _middle(rounds: list[_Round], step_seconds: float) -> tuple[float, float]:
+    """Mean rows, and the median round's time in steps."""
+    return (
+        statistics.fmean(one.rows for one in rounds),
+        statistics.median(one.seconds for one in rounds) / step_seconds,
+    )

@@ -39,7 +39,14 @@ from onlinespec.models.layer import (
     project,
     rotary_angles,
 )
-from onlinespec.models.linear import FrozenProduct, MakeLinear, draft_linear_for
+from onlinespec.models.linear import (
+    FrozenProduct,
+    MakeLinear,
+    Product,
+    draft_linear_for,
+    learn_product_for,
+    plain_product,
+)
 from onlinespec.models.loading import Target, check_tensors, read_weights
 from onlinespec.sampling import process_logits, sample_rows
 
@@ -117,6 +124,7 @@ class Eagle(Drafter):
         device, target_dtype = target.decoder.device, target.decoder.dtype
         self._make_linear = make_linear or draft_linear_for(device, torch.float32)
         make_head = make_linear or draft_linear_for(device, target_dtype)
+        self._product = plain_product if make_linear else learn_product_for(device)
         self._head = FrozenProduct(target.decoder.head_VD, make_head)
         self._shortlist = Shortlist(target.decoder.head_VD, make_head, shortlist)
         self._embedding_VD = target.decoder.embedding_VD
@@ -407,20 +415,22 @@ class Eagle(Drafter):
                 seen = [part._replace(is_visible_NS=part.is_visible_NS[is_kept_M]) for part in seen]
             if not len(at_M):
                 return
-            inputs_MD = _fuse(params, embedded_ND[at_M], states_MD)
-            k, v = plain_keys_values(config, weights, inputs_MD, angles_NR[at_M])
+            inputs_MD = _fuse(params, embedded_ND[at_M], states_MD, self._product)
+            k, v = plain_keys_values(config, weights, inputs_MD, angles_NR[at_M], self._product)
             own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device) if depth else rows.is_visible_NN
             seen.append(Seen(k, v, own))
-            states_MD = plain_layer(config, weights, inputs_MD, angles_NR[at_M], seen)
+            states_MD = plain_layer(config, weights, inputs_MD, angles_NR[at_M], seen, self._product)
             yield at_M, states_MD
 
     @torch.no_grad()
     def _context(self, params: Params, weights: Params, rows: _Layout, sets: Sequence[int]) -> Seen:
         """Keys and values of the context rows; their own gradient is left out."""
         embedded_CD = F.embedding(rows.context_next_ids_C, self._embedding_VD).float()
-        inputs_CD = _fuse(params, embedded_CD, rows.features_CD.expand(*sets, *rows.features_CD.shape))
+        features_CD = rows.features_CD.expand(*sets, *rows.features_CD.shape)
+        inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)
         angles_CR = rotary_angles(rows.context_positions_C, self._layer_config)
-        return Seen(*plain_keys_values(self._layer_config, weights, inputs_CD, angles_CR), rows.is_visible_NC)
+        keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, angles_CR, self._product)
+        return Seen(*keys_values, rows.is_visible_NC)
 
 
 class _Layout(NamedTuple):
@@ -493,8 +503,8 @@ def _per_row(values: Sequence[float], batch: Sequence[Span]) -> Tensor:
     return torch.tensor(values).repeat_interleave(torch.tensor([len(span.target_states_ND) for span in batch]))
 
 
-def _fuse(params: Params, embedded_ND: Tensor, states_ND: Tensor) -> Tensor:
-    return project(params, "fc", torch.cat([embedded_ND.expand_as(states_ND), states_ND], dim=-1))
+def _fuse(params: Params, embedded_ND: Tensor, states_ND: Tensor, product: Product) -> Tensor:
+    return project(params, "fc", torch.cat([embedded_ND.expand_as(states_ND), states_ND], dim=-1), product)
 
 
 def _layer_weights(params: Params) -> Params:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.models.kv_cache import PAD, KVCache
-from onlinespec.models.linear import MakeLinear
+from onlinespec.models.linear import MakeLinear, Product, plain_product
 
 _MAX_SERIAL = 32768  # elements from which torch splits an elementwise operator over threads, anywhere in a row
 
@@ -70,22 +70,24 @@ def rotate_half(x_NHE: Tensor, angles_NR: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def project(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+def project(weights: Mapping[str, Tensor], name: str, x: Tensor, product: Product = plain_product) -> Tensor:
     """x times a weight, plus its bias if there is one; for several sets of weights, each times its own x."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    product = torch.bmm(x, weight.mT)
-    return product if bias is None else product + bias[:, None]
+    projected = product(x, weight)
+    return projected if bias is None else projected + bias.unsqueeze(-2)
 
 
 def plain_keys_values(
-    config: LayerConfig, weights: Mapping[str, Tensor], x_SD: Tensor, angles_SR: Tensor
+    config: LayerConfig,
+    weights: Mapping[str, Tensor],
+    x_SD: Tensor,
+    angles_SR: Tensor,
+    product: Product = plain_product,
 ) -> tuple[Tensor, Tensor]:
     """Keys (rotated) and values [S, G, E] of positions whose layer input is x."""
     x_SD = rms_norm(x_SD, weights.get("input_layernorm.weight"), config.rms_norm_eps)
-    k = project(weights, "self_attn.k_proj", x_SD).unflatten(-1, (config.num_kv_heads, config.head_dim))
-    v = project(weights, "self_attn.v_proj", x_SD).unflatten(-1, (config.num_kv_heads, config.head_dim))
+    k = project(weights, "self_attn.k_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
+    v = project(weights, "self_attn.v_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
     return rotate_half(rms_norm(k, weights.get("self_attn.k_norm.weight"), config.rms_norm_eps), angles_SR), v
 
 
@@ -98,21 +100,27 @@ class Seen(NamedTuple):
 
 
 def plain_layer(
-    config: LayerConfig, weights: Mapping[str, Tensor], x_ND: Tensor, angles_NR: Tensor, seen: Sequence[Seen]
+    config: LayerConfig,
+    weights: Mapping[str, Tensor],
+    x_ND: Tensor,
+    angles_NR: Tensor,
+    seen: Sequence[Seen],
+    product: Product = plain_product,
 ) -> Tensor:
     """The layer's output for queries x over the given keys and values, as published models define it.
 
     Args:
         weights: Named as in a checkpoint, without the layer prefix; an absent norm or bias is left out.
         seen: In parts, so that keys which need no gradient can stay apart from those which do.
+        product: How weights are multiplied.
     """
     h = rms_norm(x_ND, weights.get("input_layernorm.weight"), config.rms_norm_eps)
-    q = project(weights, "self_attn.q_proj", h).unflatten(-1, (config.num_heads, config.head_dim))
+    q = project(weights, "self_attn.q_proj", h, product).unflatten(-1, (config.num_heads, config.head_dim))
     q = rotate_half(rms_norm(q, weights.get("self_attn.q_norm.weight"), config.rms_norm_eps), angles_NR)
-    x_ND = x_ND + project(weights, "self_attn.o_proj", _attend_plainly(q, seen))
+    x_ND = x_ND + project(weights, "self_attn.o_proj", _attend_plainly(q, seen), product)
     h = rms_norm(x_ND, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
-    h = F.silu(project(weights, "mlp.gate_proj", h)) * project(weights, "mlp.up_proj", h)
-    return x_ND + project(weights, "mlp.down_proj", h)
+    h = F.silu(project(weights, "mlp.gate_proj", h, product)) * project(weights, "mlp.up_proj", h, product)
+    return x_ND + project(weights, "mlp.down_proj", h, product)
 
 
 def _attend_plainly(q_NHE: Tensor, seen: Sequence[Seen]) -> Tensor:
