@@ -41,9 +41,10 @@ def test_packed_equals_plain_and_has_the_same_bits_for_any_number_of_rows(shape,
 
 
 @packs
+@pytest.mark.parametrize("num_rows", [5, 45])
 @pytest.mark.parametrize("make_linear", [PlainLinear, PackedLinear, HalfLinear])
-def test_a_frozen_product_has_the_gradient_of_the_plain_one(make_linear):
-    weight, x, grad = draw(96, 64), draw(5, 64).requires_grad_(), draw(5, 96)
+def test_a_frozen_product_has_the_gradient_of_the_plain_one(make_linear, num_rows):
+    weight, x, grad = draw(96, 64), draw(num_rows, 64).requires_grad_(), draw(num_rows, 96)
     tolerance = {"atol": 0.3, "rtol": 0.05} if make_linear is HalfLinear else {"atol": 1e-4, "rtol": 1e-4}
     product = FrozenProduct(weight, make_linear)(x)
     torch.testing.assert_close(product, x @ weight.T, **tolerance)

@@ -24,6 +24,7 @@ Product = Callable[[Tensor, Tensor], Tensor]  # x [..., N, D] times a weight [..
 
 _ROWS_PACKED_FOR = 8  # two or more keeps oneDNN off its one-row kernel
 _ROWS_COMPILED_FOR = 32  # oneDNN compiles a kernel for each number of rows it meets: a quarter of a millisecond each
+_FEW_ROWS = 16  # kernels for so few, a step's, are soon all there
 
 
 class PlainLinear:
@@ -103,7 +104,7 @@ class HalfLinear:
         self._product = PackedLinear(weight.bfloat16(), None if bias is None else bias.bfloat16())
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        return self._product(x_ND.bfloat16()).float()
+        return self._product(_half(x_ND))[: len(x_ND)].float()
 
 
 class FrozenProduct:
@@ -131,11 +132,11 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, product: FrozenProduct) -> Tensor:
         ctx.product = product
-        return product.forward(_padded(x_ND.detach()))[: len(x_ND)]
+        return product.forward(x_ND.detach())
 
     @staticmethod
     def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, None]:
-        return ctx.product.backward(_padded(grad_NV))[: len(grad_NV)], None
+        return ctx.product.backward(grad_NV), None
 
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -156,23 +157,25 @@ def half_product(x: Tensor, weight: Tensor) -> Tensor:
 class _HalfProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x_half, weight_half = _padded(x, torch.bfloat16), weight.bfloat16()
+        x_half, weight_half = _half(x), weight.bfloat16()
         ctx.save_for_backward(x_half, weight_half)
         return (x_half @ weight_half.mT)[..., : x.shape[-2], :].float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x_half, weight_half = ctx.saved_tensors
-        grad_half = _padded(grad, torch.bfloat16)
+        grad_half = _half(grad)
         of_x = (grad_half @ weight_half)[..., : grad.shape[-2], :].float() if ctx.needs_input_grad[0] else None
         return of_x, (grad_half.mT @ x_half).float()
 
 
-def _padded(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows of zeros added up to a multiple of `_ROWS_COMPILED_FOR`: rounds have another number of rows each time."""
-    count = x.shape[-2]
+def _half(x: Tensor) -> Tensor:
+    """In bfloat16; many rows with zeros below them, so that rounds and prompts, of another size each, find a kernel."""
+    count, width = x.shape[-2:]
+    if count <= _FEW_ROWS or count % _ROWS_COMPILED_FOR == 0:
+        return x.bfloat16()
     padded = x.new_zeros(
-        (*x.shape[:-2], -(-count // _ROWS_COMPILED_FOR) * _ROWS_COMPILED_FOR, x.shape[-1]), dtype=dtype
+        (*x.shape[:-2], -(-count // _ROWS_COMPILED_FOR) * _ROWS_COMPILED_FOR, width), dtype=torch.bfloat16
     )
     padded[..., :count, :] = x
     return padded
