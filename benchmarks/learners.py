@@ -301,6 +301,9 @@ def run_tables(options: Tables) -> None:
     rows = list(_read(options.rows))
     for row in rows:
         cells[row["temperature"], row["method"], row["stream"]].append(row)
+    print("# Learners: acceptance, hindsight, returns, regret\n")
+    print(f"Written by `python benchmarks/learners.py tables {' '.join(map(str, options.rows))}`.")
+    print("Mean ± standard deviation over the seeds.\n")
     print(f"{len(rows)} rows; " + "; ".join(_told(rows, name) for name in ("commit", "processor", "seed")))
     for temperature in TEMPERATURES:
         methods = [m for m in MAIN + OTHERS if cells.get((temperature, m, "abrupt"))]

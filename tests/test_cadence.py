@@ -108,6 +108,39 @@ def test_the_interval_stays_within_its_ends(gains, low, more):
         assert low <= cadence.interval <= low + more
 
 
+# Where little is wrong
+
+
+def test_rounds_are_rarer_in_proportion_where_the_loss_is_small():
+    cadence = Cadence(10, 160, LEAST, full_loss=4.0)
+    assert cadence.interval == 10  # nothing is known yet
+    cadence.observe_round(2.0)
+    assert cadence.interval == 20
+    cadence.observe_round(0.0)
+    assert cadence.interval == 40  # at 1 nat on average
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-6, 0.5])
+def test_however_small_the_loss_an_interval_is_at_most_four_times_as_long(loss):
+    cadence = Cadence(10, 160, LEAST, full_loss=4.0)
+    for _ in range(4):
+        compare(cadence, 0.0, loss)
+    assert cadence.interval == 4 * 160
+
+
+@pytest.mark.parametrize("loss", [4.0, 9.0, math.nan])
+def test_a_loss_that_is_not_small_changes_nothing(loss):
+    cadence = Cadence(10, 160, LEAST, full_loss=4.0)
+    cadence.observe_round(loss)
+    assert cadence.interval == 10
+
+
+def test_equal_intervals_stay_fixed_whatever_the_loss():
+    cadence = Cadence(32, 32, LEAST, full_loss=4.0)
+    cadence.observe_round(0.1)
+    assert cadence.interval == 32
+
+
 # Traffic that moves
 
 

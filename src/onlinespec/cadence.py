@@ -16,8 +16,12 @@ class Cadence:
     of the loss: a nat is worth about as many tokens to a warm drafter as to a cold one. A drift shows in the served
     acceptance, which costs nothing to watch, or in the loss of the next round.
 
+    Where little is wrong there is little to gain, and it takes rounds to find that out: below `full_loss` they are
+    rarer from the start, in proportion, so that a drafter that starts well pays less.
+
     Args:
         least_gain: What a round must bring, in the loss's own units; those that bring less become rarer.
+        full_loss: Fresh loss below which intervals are longer, up to fourfold; 0 for never. Equal intervals stay fixed.
     """
 
     _PROBE_ROUNDS = 4  # between two comparisons
@@ -25,15 +29,25 @@ class Cadence:
     _STRETCH = 4.0  # of the interval, after a comparison; one that pays shrinks it as much
     _JUMP = 3.0  # standard deviations above the average loss
     _LEAST_ROUNDS = 4  # before an average loss means anything
+    _LONGEST = 4.0  # times its length, an interval where nothing is wrong
     _LEAST_DEVIATION = 0.1  # of the average loss; a few rounds may be alike by chance
     _DROP = 0.25  # of the share of drafts that are kept; on steady traffic it is seen once in some thousand steps
 
-    def __init__(self, min_interval: int, max_interval: int, least_gain: float) -> None:
+    def __init__(self, min_interval: int, max_interval: int, least_gain: float, full_loss: float = 0.0) -> None:
         self._min, self._max, self._least_gain = float(min_interval), float(max_interval), least_gain
+        self._full_loss = full_loss if max_interval > min_interval else 0.0
         self._restart()
 
+    @property
+    def interval(self) -> float:
+        """Steps from the last round to the next."""
+        loss = self._losses.mean
+        if not (self._losses.count and loss < self._full_loss):
+            return self._paced
+        return self._paced * min(self._full_loss / max(loss, 1e-9), self._LONGEST)
+
     def _restart(self) -> None:
-        self.interval = self._min
+        self._paced = self._min  # by what rounds bring
         self._gain = math.nan  # moving average, per round
         self._rounds_since_probe, self._is_anew = 0, True
         self._losses = _Spread()
@@ -71,8 +85,8 @@ class Cadence:
         gain /= max(1, self._rounds_since_probe)
         self._rounds_since_probe = 0
         self._gain = gain if math.isnan(self._gain) else self._SMOOTHING * self._gain + (1 - self._SMOOTHING) * gain
-        wanted = self.interval / self._STRETCH if self._gain > self._least_gain else self.interval * self._STRETCH
-        self.interval = min(max(wanted, self._min), self._max)
+        wanted = self._paced / self._STRETCH if self._gain > self._least_gain else self._paced * self._STRETCH
+        self._paced = min(max(wanted, self._min), self._max)
 
 
 class Budget:

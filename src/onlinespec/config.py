@@ -92,16 +92,17 @@ class LearnConfig:
     geometry: str = "preconditioned"  # or "diagonal", "euclidean"
     clip_norm: float = 1.0
     full_loss: float | None = None  # loss of all drafting depths together below which the diagonal geometries' steps
-    # shorten in proportion; 0 for never; None for 4 nats with cross-entropies, and never with other losses
+    # shorten in proportion, and of the first depth alone below which rounds become rarer; 0 for never; None for 4 nats
+    # with cross-entropies, and never with other losses
     options: Mapping[str, Any] = field(default_factory=dict)  # what this learner takes beside the three above
     loss: str = "auto"  # by how requests decode: mostly the committed token when greedy, the whole row when sampled
     rows: str = "all"  # or "rejected": count only rows that refused a drafted token
     min_interval: int = 16  # steps between rounds while they bring something ...
-    max_interval: int = 128  # ... and once they don't
+    max_interval: int = 128  # ... and once they don't; up to fourfold where the loss is small, equal ones stay fixed
     requests_per_round: int = 0  # rounds after so many finished requests instead of steps; 0 for steps
     least_gain: float = 0.004  # of the loss, per round; rounds that bring less become rarer
     max_rows: int = 64  # newest rows a round trains; bounds what a long answer can cost
-    replay_every: int = 3  # every so many rounds rows of a stored request join; 0 for no memory
+    replay_every: int = 6  # every so many rounds rows of a stored request join; 0 for no memory
     replay_megabytes: float = 64.0  # of memory
     budget: float = 0.08  # most of decoding time that learning may take; inf for no limit
     round_cost: float = 1.0  # what a round costs, in steps, whatever its rows: what the budget is counted in ...

@@ -24,7 +24,7 @@ from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
-from onlinespec.methods import learner_of
+from onlinespec.methods import full_loss_of, learner_of
 from onlinespec.replay import ReplayBuffer
 from onlinespec.tables import resolve
 from onlinespec.telemetry import Telemetry
@@ -54,7 +54,9 @@ class InlineLearning:
         self.config = config or LearnConfig()
         self._drafter, self._learner = drafter, learner or learner_of(self.config)
         self._row_loss: RowLoss = resolve(LOSSES, self.config.loss, "loss")
-        self.cadence = Cadence(self.config.min_interval, self.config.max_interval, self.config.least_gain)
+        self.cadence = Cadence(
+            self.config.min_interval, self.config.max_interval, self.config.least_gain, full_loss_of(self.config)
+        )
         self.budget = Budget(self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows)
         self.replay = ReplayBuffer(int(self.config.replay_megabytes * 1e6), seed) if self.config.replay_every else None
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)

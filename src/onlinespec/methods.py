@@ -67,11 +67,12 @@ def learner_of(config: LearnConfig) -> Learner:
     """The learner that settings ask for."""
     make_geometry = resolve(GEOMETRIES, config.geometry, "geometry")
     has_length = "full_loss" in inspect.signature(make_geometry).parameters
-    geometry = make_geometry(full_loss=_full_loss(config)) if has_length else make_geometry()
+    geometry = make_geometry(full_loss=full_loss_of(config)) if has_length else make_geometry()
     return make_learner(config.learner, config.step_size, geometry, config.clip_norm, **config.options)
 
 
-def _full_loss(config: LearnConfig) -> float:
+def full_loss_of(config: LearnConfig) -> float:
+    """The loss below which steps shorten and rounds become rarer; 0 for never."""
     if config.full_loss is not None:
         return config.full_loss
     return _FULL_LOSS if config.loss in _CROSS_ENTROPIES else 0.0
