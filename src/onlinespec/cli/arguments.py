@@ -78,7 +78,8 @@ class Learning:
     """What is learned: auto (the committed token when greedy, the whole row when sampled), soft_cross_entropy,
     cross_entropy, mix, reverse_kl, jsd, total_variation."""
     learn_budget: float = LearnConfig.budget
-    """Most of decoding time that learning may take; 0.08 is 8 %. inf is no limit."""
+    """Most of decoding time that learning may take; 0.08 is 8 %. Some updates are lent at the start, so a short run
+    shows more. inf is no limit."""
     learn_costs: Annotated[
         tuple[float, float] | None,
         arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate)"),
@@ -91,7 +92,8 @@ class Learning:
     min_interval: int = LearnConfig.min_interval
     """Steps between two updates while they bring something."""
     max_interval: int = LearnConfig.max_interval
-    """Most steps between two updates once they don't."""
+    """Most steps between two updates once they don't; up to four times as many where the loss is small. The same as
+    --min-interval keeps them fixed."""
 
     def config(self, telemetry: bool = False) -> LearnConfig:
         """As the library takes it."""
