@@ -510,3 +510,14 @@ def test_learning_together_equals_no_learning_in_tokens(drafter):
     done = run_together(DecodeLoop(TARGET, drafter, learn(drafter, step_size=0.1)), jobs, max_running=2)
     assert [request.output_ids for request in done] == [plain_ids(PROMPT[i:], 30) for i in range(4)]
     assert sum((request.stats for request in done), DecodeStats()).requests == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "interval"),
+    [({}, 64), ({"full_loss": 2.0}, 32), ({"full_loss": 0.0}, 16), ({"loss": "jsd"}, 16)],
+    ids=["4 nats for cross-entropies", "as given", "never", "never in other units"],
+)
+def test_rounds_are_rarer_below_the_settings_own_full_loss(settings, interval):
+    cadence = InlineLearning(Eagle.fresh(TARGET), config=LearnConfig(**settings)).cadence
+    cadence.observe_round(1.0)
+    assert cadence.interval == interval
