@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import fields, replace
 from itertools import permutations
 
@@ -275,11 +276,19 @@ def test_a_name_that_is_not_known_is_answered_with_the_known_ones(method, named)
 
 
 @pytest.mark.parametrize(
-    "setting",
-    ["step_size=large", "step_size=", "max_rows=1.5", "telemetry=perhaps", "step_size_pool=1e-3:x", "step_size_pool="],
+    ("setting", "words"),
+    [
+        ("step_size=large", '"large" is not a number'),
+        ("step_size=", '"" is not a number'),
+        ("full_loss=much", '"much" is not a number'),
+        ("max_rows=1.5", '"1.5" is not a whole number'),
+        ("telemetry=perhaps", '"perhaps" is not true or false'),
+        ("step_size_pool=1e-3:x", "\"1e-3:x\" is not a number, or several joined by ':'"),
+        ("step_size_pool=", "\"\" is not a number, or several joined by ':'"),
+    ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_with_its_setting(setting):
-    with pytest.raises(ValueError, match=f"^{setting}: "):
+def test_a_value_of_the_wrong_kind_is_refused_with_what_is_meant(setting, words):
+    with pytest.raises(ValueError, match=re.escape(f"{setting}: {words}") + "$"):
         parse(f"ensemble/{setting}")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -31,6 +31,7 @@ _CROSS_ENTROPIES = ("auto", "soft_cross_entropy", "cross_entropy", "mix")
 _FULL_LOSS = 4.0  # nats, both drafting depths together
 
 _SHARED = ("step_size", "geometry", "clip_norm")
+_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
@@ -96,8 +97,11 @@ def _parameters(factory: Any) -> dict[str, Any]:
 
 
 def _converted(text: str, kind: Any, setting: str) -> Any:
-    parts: Any = text.split(":") if str(kind).startswith("tuple") else text
+    is_list = get_origin(kind) is tuple
+    parts: Any = text.split(":") if is_list else text
     try:
         return msgspec.convert(parts, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{setting}: {error}") from error
+        one = next((words for of, words in _IN_WORDS.items() if of in (kind, *get_args(kind))), str(error))
+        wanted = f"{one}, or several joined by ':'" if is_list else one
+        raise ValueError(f'{setting}: "{text}" is not {wanted}') from error

@@ -33,7 +33,11 @@ def load(name: str, machine: Machine) -> Target:
 
 def checked_learner(line: str, learning: Learning, also: tuple[str, ...] = ()) -> LearnConfig:
     """A learner's settings by its line; `also` are names that would have been fine too."""
-    name = line.partition("/")[0]
+    name, _, settings = line.partition("/")
+    if settings and name in also:
+        raise ValueError(f'"{name}" in "{line}" takes no settings: it does not draft; leave "{settings}" out')
+    if "=" in name:
+        raise ValueError(f'"{name}" is a setting without a learner; write LEARNER/{line}')
     if name not in (*LEARNERS, *PRESETS) and ":" not in name:
         known = ", ".join((*also, *LEARNERS, *PRESETS))
         raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
