@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import rigs
 
 from onlinespec import calibration
 from onlinespec.calibration import Costs, measure_costs
 from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.core import DecodeStats
+from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.replay import ReplayBuffer
 
 TARGET = rigs.random_target()
 PARAMS = GenerationParams(num_draft_tokens=2)
@@ -38,6 +43,24 @@ def test_real_rounds_have_few_rows_and_many():
     rows = sorted(one.rows for one in rounds)
     assert rows[-1] > 3 * rows[0]
     assert step_seconds > 0
+
+
+def test_reading_the_prompt_is_no_part_of_a_step(monkeypatch):
+    start = DecodeLoop.start
+
+    def slow_start(loop, *args):
+        request = start(loop, *args)
+        request.stats += DecodeStats(decode_seconds=1000.0)
+        return request
+
+    monkeypatch.setattr(DecodeLoop, "start", slow_start)
+    assert calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)[1] < 1
+
+
+def test_what_learning_does_between_rounds_is_part_of_their_cost(monkeypatch):
+    monkeypatch.setattr(ReplayBuffer, "offer", lambda *_: time.sleep(0.01))
+    rounds, _ = calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)
+    assert min(one.seconds for one in rounds) > 0.01 * calibration._INTERVAL / (1 + 0.35)  # a comparison beside it
 
 
 def test_measuring_puts_the_weights_back():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from onlinespec.config import GenerationParams, LearnConfig
-from onlinespec.core import DecodeStats
+from onlinespec.core import Feedback
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
@@ -17,8 +18,8 @@ from onlinespec.learners import make_learner
 from onlinespec.models.loading import Target
 
 _PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening. " * 12  # context costs too
-_INTERVAL = 8  # steps: rounds of few rows, and every second one with replayed rows beside them
-_NUM_ANSWERS = 5  # the first is not counted
+_INTERVAL = 16  # steps, as at a run's start: rounds of few rows, and every second one with replayed rows beside them
+_NUM_ANSWERS = 6  # the first is not counted
 
 
 class Costs(NamedTuple):
@@ -47,7 +48,7 @@ def measure_costs(target: Target, drafter: Drafter, config: LearnConfig, params:
     (few_rows, few_steps), (many_rows, many_steps) = (_middle(part, step_seconds) for part in (few, many))
     slope = (many_steps - few_steps) / (many_rows - few_rows)
     row_cost = float(f"{min(max(slope, 1e-3), many_steps / many_rows):.1g}")
-    return Costs(round(max(few_steps - row_cost * few_rows, 0.0) * 4) / 4, row_cost)
+    return Costs(round(max(few_steps - row_cost * few_rows, 0.0), 1), row_cost)
 
 
 class _Round(NamedTuple):
@@ -56,22 +57,24 @@ class _Round(NamedTuple):
 
 
 class _Timing(InlineLearning):
-    """Learning that keeps the time of each round, and never moves."""
+    """Learning that keeps the time of each round, with what led up to it since the last one; it never moves."""
 
     rounds: tuple[_Round, ...] = ()
+    _seconds = 0.0
 
-    def _round(self) -> None:
+    def offer(self, feedback: Sequence[Feedback]) -> None:
         began, rows, work = time.perf_counter(), self.num_rows, self.work
-        super()._round()
+        super().offer(feedback)
+        self._seconds += time.perf_counter() - began
         if self.work > work:
-            seconds = (time.perf_counter() - began) / (self.work - work)
-            self.rounds = (*self.rounds, _Round(self.num_rows - rows, seconds))
+            self.rounds = (*self.rounds, _Round(self.num_rows - rows, self._seconds / (self.work - work)))
+            self._seconds = 0.0
 
 
 def _timed(
     target: Target, drafter: Drafter, config: LearnConfig, params: GenerationParams
 ) -> tuple[tuple[_Round, ...], float]:
-    """Rounds of all answers but the first, and seconds of a step."""
+    """Rounds of all answers but the first, and seconds of a step in them."""
     always = replace(
         config, budget=math.inf, min_interval=_INTERVAL, max_interval=_INTERVAL, requests_per_round=0, replay_every=2,
         telemetry=False, round_cost=1.0, row_cost=1e-9,
@@ -79,14 +82,21 @@ def _timed(
     learning = _Timing(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
     loop = DecodeLoop(target, drafter, learning)
     params = GenerationParams(64, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
-    prompt_ids, num_first, stats = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2], 0, DecodeStats()
-    for answer in range(_NUM_ANSWERS):
-        answered = loop.complete(prompt_ids, params).stats
-        if answer:
-            stats += answered
-        else:
-            num_first = len(learning.rounds)
-    return learning.rounds[num_first:], stats.decode_seconds / stats.steps
+    prompt_ids = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2]
+    _step_seconds(loop, prompt_ids, params)
+    num_first = len(learning.rounds)
+    steps = [_step_seconds(loop, prompt_ids, params) for _ in range(_NUM_ANSWERS - 1)]
+    return learning.rounds[num_first:], statistics.median(steps)
+
+
+def _step_seconds(loop: DecodeLoop, prompt_ids: Sequence[int], params: GenerationParams) -> float:
+    """Mean over an answer. Reading the prompt is left out: steps earn the budget, prompts do not."""
+    request = loop.start(prompt_ids, params)
+    prompt_seconds = request.stats.decode_seconds
+    while request.finish_reason is None:
+        loop.step([request])
+    loop.finish(request)
+    return (request.stats.decode_seconds - prompt_seconds) / request.stats.steps
 
 
 def _middle(rounds: list[_Round], step_seconds: float) -> tuple[float, float]:
