@@ -2,7 +2,7 @@
 
     python benchmarks/learners.py record --work DIR [--data DIR]          # the target's answers, once: half an hour
     python benchmarks/learners.py replay --work DIR --out learners.jsonl  # methods, streams, seeds: hours on one core
-    python benchmarks/learners.py tables learners.jsonl                   # the tables of benchmarks/README.md
+    python benchmarks/learners.py tables learners.jsonl                   # results/learners.md, in the end
 
 Acceptance doesn't hang on time, so the target's answers are recorded and only drafting and learning run
 (`onlinespec.recording`). Both first commands go on where they were stopped. Without --data the built-in sql, arithmetic
@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -42,6 +42,7 @@ from onlinespec.workloads import load_workload
 NUM_DRAFT_TOKENS = 2
 PER_VISIT = 50  # requests of a domain per visit
 INTERVAL = 32  # steps between rounds, for all alike: what is compared is what a round does, not when it comes
+REPLAY_EVERY = 3  # rounds, twice as often as by default, so that what memory does can be seen
 TEMPERATURES = (0.0, 0.8)
 SEEDS = (0, 1, 2)
 
@@ -59,6 +60,7 @@ OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "ensemble/with_frozen=true",
     "osd",
     "osd/step_size=1e-3",
+    f"osd/replay_every={REPLAY_EVERY}",
     "momentum",
     "online_gradient/step_size=5.42e-3",  # momentum's effective step
     "reset_to_merged",
@@ -76,7 +78,9 @@ OTHERS = (  # on the abrupt stream, where memory and step size matter most
     "optimistic/replay_every=0",
     "ensemble/replay_every=0",
     "momentum/replay_every=0",
+    "online_gradient/step_size=5.42e-3/replay_every=0",
     "reset_to_merged/replay_every=0",
+    "online_gradient/step_size=1.444e-3/replay_every=0",
 )
 
 ABRUPT = ("all", "first visit, last third", "return, first tenth", "return", "kept", "learning", "net, computed")
@@ -225,6 +229,7 @@ def run_replay(options: Replay) -> None:
             budget=math.inf,
             min_interval=INTERVAL,
             max_interval=INTERVAL,
+            replay_every=REPLAY_EVERY,
             round_cost=round_cost,
             row_cost=row_cost,
         )
@@ -235,6 +240,7 @@ def run_replay(options: Replay) -> None:
         stats = [replaying.replay(answer) for answer in answers]
         row = key | _figures(stats, [answer.domain for answer in answers], learning)
         row |= {"seconds": time.monotonic() - began, "commit": said["commit"], "processor": said["processor"]}
+        row |= {"settings": asdict(config)}
         with options.out.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
         print(f"{stream} T={temperature:g} seed {seed} {method}: {row['acceptance_length']:.3f}", flush=True)
