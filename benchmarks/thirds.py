@@ -1,86 +1,142 @@
 """How far learning has come by the last third of each segment, from the folder that `onlinespec compare` wrote.
 
-    python benchmarks/thirds.py runs/compare-20261121-081500
+    python benchmarks/thirds.py runs/compare-20261121-081500 > benchmarks/results/abrupt.md
 
-Per segment: acceptance length in the last third of its requests, its ratio to frozen, and the net speed-ups over the
-whole segment; repeats are pooled. Ends with the whole stream.
+Markdown: what was run, on what, and per segment acceptance length over all of it and in the last third of its
+requests, that against frozen, the whole segment against where the same data was left (the last third of its visit
+before), and net speed-ups. Ends with the whole stream, with lowest and highest of the repeats where there are several.
+Repeats are pooled; each temperature has a table.
 """
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from onlinespec.core import DecodeStats
 from onlinespec.metrics import speedup, total
-from onlinespec.records import RequestRecord
+from onlinespec.records import Report, RequestRecord, read_report
 
+HEADER = (
+    "segment", "learner", "length", "last third", "over `frozen`'s", "over where it was left",
+    "net / `none`", "net / `frozen`", "learning",
+)  # fmt: skip
 
-def stats_of(record: RequestRecord) -> DecodeStats:
-    """A line of requests.jsonl as counts."""
-    return DecodeStats(
-        requests=1,
-        tokens=record.tokens,
-        steps=record.steps,
-        drafted=record.drafted,
-        accepted=record.accepted,
-        decode_seconds=record.decode_seconds,
-        learn_seconds=record.learn_seconds,
-    )
-
-
-def last_third(stats: list[tuple[int, DecodeStats]]) -> DecodeStats:
-    """The last third of the requests in stream order, all repeats of them."""
-    indices = sorted({index for index, _ in stats})
-    late = set(indices[len(indices) - len(indices) // 3 :])
-    return total([one for index, one in stats if index in late])
+Runs = dict[str, list[RequestRecord]]  # by learner
 
 
 def main(folder: Path) -> None:
-    """Prints the table."""
+    """Prints it all."""
+    report = read_report(folder / "report.json")
     lines = (folder / "requests.jsonl").read_bytes().splitlines()
     records = [msgspec.json.decode(line, type=RequestRecord) for line in lines]
-    segments: dict[tuple[int, str], dict[str, list[tuple[int, DecodeStats]]]] = defaultdict(lambda: defaultdict(list))
+    print("\n".join(_told(report, records)))
+    for temperature in sorted({record.temperature for record in records}):
+        print(f"\n### Temperature {temperature:g}\n")
+        print(_row(HEADER))
+        print("|" + "---|" * len(HEADER))
+        _print_table([record for record in records if record.temperature == temperature])
+
+
+def _told(report: Report, records: list[RequestRecord]) -> Iterable[str]:
+    """What was run and on what, folders left out."""
+    said = report.provenance
+    words = [word.rpartition("/")[2] if word.startswith(("/", ".")) else word for word in said["command"].split()]
+    checked = [record.identical_to_plain for record in records if record.identical_to_plain is not None]
+    yield f"# onlinespec {' '.join(words)}\n"
+    yield "Written by `python benchmarks/thirds.py DIR` from that run's folder."
+    machine = f"{said['processor']}, {said['num_threads']} thread, torch {said['torch']}"
+    yield f"Commit {said['commit']}, {machine}, {said['started'][:10]}."
+    yield f"Learning's costs in steps: {said.get('learn_costs', 'as given')}."
+    yield f"Identical to plain decoding: {sum(checked)} of {len(checked)} answers, `none`'s own included."
+
+
+def _print_table(records: list[RequestRecord]) -> None:
+    segments: dict[tuple[int, str], Runs] = defaultdict(lambda: defaultdict(list))
+    whole: Runs = defaultdict(list)
     for record in records:
-        segments[record.segment, record.data][record.learner].append((record.index, stats_of(record)))
-    table = Table(title=f"{folder}: acceptance length in the last third, net speed over the whole segment")
-    for column in ("segment", "learner", "last third", "vs frozen", "net vs none", "net vs frozen", "learning"):
-        table.add_column(column, justify="left" if column in ("segment", "learner") else "right")
-    whole: dict[str, list[DecodeStats]] = defaultdict(list)
-    for (number, data), by_learner in sorted(segments.items()):
-        totals = {learner: total([one for _, one in stats]) for learner, stats in by_learner.items()}
-        lengths = {learner: last_third(stats).acceptance_length for learner, stats in by_learner.items()}
-        for learner, stats in totals.items():
-            whole[learner].append(stats)
-            relative = lengths[learner] / lengths["frozen"] if "frozen" in lengths else None
-            add_row(table, f"{number + 1} {data}", learner, f"{lengths[learner]:.2f}", relative, stats, totals)
-        table.add_section()
-    totals = {learner: total(stats) for learner, stats in whole.items()}
-    for learner, stats in totals.items():
-        add_row(table, "whole stream", learner, f"({stats.acceptance_length:.2f})", None, stats, totals)
-    Console().print(table)
+        segments[record.segment, record.data][record.learner].append(record)
+        whole[record.learner].append(record)
+    left: dict[tuple[str, str], float] = {}
+    for (number, data), runs in sorted(segments.items()):
+        thirds = {learner: _last_third(own).acceptance_length for learner, own in runs.items()}
+        for learner, own in runs.items():
+            length = _stats(own).acceptance_length
+            print(
+                _row(
+                    (
+                        f"{number + 1} {data}", f"`{learner}`", f"{length:.2f}", f"{thirds[learner]:.2f}",
+                        _ratio(thirds[learner], thirds.get("frozen")), _ratio(length, left.get((learner, data))),
+                        *_net(own, runs),
+                    )
+                )
+            )  # fmt: skip
+            left[learner, data] = thirds[learner]
+    for learner, own in whole.items():
+        length = f"{_stats(own).acceptance_length:.2f}"
+        print(_row(("whole stream", f"`{learner}`", length, "", "", "", *_net(own, whole))))
 
 
-def add_row(
-    table: Table,
-    segment: str,
-    learner: str,
-    length: str,
-    relative: float | None,
-    stats: DecodeStats,
-    totals: dict[str, DecodeStats],
-) -> None:
-    """One learner's line; speed-ups are of net tokens per second."""
+def _net(own: list[RequestRecord], runs: Runs) -> tuple[str, str, str]:
+    """Net speed against none and frozen, and learning's share of decode time."""
+    return (
+        _spread(own, lambda part, repeat: _against(part, runs.get("none"), repeat)),
+        _spread(own, lambda part, repeat: _against(part, runs.get("frozen"), repeat)),
+        f"{100 * _stats(own).learn_seconds / _stats(own).decode_seconds:.1f} %",
+    )
 
-    def times(ratio: float | None) -> str:
-        return f"{ratio:.2f}x" if ratio is not None else ""
 
-    none, frozen = (speedup(stats, totals.get(name)) for name in ("none", "frozen"))
-    share = stats.learn_seconds / stats.decode_seconds if stats.decode_seconds else 0.0
-    table.add_row(segment, learner, length, times(relative), times(none), times(frozen), f"{share:.1%}")
+def _spread(records: list[RequestRecord], figure: Callable[[list[RequestRecord], int | None], float | None]) -> str:
+    """Of all records, and in brackets the lowest and highest repeat."""
+    repeats = sorted({record.repeat for record in records})
+    pooled = figure(records, None)
+    if pooled is None:
+        return ""
+    if len(repeats) == 1:
+        return f"{pooled:.2f}"
+    each = [figure([record for record in records if record.repeat == repeat], repeat) or 0.0 for repeat in repeats]
+    return f"{pooled:.2f} [{min(each):.2f}–{max(each):.2f}]"
+
+
+def _against(own: list[RequestRecord], control: list[RequestRecord] | None, repeat: int | None) -> float | None:
+    if not control:
+        return None
+    return speedup(_stats(own), _stats([one for one in control if repeat in (None, one.repeat)]))
+
+
+def _stats(records: Iterable[RequestRecord]) -> DecodeStats:
+    """Lines of requests.jsonl as counts."""
+    return total(
+        [
+            DecodeStats(
+                requests=1,
+                tokens=record.tokens,
+                steps=record.steps,
+                drafted=record.drafted,
+                accepted=record.accepted,
+                decode_seconds=record.decode_seconds,
+                learn_seconds=record.learn_seconds,
+            )
+            for record in records
+        ]
+    )
+
+
+def _last_third(records: list[RequestRecord]) -> DecodeStats:
+    """The last third of the requests in stream order, all repeats of them."""
+    indices = sorted({record.index for record in records})
+    late = set(indices[len(indices) - len(indices) // 3 :])
+    return _stats(record for record in records if record.index in late)
+
+
+def _ratio(value: float, control: float | None) -> str:
+    return f"{value / control:.2f}" if control else ""
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def test_a_frozen_learner_leaves_weights_and_version_alone(drafter):
 # When a round is due
 
 
-def test_a_round_comes_after_as_many_tokens_as_the_interval_says(drafter):
+def test_a_round_comes_after_as_many_steps_as_the_interval_says(drafter):
     learning = learn(drafter, config=replace(OFTEN, min_interval=12, max_interval=12))
     complete(drafter, learning, num_tokens=35, num_draft_tokens=0)
     assert learning.num_rounds == 2
