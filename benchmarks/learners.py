@@ -309,7 +309,8 @@ def run_tables(options: Tables) -> None:
         cells[row["temperature"], row["method"], row["stream"]].append(row)
     print("# Learners: acceptance, hindsight, returns, regret\n")
     print(f"Written by `python benchmarks/learners.py tables {' '.join(map(str, options.rows))}`.")
-    print("Mean ± standard deviation over the seeds.\n")
+    print("Mean ± standard deviation over the seeds.")
+    print(f"A round every {INTERVAL} steps for all; memory, where it is on, joins one round in {REPLAY_EVERY}.\n")
     print(f"{len(rows)} rows; " + "; ".join(_told(rows, name) for name in ("commit", "processor", "seed")))
     for temperature in TEMPERATURES:
         methods = [m for m in MAIN + OTHERS if cells.get((temperature, m, "abrupt"))]
@@ -327,6 +328,7 @@ def run_tables(options: Tables) -> None:
         _print_table(
             [
                 "stream",
+                "seeds",
                 "best",
                 "worst of five",
                 *(f"`{m}` / best, / worst" for m in TESTED),
@@ -349,15 +351,21 @@ def _told(rows: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _hindsight_row(cells: Cells, temperature: float, stream: str) -> list[str]:
-    """Seed by seed: what the best and the worst fixed step size reach, and what the others are of that."""
+    """Seed by seed: what the best and the worst fixed step size reach, and what the others are of that.
+
+    Sampled answers may differ between processors; seeds whose methods did not all see the same are left out.
+    """
     by_seed: dict[int, dict[str, float]] = defaultdict(dict)
+    tokens: dict[int, set[int]] = defaultdict(set)
     for (t, method, s), rows in cells.items():
         if (t, s) == (temperature, stream):
             for row in rows:
                 by_seed[row["seed"]][method] = row["acceptance_length"]
-    whole = [seed for seed in by_seed.values() if {*TESTED, *FIXED} <= seed.keys()]
+                if method in (*TESTED, *FIXED):
+                    tokens[row["seed"]].add(row["tokens"])
+    whole = [of for seed, of in by_seed.items() if {*TESTED, *FIXED} <= of.keys() and len(tokens[seed]) == 1]
     if not whole:
-        return [stream, *["–"] * (3 + len(TESTED))]
+        return [stream, *["–"] * (4 + len(TESTED))]
     means = {method: statistics.mean(seed[method] for seed in whole) for method in FIXED}
     best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
 
@@ -366,7 +374,7 @@ def _hindsight_row(cells: Cells, temperature: float, stream: str) -> list[str]:
 
     named = (f"{means[m]:.3f} ({_step_size(m)})" for m in (best, worst))
     ratios = (f"{over(m, best)}, {over(m, worst)}" for m in TESTED)
-    return [stream, *named, *ratios, over("optimistic", "online_gradient")]
+    return [stream, str(len(whole)), *named, *ratios, over("optimistic", "online_gradient")]
 
 
 def _step_size(method: str) -> str:
