@@ -240,7 +240,7 @@ def run_replay(options: Replay) -> None:
         stats = [replaying.replay(answer) for answer in answers]
         row = key | _figures(stats, [answer.domain for answer in answers], learning)
         row |= {"seconds": time.monotonic() - began, "commit": said["commit"], "processor": said["processor"]}
-        row |= {"settings": asdict(config)}
+        row |= {"settings": {name: "inf" if value == math.inf else value for name, value in asdict(config).items()}}
         with options.out.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
         print(f"{stream} T={temperature:g} seed {seed} {method}: {row['acceptance_length']:.3f}", flush=True)

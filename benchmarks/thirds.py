@@ -10,7 +10,7 @@ Repeats are pooled; each temperature has a table.
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
 
 
 def _told(report: Report, records: list[RequestRecord]) -> Iterable[str]:
-    """What was run and on what, folders left out."""
+    """What was run and on what; paths of the machine cut to their names."""
     said = report.provenance
     words = [word.rpartition("/")[2] if word.startswith(("/", ".")) else word for word in said["command"].split()]
     checked = [record.identical_to_plain for record in records if record.identical_to_plain is not None]
@@ -49,8 +49,11 @@ def _told(report: Report, records: list[RequestRecord]) -> Iterable[str]:
     yield "Written by `python benchmarks/thirds.py DIR` from that run's folder."
     machine = f"{said['processor']}, {said['num_threads']} thread, torch {said['torch']}"
     yield f"Commit {said['commit']}, {machine}, {said['started'][:10]}."
-    yield f"Learning's costs in steps: {said.get('learn_costs', 'as given')}."
-    yield f"Identical to plain decoding: {sum(checked)} of {len(checked)} answers, `none`'s own included."
+    for costs in said.get("learn_costs", []):
+        a_round, a_row = costs["round_cost"], costs["row_cost"]
+        yield f"A round costs {a_round} drafted steps and {a_row} for each of its rows, as measured at the start."
+    if checked:
+        yield f"Identical to plain decoding: {sum(checked)} of {len(checked)} answers, `none`'s own included."
 
 
 def _print_table(records: list[RequestRecord]) -> None:
@@ -81,29 +84,20 @@ def _print_table(records: list[RequestRecord]) -> None:
 
 def _net(own: list[RequestRecord], runs: Runs) -> tuple[str, str, str]:
     """Net speed against none and frozen, and learning's share of decode time."""
-    return (
-        _spread(own, lambda part, repeat: _against(part, runs.get("none"), repeat)),
-        _spread(own, lambda part, repeat: _against(part, runs.get("frozen"), repeat)),
-        f"{100 * _stats(own).learn_seconds / _stats(own).decode_seconds:.1f} %",
-    )
+    stats = _stats(own)
+    share = stats.learn_seconds / stats.decode_seconds if stats.decode_seconds else 0.0
+    return _against(own, runs.get("none", [])), _against(own, runs.get("frozen", [])), f"{100 * share:.1f} %"
 
 
-def _spread(records: list[RequestRecord], figure: Callable[[list[RequestRecord], int | None], float | None]) -> str:
-    """Of all records, and in brackets the lowest and highest repeat."""
-    repeats = sorted({record.repeat for record in records})
-    pooled = figure(records, None)
+def _against(own: list[RequestRecord], control: list[RequestRecord]) -> str:
+    """Of all repeats together; in brackets the lowest and the highest."""
+    pooled = speedup(_stats(own), _stats(control))
+    repeats = sorted({record.repeat for record in own})
+    each = [speedup(*(_stats(r for r in records if r.repeat == n) for records in (own, control))) for n in repeats]
+    known = [ratio for ratio in each if ratio is not None]
     if pooled is None:
         return ""
-    if len(repeats) == 1:
-        return f"{pooled:.2f}"
-    each = [figure([record for record in records if record.repeat == repeat], repeat) or 0.0 for repeat in repeats]
-    return f"{pooled:.2f} [{min(each):.2f}–{max(each):.2f}]"
-
-
-def _against(own: list[RequestRecord], control: list[RequestRecord] | None, repeat: int | None) -> float | None:
-    if not control:
-        return None
-    return speedup(_stats(own), _stats([one for one in control if repeat in (None, one.repeat)]))
+    return f"{pooled:.2f}" + (f" [{min(known):.2f}–{max(known):.2f}]" if len(known) > 1 else "")
 
 
 def _stats(records: Iterable[RequestRecord]) -> DecodeStats:

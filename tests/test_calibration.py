@@ -45,6 +45,19 @@ def test_real_rounds_have_few_rows_and_many():
     assert step_seconds > 0
 
 
+def test_a_drafter_whose_answers_have_few_steps_is_measured_on_more_of_them(monkeypatch):
+    monkeypatch.setattr(calibration, "_ANSWER_TOKENS", 12)  # as many steps: nothing is accepted here
+    rounds, _ = calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)
+    assert [one.rows for one in rounds][:20] == [16 + 12, 16] * 10  # every second one with a replayed answer
+
+
+def test_where_rounds_never_come_measuring_ends(monkeypatch):
+    monkeypatch.setattr(calibration, "_ANSWER_TOKENS", 1)
+    monkeypatch.setattr(Eagle, "batch", lambda *_, **__: [])
+    monkeypatch.setattr(calibration, "_MOST_ANSWERS", 3)
+    assert calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)[0] == ()
+
+
 def test_reading_the_prompt_is_no_part_of_a_step(monkeypatch):
     start = DecodeLoop.start
 

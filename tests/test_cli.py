@@ -144,6 +144,7 @@ COMPARE = ("compare", "target", "--data", "a.jsonl")
         ((*COMPARE, "--learners", " , "), EARLY, ["no learners"]),
         ((*COMPARE, "--learners", "none,ensemble/magic=1"), EARLY, ["magic=1", "ensemble", "step_size_pool"]),
         ((*COMPARE, "--learners", "none/step_size=1"), EARLY, ["step_size=1", "none", "takes no settings"]),
+        ((*COMPARE, "--learners", "none/"), EARLY, ['"none/" takes no settings']),
         ((*COMPARE, "--learners", "frozen,step_size=1"), EARLY, ["step_size=1", "LEARNER/step_size=1"]),
         ((*COMPARE, "--learners", "frozen,online_gradient/step_size=x"), EARLY, ['"x" is not a number']),
         ((*COMPARE, "--loss", "magic"), EARLY, ["magic", "soft_cross_entropy"]),

@@ -19,7 +19,9 @@ from onlinespec.models.loading import Target
 
 _PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening. " * 12  # context costs too
 _INTERVAL = 16  # steps, as at a run's start: rounds of few rows, and every second one with replayed rows beside them
-_NUM_ANSWERS = 6  # the first is not counted
+_NUM_ROUNDS = 20
+_ANSWER_TOKENS = 64
+_MOST_ANSWERS = 40  # where nothing can be learned, rounds never come
 
 
 class Costs(NamedTuple):
@@ -43,7 +45,7 @@ def measure_costs(target: Target, drafter: Drafter, config: LearnConfig, params:
     drafter.swap(weights)
     middle = statistics.fmean(one.rows for one in rounds) if rounds else 0.0
     few, many = [one for one in rounds if one.rows < middle], [one for one in rounds if one.rows >= middle]
-    if not few or not many:  # learning fails, which is not said here
+    if not few or not many:  # learning fails or finds nothing, which is not said here
         return Costs(config.round_cost, config.row_cost)
     (few_rows, few_steps), (many_rows, many_steps) = (_middle(part, step_seconds) for part in (few, many))
     slope = (many_steps - few_steps) / (many_rows - few_rows)
@@ -74,18 +76,19 @@ class _Timing(InlineLearning):
 def _timed(
     target: Target, drafter: Drafter, config: LearnConfig, params: GenerationParams
 ) -> tuple[tuple[_Round, ...], float]:
-    """Rounds of all answers but the first, and seconds of a step in them."""
+    """Rounds of all answers but the first, and seconds of a step in them; a good drafter's answers have few steps."""
     always = replace(
         config, budget=math.inf, min_interval=_INTERVAL, max_interval=_INTERVAL, requests_per_round=0, replay_every=2,
         telemetry=False, round_cost=1.0, row_cost=1e-9,
     )  # fmt: skip
     learning = _Timing(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
     loop = DecodeLoop(target, drafter, learning)
-    params = GenerationParams(64, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
+    params = GenerationParams(_ANSWER_TOKENS, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
     prompt_ids = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2]
     _step_seconds(loop, prompt_ids, params)
-    num_first = len(learning.rounds)
-    steps = [_step_seconds(loop, prompt_ids, params) for _ in range(_NUM_ANSWERS - 1)]
+    num_first, steps = len(learning.rounds), [_step_seconds(loop, prompt_ids, params)]
+    while len(learning.rounds) < num_first + _NUM_ROUNDS and len(steps) < _MOST_ANSWERS and not learning.is_frozen:
+        steps.append(_step_seconds(loop, prompt_ids, params))
     return learning.rounds[num_first:], statistics.median(steps)
 
 

@@ -33,9 +33,9 @@ def load(name: str, machine: Machine) -> Target:
 
 def checked_learner(line: str, learning: Learning, also: tuple[str, ...] = ()) -> LearnConfig:
     """A learner's settings by its line; `also` are names that would have been fine too."""
-    name, _, settings = line.partition("/")
-    if settings and name in also:
-        raise ValueError(f'"{name}" in "{line}" takes no settings: it does not draft; leave "{settings}" out')
+    name, slash, settings = line.partition("/")
+    if slash and name in also:
+        raise ValueError(f'"{name}" in "{line}" takes no settings; leave "{slash}{settings}" out')
     if "=" in name:
         raise ValueError(f'"{name}" is a setting without a learner; write LEARNER/{line}')
     if name not in (*LEARNERS, *PRESETS) and ":" not in name:
