@@ -16,7 +16,8 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Draft, DrafterWeights, Feedback
 from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.base import Drafter
-from onlinespec.models.decoder import Decoder, DecoderConfig
+from onlinespec.models.base import ModelConfig
+from onlinespec.models.decoder import Decoder
 from onlinespec.models.layer import LayerConfig
 from onlinespec.models.loading import Target
 
@@ -28,7 +29,7 @@ def _target(
 ) -> Target:
     vocab, hidden = weights["model.embed_tokens.weight"].shape
     layer = LayerConfig(hidden, 2 * hidden, 2, 1, hidden // 2, rms_norm_eps=1e-6, rope_theta=10_000.0)
-    decoder = Decoder(DecoderConfig(layer, num_layers, vocab, context), weights)
+    decoder = Decoder(ModelConfig(layer, num_layers, vocab, context), weights)
     return Target(name, decoder, byte_tokenizer(), frozenset(end_token_ids), SamplingParams(), fingerprint=name)
 
 

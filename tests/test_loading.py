@@ -13,7 +13,8 @@ from checkpoints import CHAT_TEMPLATE, END_TOKEN_ID, save_tiny
 from safetensors.torch import load_file, save_file
 
 from onlinespec.config import SamplingParams
-from onlinespec.models.loading import as_device, fingerprint, load_target, read_weights
+from onlinespec.models.checkpoint import fingerprint, read_weights
+from onlinespec.models.loading import as_device, load_target
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch import Tensor
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, Trace, Verdict
 from onlinespec.drafters.base import Drafter
-from onlinespec.models.decoder import Output
+from onlinespec.models.base import Output
 from onlinespec.models.loading import Target
 from onlinespec.randomness import DRAFT, uniforms
 from onlinespec.sampling import process_step

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from onlinespec import demo
 from onlinespec.drafters.formats import SIDE_FILE, read_drafter_config, read_format, read_side, tensor_names
-from onlinespec.models.loading import ARCHITECTURES, architecture_of, find_folder, fingerprint, weight_files
+from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, weight_files
+from onlinespec.models.families import ARCHITECTURES
 
 _SHAPE_KEYS = (
     "hidden_size",

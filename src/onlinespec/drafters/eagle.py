@@ -25,6 +25,7 @@ from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.formats import read_drafter_config, read_side, write_drafter
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.models.checkpoint import check_tensors, read_weights
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
     FastLayer,
@@ -47,7 +48,7 @@ from onlinespec.models.linear import (
     learn_product_for,
     plain_product,
 )
-from onlinespec.models.loading import Target, check_tensors, read_weights
+from onlinespec.models.loading import Target
 from onlinespec.sampling import process_logits, sample_rows
 
 _LAYER = "layers.0."

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onlinespec.models.loading import architecture_of, find_folder, read_json, weight_files
+from onlinespec.models.checkpoint import architecture_of, find_folder, read_json, weight_files
 
 SIDE_FILE = "onlinespec.json"
 _KNOWN_ELSEWHERE = {  # recognised so that the message can say what it is; each gets its drafter later

@@ -7,38 +7,19 @@ other), M rows whose logits are wanted, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_rows
 from onlinespec.models.kv_cache import KVCache
-from onlinespec.models.layer import FastLayer, LayerConfig, RotaryTable, Rows, make_plan
+from onlinespec.models.layer import FastLayer, RotaryTable, Rows, make_plan
 from onlinespec.models.linear import Linear, MakeLinear, linear_for
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a whole decoder."""
-
-    layer: LayerConfig
-    num_layers: int
-    vocab_size: int
-    max_positions: int
-
-
-class Output(NamedTuple):
-    """What a forward returns, on the target's device."""
-
-    logits_MV: Tensor  # float32, the last `num_logits` rows of every request, in order
-    hidden_states_ND: Tensor  # after the final norm: the head applied to a row gives its logits
-    aux_hidden_states: dict[int, Tensor]  # [N, D] by layer id; id n is the state after n layers, 0 the embedding
-
-
-class Decoder:
-    """A decoder-only language model for serving. Its weights never change.
+class Decoder(Model[KVCache]):
+    """Our own forward, over ragged batches.
 
     Args:
         weights: A checkpoint's tensors under their published names (`model.layers.0...`); a tied model has no
@@ -47,7 +28,7 @@ class Decoder:
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: Mapping[str, Tensor], make_linear: MakeLinear | None = None
+        self, config: ModelConfig, weights: Mapping[str, Tensor], make_linear: MakeLinear | None = None
     ) -> None:
         self.config = config
         self.embedding_VD = weights["model.embed_tokens.weight"]
@@ -64,10 +45,9 @@ class Decoder:
         self.head_VD = weights.get("lm_head.weight", self.embedding_VD)
         self._head: Linear = self.make_linear(self.head_VD, None)
         self._rotary = RotaryTable(config.layer, self.device)
-        self.num_forwards = 0  # calls of `forward` so far; learning must not add any
+        self.num_forwards = 0
 
     def new_cache(self) -> KVCache:
-        """An empty cache of this model's shape."""
         layer = self.config.layer
         return KVCache(self.config.num_layers, layer.num_kv_heads, layer.head_dim, self.device, self.dtype)
 
@@ -81,22 +61,7 @@ class Decoder:
         num_logits: Sequence[int] | None = None,
         aux_layer_ids: Collection[int] = (),
     ) -> Output:
-        """Runs `counts[i]` new tokens of request `slots[i]`, each behind what its slot already holds.
-
-        Args:
-            token_ids_N: int64, all requests' new tokens one after the other, sum(counts) of them.
-            num_logits: How many last rows of each request need logits; all of them by default, 0 for none.
-
-        Raises:
-            ValueError: if the counts do not add up, num_logits asks for more rows than there are, or a slot comes
-                twice or has no room left. Nothing is written then.
-        """
-        if sum(counts) != len(token_ids_N) or min(counts, default=0) < 1:
-            raise ValueError(f"counts {list(counts)} do not add up to {len(token_ids_N)} new tokens, at least 1 each")
-        if len(set(slots)) < len(slots):
-            raise ValueError(f"slots {list(slots)} name one twice; give all its new tokens at once")
-        if num_logits is not None and any(not 0 <= n <= count for n, count in zip(num_logits, counts, strict=True)):
-            raise ValueError(f"num_logits {list(num_logits)} must lie between 0 and the counts {list(counts)}")
+        check_call(len(token_ids_N), slots, counts, num_logits)
         for slot, count in zip(slots, counts, strict=True):
             cache.check_room(slot, count)
         self.num_forwards += 1
@@ -110,15 +75,7 @@ class Decoder:
         for slot, count in zip(slots, counts, strict=True):
             cache.extend(slot, count)
         hidden_ND = F.rms_norm(x_ND, (x_ND.shape[-1],), self._norm, self.config.layer.rms_norm_eps)
-        return Output(self.head(_last_rows(hidden_ND, counts, num_logits)), hidden_ND, aux)
+        return Output(self.head(last_rows(hidden_ND, counts, num_logits)), hidden_ND, aux)
 
     def head(self, hidden_states_MD: Tensor) -> Tensor:
-        """float32 logits of rows whose hidden states (after the final norm) are given. Not a target forward."""
         return self._head(hidden_states_MD).float()
-
-
-def _last_rows(hidden_ND: Tensor, counts: Sequence[int], num_logits: Sequence[int] | None) -> Tensor:
-    if num_logits is None or list(num_logits) == list(counts):
-        return hidden_ND
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    return torch.cat([hidden_ND[end - wanted : end] for end, wanted in zip(ends, num_logits, strict=True)])

@@ -5,8 +5,6 @@ Only safetensors are read, no code from a checkpoint is run, and every tensor of
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from onlinespec import demo
 from onlinespec.config import SamplingParams
-from onlinespec.models.decoder import Decoder, DecoderConfig
-from onlinespec.models.layer import LayerConfig
+from onlinespec.models.base import Model, ModelConfig
+from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, read_weights
+from onlinespec.models.decoder import Decoder
+from onlinespec.models.families import ARCHITECTURES, check_weights, decoder_config
 from onlinespec.models.linear import MakeLinear
 
 if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, so each is, where it is first needed
@@ -28,20 +25,9 @@ if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, s
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
 _GENERATION_CONFIG = "generation_config.json"
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # as transformers'
-_FINGERPRINT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class Target:
     """The model whose output is preserved, with what turns text into its tokens and back."""
 
     name: str
-    decoder: Decoder
+    decoder: Model[Any]
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: frozenset[int]
     sampling: SamplingParams  # what the checkpoint itself recommends; greedy where it says nothing
@@ -89,7 +75,7 @@ def load_target(
     end_token_ids = _end_token_ids(config, generation, folder)
     sampling = _default_sampling(generation, folder / _GENERATION_CONFIG)
     weights = read_weights(folder, device, dtype)
-    _check_weights(weights, config, shape, folder)
+    check_weights(weights, config, shape, folder)
     decoder = Decoder(shape, weights, make_linear)
     return Target(
         name=str(path_or_hub_id),
@@ -133,50 +119,6 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def find_folder(path_or_hub_id: str | Path) -> Path:
-    """The local directory of a checkpoint, downloaded from the Hub if it is none here."""
-    if str(path_or_hub_id) == "demo":
-        return demo.TARGET
-    if not str(path_or_hub_id):
-        raise ValueError("the name is empty; give a directory, a Hub id, or demo")
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"{folder} is a file; give the directory that holds config.json and the weights")
-    name = str(path_or_hub_id)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no directory {folder}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{name!r} is neither a directory here nor could it be had from the Hub ({type(error).__name__}: {reason})"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is not a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a checkpoint directory holds {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
-
-
 def read_config(folder: Path) -> PretrainedConfig:
     """The checkpoint's config.json as transformers reads it, if its architecture is one we run."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -195,152 +137,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def architecture_of(config: Mapping[str, Any], path: Path) -> str:
-    """The first of a config.json's architectures, "(none)" where it names none.
-
-    Raises:
-        ValueError: naming the file, if they are not a list of names.
-    """
-    names = config.get("architectures") or ["(none)"]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise ValueError(f'{path}: architectures is {names!r}; it must be a list of names: ["{ARCHITECTURES[0]}"]')
-    return names[0]
-
-
-def decoder_config(config: PretrainedConfig, folder: Path) -> DecoderConfig:
-    """The sizes our forward needs, refusing by name what it does not compute."""
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}: rotary scaling {rope['rope_type']!r} is not supported; only 'default' is")
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{folder}: its weights are quantized ({method}), which is not supported; give the original")
-    has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if has_window or getattr(config, "use_sliding_window", False):
-        raise ValueError(f"{folder}: sliding-window attention is not supported")
-    if config.hidden_act != "silu":
-        raise ValueError(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
-    for name in _SIZES:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{folder / 'config.json'}: {name} is {getattr(config, name)}; it must be at least 1")
-    try:
-        layer = LayerConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return DecoderConfig(layer, config.num_hidden_layers, config.vocab_size, config.max_position_embeddings)
-
-
-def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors of a single or sharded safetensors checkpoint, in one dtype, or as stored if that is None."""
-    weights: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as shard:
-                weights.update({name: shard.get_tensor(name).to(dtype=dtype) for name in shard.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} can't be read ({error}); it may be cut short: copy or download it again"
-            ) from error
-    return weights
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory.
-
-    Raises:
-        FileNotFoundError: if there are none, or the index names one that is missing.
-        ValueError: if there is an index that is not one.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index}: its weight_map must name a file for every tensor")
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise FileNotFoundError(f"{index} names {missing or 'no files'}, which {folder} does not hold")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
-            "convert other formats with transformers' save_pretrained"
-        )
-    return [single]
-
-
-def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> dict[str, tuple[int, ...]]:
-    d, f, e = layer.hidden_size, layer.intermediate_size, layer.head_dim
-    q, kv = layer.num_heads * e, layer.num_kv_heads * e
-    is_qwen2, is_qwen3 = config.model_type == "qwen2", config.model_type == "qwen3"
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (q, d),
-        "self_attn.k_proj.weight": (kv, d),
-        "self_attn.v_proj.weight": (kv, d),
-        "self_attn.o_proj.weight": (d, q),
-        "mlp.gate_proj.weight": (f, d),
-        "mlp.up_proj.weight": (f, d),
-        "mlp.down_proj.weight": (d, f),
-        "input_layernorm.weight": (d,),
-        "post_attention_layernorm.weight": (d,),
-    }
-    has_attention_bias = is_qwen2 or getattr(config, "attention_bias", False)
-    if has_attention_bias:
-        shapes |= {f"self_attn.{n}_proj.bias": (q if n == "q" else kv,) for n in "qkv"}
-    if has_attention_bias and not is_qwen2:
-        shapes["self_attn.o_proj.bias"] = (d,)
-    if getattr(config, "mlp_bias", False):
-        shapes |= {f"mlp.{n}_proj.bias": (d if n == "down" else f,) for n in ("gate", "up", "down")}
-    if is_qwen3:
-        shapes |= {f"self_attn.{n}_norm.weight": (e,) for n in "qk"}
-    return shapes
-
-
-def _check_weights(weights: Mapping[str, Tensor], config: PretrainedConfig, shape: DecoderConfig, folder: Path) -> None:
-    layer_shapes = _layer_shapes(config, shape.layer)
-    expected: dict[str, tuple[int, ...]] = {
-        f"model.layers.{i}.{name}": dims for i in range(shape.num_layers) for name, dims in layer_shapes.items()
-    }
-    hidden = shape.layer.hidden_size
-    expected |= {"model.embed_tokens.weight": (shape.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings or "lm_head.weight" in weights:
-        expected["lm_head.weight"] = (shape.vocab_size, hidden)
-    check_tensors(weights, expected, folder)
-
-
-def check_tensors(
-    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path, may_have: tuple[str, ...] = ()
-) -> None:
-    """Accounts for every tensor of a checkpoint by name, shape and finiteness.
-
-    Raises:
-        ValueError: naming what is missing, unexpected, misshapen or not finite.
-    """
-    missing = [name for name in expected if name not in weights]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    extra = [n for n in weights if n not in expected and n not in may_have and not n.endswith("rotary_emb.inv_freq")]
-    if extra:
-        raise ValueError(
-            f"{folder}: {len(extra)} tensors are not part of the model its config.json describes: {extra[:3]}"
-        )
-    for name, dims in expected.items():
-        if tuple(weights[name].shape) != dims:
-            raise ValueError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json says {dims}")
-        if not torch.isfinite(weights[name]).all():
-            raise ValueError(f"{folder}: {name} holds values that are not finite (NaN or infinity)")
-
-
-def _read_tokenizer(folder: Path, shape: DecoderConfig) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
@@ -389,23 +186,3 @@ def _default_sampling(generation: Mapping[str, Any], path: Path) -> SamplingPara
         return SamplingParams(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; correct it there, or remove it") from error
-
-
-def fingerprint(folder: Path) -> str:
-    """Sixteen hex digits that change with the model or its tokenizer.
-
-    Covers config.json, tokenizer.json, and of every weight file its size, first, middle and last MiB: enough to
-    tell checkpoints apart without reading tens of gigabytes.
-    """
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with path.open("rb") as file:
-            for start in (0, max(0, size // 2 - _FINGERPRINT_BYTES // 2), max(0, size - _FINGERPRINT_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]

@@ -1,0 +1,159 @@
+"""Checkpoint directories: where they are, what their files hold, whether every tensor is there and finite.
+
+Only safetensors are read, and no code from a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from onlinespec import demo
+
+_FINGERPRINT_BYTES = 1 << 20
+
+
+def find_folder(path_or_hub_id: str | Path) -> Path:
+    """The local directory of a checkpoint, downloaded from the Hub if it is none here."""
+    if str(path_or_hub_id) == "demo":
+        return demo.TARGET
+    if not str(path_or_hub_id):
+        raise ValueError("the name is empty; give a directory, a Hub id, or demo")
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the directory that holds config.json and the weights")
+    name = str(path_or_hub_id)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no directory {folder}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name!r} is neither a directory here nor could it be had from the Hub ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a checkpoint directory holds {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors of a single or sharded safetensors checkpoint, in one dtype, or as stored if that is None."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as shard:
+                weights.update({name: shard.get_tensor(name).to(dtype=dtype) for name in shard.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} can't be read ({error}); it may be cut short: copy or download it again"
+            ) from error
+    return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory.
+
+    Raises:
+        FileNotFoundError: if there are none, or the index names one that is missing.
+        ValueError: if there is an index that is not one.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: its weight_map must name a file for every tensor")
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            raise FileNotFoundError(f"{index} names {missing or 'no files'}, which {folder} does not hold")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
+            "convert other formats with transformers' save_pretrained"
+        )
+    return [single]
+
+
+def check_tensors(
+    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path, may_have: tuple[str, ...] = ()
+) -> None:
+    """Accounts for every tensor of a checkpoint by name, shape and finiteness.
+
+    Raises:
+        ValueError: naming what is missing, unexpected, misshapen or not finite.
+    """
+    missing = [name for name in expected if name not in weights]
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    extra = [n for n in weights if n not in expected and n not in may_have and not n.endswith("rotary_emb.inv_freq")]
+    if extra:
+        raise ValueError(
+            f"{folder}: {len(extra)} tensors are not part of the model its config.json describes: {extra[:3]}"
+        )
+    for name, dims in expected.items():
+        if tuple(weights[name].shape) != dims:
+            raise ValueError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json says {dims}")
+        if not torch.isfinite(weights[name]).all():
+            raise ValueError(f"{folder}: {name} holds values that are not finite (NaN or infinity)")
+
+
+def architecture_of(config: Mapping[str, Any], path: Path) -> str:
+    """The first of a config.json's architectures, "(none)" where it names none.
+
+    Raises:
+        ValueError: naming the file, if they are not a list of names.
+    """
+    names = config.get("architectures") or ["(none)"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f'{path}: architectures is {names!r}; it must be a list of names: ["LlamaForCausalLM"]')
+    return names[0]
+
+
+def fingerprint(folder: Path) -> str:
+    """Sixteen hex digits that change with the model or its tokenizer.
+
+    Covers config.json, tokenizer.json, and of every weight file its size, first, middle and last MiB: enough to
+    tell checkpoints apart without reading tens of gigabytes.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            for start in (0, max(0, size // 2 - _FINGERPRINT_BYTES // 2), max(0, size - _FINGERPRINT_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
