@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from onlinespec import demo
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
 from onlinespec.workloads import load_workload
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
@@ -85,6 +85,10 @@ class Learning:
         arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate)"),
     ] = None
     """What an update costs, in decode steps, by itself and for each of its rows: what the budget is counted in."""
+    tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
+    """What of a small_lm learns: layers (all but embedding and head), all, or adapters (low-rank, as peft has them)."""
+    adapter_rank: int = Tuning.rank
+    """Rank of those adapters."""
     replay_every: int = LearnConfig.replay_every
     """Every so many updates, rows of an earlier request are learned again; 0 for no memory."""
     replay_megabytes: float = LearnConfig.replay_megabytes
@@ -94,6 +98,10 @@ class Learning:
     max_interval: int = LearnConfig.max_interval
     """Most steps between two updates once they don't; up to four times as many where the loss is small. The same as
     --min-interval keeps them fixed."""
+
+    def tuning(self) -> Tuning | None:
+        """What of the drafter learns; None for the drafter's own choice."""
+        return Tuning(self.tune, self.adapter_rank) if self.tune else None
 
     def config(self, telemetry: bool = False) -> LearnConfig:
         """As the library takes it."""
@@ -123,7 +131,7 @@ class Generate:
     drafter: Annotated[
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
     ] = None
-    """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
+    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
     learner: Annotated[str, arg(metavar="LEARNER")] = "frozen"
     """How the drafter learns while it serves: frozen, online_gradient, optimistic, ensemble, surrogate_ensemble, osd,
     momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings."""
@@ -160,7 +168,7 @@ class Compare:
     drafter: Annotated[
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
     ] = None
-    """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
+    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
     learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,online_gradient"
     """Separated by commas: none (plain decoding), frozen, online_gradient, optimistic, ensemble, surrogate_ensemble,
     osd, momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings, as in ensemble/with_frozen=true."""
@@ -242,6 +250,7 @@ def check(command: Command) -> None:
     if not -(2**63) <= machine.seed < 2**63:
         raise ValueError(f"seed is {machine.seed}; it must fit in 64 bits")
     command.learning.config()
+    command.learning.tuning()
     match command:
         case Generate():
             command.params()
@@ -258,8 +267,8 @@ def check(command: Command) -> None:
 
 
 def _check_demo(target: str, drafter: str) -> None:
-    for name, folder in ((target, demo.TARGET), (drafter, demo.DRAFTER)):
-        if name == "demo" and not (folder / "config.json").is_file():
+    for folder in (demo.TARGETS.get(target), demo.DRAFTERS.get(drafter)):
+        if folder and not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"the demo pair did not come with this installation ({folder} is missing); "
                 "name another TARGET and --drafter"

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from onlinespec.config import SamplingParams
+from onlinespec.config import SamplingParams, Tuning
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.loading import Target
@@ -93,6 +93,16 @@ class Drafter(ABC):
     def swap(self, weights: DrafterWeights) -> None:
         """Drafts with other weights from the next step on. Running requests keep what the old ones computed."""
         raise TypeError(f"{type(self).__name__} has no weights to swap")
+
+    def tune(self, tuning: Tuning) -> None:
+        """Chooses what of it learns from now on. The weights stay what they are, under other names perhaps.
+
+        Raises:
+            ValueError: if it leaves no such choice.
+        """
+        raise ValueError(
+            f"--tune {tuning.what} is for a small_lm; {type(self).__name__} leaves no choice: leave it out"
+        )
 
     def batch(
         self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False

@@ -22,8 +22,8 @@ _FINGERPRINT_BYTES = 1 << 20
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
     """The local directory of a checkpoint, downloaded from the Hub if it is none here."""
-    if str(path_or_hub_id) == "demo":
-        return demo.TARGET
+    if shipped := (demo.DRAFTERS | demo.TARGETS).get(str(path_or_hub_id)):
+        return shipped
     if not str(path_or_hub_id):
         raise ValueError("the name is empty; give a directory, a Hub id, or demo")
     folder = Path(path_or_hub_id).expanduser()
@@ -68,14 +68,24 @@ def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) 
     """All tensors of a single or sharded safetensors checkpoint, in one dtype, or as stored if that is None."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as shard:
-                weights.update({name: shard.get_tensor(name).to(dtype=dtype) for name in shard.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} can't be read ({error}); it may be cut short: copy or download it again"
-            ) from error
+        weights |= read_tensors(path, device, dtype)
     return weights
+
+
+def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in one dtype, or as stored if that is None.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it can't be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as shard:
+            return {name: shard.get_tensor(name).to(dtype=dtype) for name in shard.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} can't be read ({error}); it may be cut short: copy or download it again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
-"""The target's own forward: Llama, Qwen2 and Qwen3 shapes, over ragged batches, with a preallocated cache.
+"""Our own forward for targets and drafters, over ragged batches, with a preallocated cache; and its plain form.
 
 Knows nothing of drafting, sampling or text. Axis letters: N new tokens of a call (all requests, one after the
-other), M rows whose logits are wanted, V vocabulary, D hidden size.
+other), M rows whose logits are wanted, V vocabulary, D hidden size, G key-value heads, E head_dim.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from torch import Tensor
 
 from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_rows
 from onlinespec.models.kv_cache import KVCache
-from onlinespec.models.layer import FastLayer, RotaryTable, Rows, make_plan
-from onlinespec.models.linear import Linear, MakeLinear, linear_for
+from onlinespec.models.layer import (
+    FastLayer,
+    RotaryTable,
+    Rows,
+    Seen,
+    make_plan,
+    plain_keys_values,
+    plain_layer,
+    rms_norm,
+)
+from onlinespec.models.linear import Linear, MakeLinear, Product, linear_for, plain_product
 
 
 class Decoder(Model[KVCache]):
@@ -34,12 +43,8 @@ class Decoder(Model[KVCache]):
         self.embedding_VD = weights["model.embed_tokens.weight"]
         self.device, self.dtype = self.embedding_VD.device, self.embedding_VD.dtype
         self.make_linear = make_linear or linear_for(self.device, self.dtype)
-        prefixes = [f"model.layers.{i}." for i in range(config.num_layers)]
         self._layers = [
-            FastLayer(
-                config.layer, {n.removeprefix(p): t for n, t in weights.items() if n.startswith(p)}, self.make_linear
-            )
-            for p in prefixes
+            FastLayer(config.layer, layer_weights(weights, i), self.make_linear) for i in range(config.num_layers)
         ]
         self._norm = weights["model.norm.weight"]
         self.head_VD = weights.get("lm_head.weight", self.embedding_VD)
@@ -79,3 +84,36 @@ class Decoder(Model[KVCache]):
 
     def head(self, hidden_states_MD: Tensor) -> Tensor:
         return self._head(hidden_states_MD).float()
+
+
+def plain_states(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    x_ND: Tensor,
+    angles_NR: Tensor,
+    is_visible_NN: Tensor,
+    context: Sequence[Seen] = (),
+    product: Product = plain_product,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """States after the final norm as published models define them, differentiable, and every layer's keys and values.
+
+    Takes several sets of weights at once where they, and x, have an axis of sets in front.
+
+    Args:
+        x_ND: Embedded tokens.
+        is_visible_NN: Which of these rows each of them attends to.
+        context: By layer, keys and values of rows before these, and who attends to them.
+    """
+    keys_values = []
+    for index in range(config.num_layers):
+        layer = layer_weights(weights, index)
+        keys_values.append(plain_keys_values(config.layer, layer, x_ND, angles_NR, product))
+        seen = [*context[index : index + 1], Seen(*keys_values[-1], is_visible_NN)]
+        x_ND = plain_layer(config.layer, layer, x_ND, angles_NR, seen, product)
+    return rms_norm(x_ND, weights["model.norm.weight"], config.layer.rms_norm_eps), keys_values
+
+
+def layer_weights(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One layer's tensors, by their names inside it."""
+    prefix = f"model.layers.{index}."
+    return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.models.base import Model, ModelConfig
@@ -80,11 +81,27 @@ def load_target(
     return Target(
         name=str(path_or_hub_id),
         decoder=decoder,
-        tokenizer=_read_tokenizer(folder, shape),
+        tokenizer=read_tokenizer(folder, shape),
         end_token_ids=end_token_ids,
         sampling=sampling,
         fingerprint=fingerprint(folder),
     )
+
+
+def read_model(
+    folder: Path, device: torch.device
+) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor], torch.dtype]:
+    """A language model of a family that our decoder runs: config.json, shape, float32 weights, dtype as stored.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_target`.
+    """
+    config = read_config(folder)
+    shape = decoder_config(config, folder)
+    stored = read_weights(folder, device, dtype=None)
+    check_weights(stored, config, shape, folder)
+    weights = {name: t.float() for name, t in stored.items()}
+    return read_json(folder / "config.json"), shape, weights, stored["model.embed_tokens.weight"].dtype
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -137,7 +154,12 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        ValueError: if there is none, or it has more tokens than the model.
+    """
     from transformers import AutoTokenizer
 
     try:
