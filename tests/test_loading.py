@@ -225,7 +225,7 @@ BROKEN = {
         ValueError,
         r"/generation_config\.json: do_sample is 'false'; .* true",
     ),
-    "no tokenizer": (remove("tokenizer.json"), ValueError, "tokenizer can't be loaded"),
+    "no tokenizer": (remove("tokenizer.json"), FileNotFoundError, "holds no tokenizer"),
     "small vocabulary": (shrink_vocabulary, ValueError, "the tokenizer has 259 tokens, the model only 200"),
 }
 

@@ -252,7 +252,9 @@ class SmallLM(Headed):
             return super()._learn_head(params, listed)
         head_VD = self._fitted(params.get(_HEAD, params[_EMBEDDING]))
         if listed:
-            head_VD = head_VD[..., listed.token_ids_S, :]
+            head_VD = head_VD[
+                ..., listed.token_ids_S.clone(), :
+            ]  # may be from inference mode, which no gradient may meet
         return lambda states: self._product(states, head_VD)
 
 

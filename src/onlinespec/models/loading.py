@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, s
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _GENERATION_CONFIG = "generation_config.json"
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # as transformers'
 
@@ -158,10 +159,15 @@ def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.
 
     Raises:
-        ValueError: if there is none, or it has more tokens than the model.
+        FileNotFoundError: if there is none.
+        ValueError: if it can't be read, or has more tokens than the model.
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make one up
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy these files of the model into it, too"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in many ways; all of them are the checkpoint's
