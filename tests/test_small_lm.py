@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import peft
 import pytest
 import rigs
 import torch
@@ -297,7 +298,6 @@ def test_adapters_come_back_as_they_were_and_leave_the_model_beneath_alone(folde
 
 
 def test_peft_reads_our_adapters_and_we_read_pefts(folders, target, tmp_path):
-    peft = pytest.importorskip("peft")
     drafter = load_drafter(folders / "qwen2", target, tuning=TUNINGS["adapters"])
     drafter.swap(other_weights(drafter.weights, seed=1, scale=0.1))
     drafter.save(tmp_path / "ours")
