@@ -149,7 +149,8 @@ class Eagle(Headed):
 
     def save(self, folder: Path) -> None:
         tensors = {name: p.to(self._dtype) for name, p in self.weights.params.items()} | self._extra
-        write_drafter(folder, self.config, tensors, self.weights.version, target_fingerprint=self._fingerprint)
+        side = self.side(target_fingerprint=self._fingerprint)
+        write_drafter(folder, self.config, tensors, self.weights.version, side)
 
     # --- drafting -----------------------------------------------------------------------------------------------
 

@@ -131,19 +131,16 @@ class SmallLM(Headed):
         return drafter
 
     def save(self, folder: Path) -> None:
-        version, params, made_for = self.weights.version, self.weights.params, self._fingerprint
+        version, params = self.weights.version, self.weights.params
+        side = self.side(target_fingerprint=self._fingerprint)
         if self._tuning.what == "adapters":
+            side["base_fingerprint"] = fingerprint(find_folder(self._base))
             config, names = adapters.config_of(self._tuning, self._base), (adapters.CONFIG, adapters.WEIGHTS)
-            beneath = fingerprint(find_folder(self._base))
-            tensors = adapters.published(params)
-            write_drafter(
-                folder, config, tensors, version, names, target_fingerprint=made_for, base_fingerprint=beneath
-            )
+            write_drafter(folder, config, adapters.published(params), version, side, names)
         else:
             whole = published_weights(self._effective(params), self.config["architectures"][0])
             tensors = {name: t.to(self._dtype) for name, t in whole.items()}
-            tokenizer_files = self._tokenizer.save_pretrained
-            write_drafter(folder, self.config, tensors, version, also=tokenizer_files, target_fingerprint=made_for)
+            write_drafter(folder, self.config, tensors, version, side, also=self._tokenizer.save_pretrained)
 
     def tune(self, tuning: Tuning) -> None:
         if tuning.what == "adapters" and not self._base:
