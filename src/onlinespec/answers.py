@@ -27,6 +27,7 @@ from onlinespec.recording import Recorded
 from onlinespec.workloads import Prompt
 
 _AT_ONCE = 8  # answers of a shard: they run as one batch
+_DELETE = "delete it and those behind it, and their prompts are asked again"
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ class Answers:
             with safe_open(place.shard, framework="pt", device=str(self._target.decoder.device)) as shard:
                 ids, states = shard.get_tensor(f"ids.{place.index}"), shard.get_tensor(f"states.{place.index}")
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{place.shard} can't be read ({error}); delete it, and its prompts are asked again"
-            ) from error
+            raise ValueError(f"{place.shard} can't be read ({error}); {_DELETE}") from error
         return Recorded(
             id=place.id,
             domain=place.domain,
@@ -168,16 +167,14 @@ class Answers:
             with safe_open(shard, framework="pt") as file:
                 facts = json.loads(file.metadata()["onlinespec"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{shard} can't be read ({error}); delete it, and its prompts are asked again") from error
+            raise ValueError(f"{shard} can't be read ({error}); {_DELETE}") from error
         if facts["target"] != self._target.fingerprint:
             raise ValueError(
                 f"{shard} holds answers of target {facts['target']}, this target is {self._target.fingerprint}; "
                 "choose another --out"
             )
         if int(shard.stem) != self.num_prompts:
-            raise ValueError(
-                f"{self.folder} lacks the shard before {shard.name}; delete {shard.name} and those behind it"
-            )
+            raise ValueError(f"{self.folder} lacks the shard before {shard.name}; of {shard.name}: {_DELETE}")
         self._places += [_Place(shard, i, **known) for i, known in enumerate(facts["answers"])]
         self.num_prompts += facts["num_prompts"]
         self.num_skipped += facts["num_prompts"] - len(facts["answers"])

@@ -175,10 +175,14 @@ class Distilling:
             raise ValueError(f"drafter {distillation.drafter} does not learn; choose another, eagle say")
         self._row_loss: RowLoss = resolve(LOSSES, distillation.loss, "loss")
         self._on_progress: Callable[[Progress], None] = lambda progress: None
-        self._claim(restart)
         self._prompts = list(self._stream())
-        if not self._prompts:
-            raise ValueError(f"{', '.join(distillation.data)} hold no prompts; give some")
+        needed = _LEAST_HELD_OUT + distillation.batch_requests
+        if len(self._prompts) < needed:
+            raise ValueError(
+                f"{', '.join(distillation.data)} hold {len(self._prompts)} prompts, at least {needed} are needed, "
+                f"{_LEAST_HELD_OUT} of them to measure on; give more data, or a larger --num-requests"
+            )
+        self._claim(restart)
         self._answers = Answers(self.work / "answers", target)
 
     @property
@@ -271,12 +275,9 @@ class Distilling:
         num_held_out = max(_LEAST_HELD_OUT, count // self.settings.holdout)
         needed = num_held_out + self.settings.batch_requests
         if count < needed:
-            skipped = (
-                f" ({self._answers.num_skipped} were longer than the context)" if self._answers.num_skipped else ""
-            )
             raise ValueError(
-                f"{count} prompts were answered{skipped}, at least {needed} are needed, {num_held_out} of them to "
-                "measure on; give more data, or a larger --num-requests"
+                f"{count} prompts were answered ({self._answers.num_skipped} were longer than the context), at least "
+                f"{needed} are needed, {num_held_out} of them to measure on; give more data, or a larger --num-requests"
             )
         held_out = sorted(Random(f"holdout/{self.settings.seed}").sample(range(count), num_held_out))
         return sorted(set(range(count)) - set(held_out)), held_out
