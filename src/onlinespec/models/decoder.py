@@ -6,7 +6,7 @@ other), M rows whose logits are wanted, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +23,20 @@ class Decoder(Model[KVCache]):
 
     Args:
         weights: A checkpoint's tensors under their published names (`model.layers.0...`); a tied model has no
-            `lm_head.weight`.
+            `lm_head.weight`. Each layer's are taken out as it is made, so that no second copy of all is ever held.
         make_linear: How products are computed; by default the fastest exact way for the weights' device and dtype.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], make_linear: MakeLinear | None = None
+        self, config: ModelConfig, weights: MutableMapping[str, Tensor], make_linear: MakeLinear | None = None
     ) -> None:
         self.config = config
         self.embedding_VD = weights["model.embed_tokens.weight"]
         self.device, self.dtype = self.embedding_VD.device, self.embedding_VD.dtype
         self.make_linear = make_linear or linear_for(self.device, self.dtype)
-        prefixes = [f"model.layers.{i}." for i in range(config.num_layers)]
         self._layers = [
-            FastLayer(
-                config.layer, {n.removeprefix(p): t for n, t in weights.items() if n.startswith(p)}, self.make_linear
-            )
-            for p in prefixes
+            FastLayer(config.layer, _take(weights, f"model.layers.{i}."), self.make_linear)
+            for i in range(config.num_layers)
         ]
         self._norm = weights["model.norm.weight"]
         self.head_VD = weights.get("lm_head.weight", self.embedding_VD)
@@ -79,3 +76,9 @@ class Decoder(Model[KVCache]):
 
     def head(self, hidden_states_MD: Tensor) -> Tensor:
         return self._head(hidden_states_MD).float()
+
+
+def _take(weights: MutableMapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Moves the tensors whose names begin so into a dictionary of their own, named without it."""
+    names = [name for name in weights if name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights.pop(name) for name in names}

@@ -27,19 +27,25 @@ _SIZES = (
 )
 
 
+class NotOurs(ValueError):
+    """A sound config that asks for what our forward does not compute; transformers may."""
+
+
 def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
-    """The sizes our forward needs, refusing by name what it does not compute."""
+    """The sizes our forward needs.
+
+    Raises:
+        NotOurs: naming what it does not compute.
+        ValueError: naming what is wrong with the config.
+    """
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}: rotary scaling {rope['rope_type']!r} is not supported; only 'default' is")
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{folder}: its weights are quantized ({method}), which is not supported; give the original")
+        raise NotOurs(f"{folder}: rotary scaling {rope['rope_type']!r} is not supported; only 'default' is")
     has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if has_window or getattr(config, "use_sliding_window", False):
-        raise ValueError(f"{folder}: sliding-window attention is not supported")
+        raise NotOurs(f"{folder}: sliding-window attention is not supported")
     if config.hidden_act != "silu":
-        raise ValueError(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
+        raise NotOurs(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
     for name in _SIZES:
         if getattr(config, name) < 1:
             raise ValueError(f"{folder / 'config.json'}: {name} is {getattr(config, name)}; it must be at least 1")

@@ -38,7 +38,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_
 
 
 class HFCache(Slots):
-    """A cache of transformers' for each slot, every layer at full length: one with a sliding window could not go back."""
+    """A cache of transformers' for each slot, all layers at full length: one that drops old keys could not go back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,10 +295,12 @@ def _attention(config: PretrainedConfig) -> dict[str, str]:
 
 
 def _check_loading(info: dict[str, Any], folder: Path) -> None:
-    faults = {"missing": "missing_keys", "not part of the model": "unexpected_keys", "of another shape": "mismatched_keys"}
-    for words, key in faults.items():
+    faults = {"missing_keys": "missing", "unexpected_keys": "not part of the model", "mismatched_keys": "misshapen"}
+    for key, words in faults.items():
         if names := sorted(str(name) for name in info[key]):
-            raise ValueError(f"{folder}: {len(names)} tensors are {words}, against config.json: {', '.join(names[:3])}")
+            raise ValueError(
+                f"{folder}: {len(names)} tensors are {words}, by what config.json describes: {', '.join(names[:3])}"
+            )
 
 
 @contextmanager
@@ -319,7 +321,7 @@ def _quiet() -> Iterator[None]:
 
 
 @dataclass
-class _States(BaseModelOutputWithPast):
+class _States(BaseModelOutputWithPast):  # type: ignore[misc]
     """What the layers of any family would return, less all that is beside the point."""
 
     cross_attentions: None = None
