@@ -14,6 +14,8 @@ from checkpoints import END_TOKEN_ID, THROUGH_TRANSFORMERS, byte_tokenizer, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     CohereConfig,
     CohereForCausalLM,
     MambaConfig,
@@ -32,7 +34,7 @@ from onlinespec.drafters.ngram import Ngram
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.losses import cross_entropy
-from onlinespec.models.hf import HFModel
+from onlinespec.models.hf import HFModel, check_architecture
 from onlinespec.models.loading import Target, load_target
 
 WINDOW = 16  # of gemma2's and gemma3's sliding layers
@@ -357,6 +359,15 @@ def test_what_can_not_go_back_is_refused_by_name(tmp_path, architecture):
     make, words = REFUSED[architecture]
     with pytest.raises(ValueError, match=rf"{architecture} is not supported: .*{words}"):
         load_target(saved(make(), tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "mamba2", "jamba", "qwen3_next", "recurrent_gemma", "lfm2"])
+def test_states_that_are_no_keys_and_values_are_refused_by_the_config_alone(tmp_path, model_type):
+    mixed = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}  # as lfm2's published configs are
+    config = CONFIG_MAPPING[model_type](**(mixed if model_type == "lfm2" else {}))
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    with pytest.raises(ValueError, match=f"architecture {architecture} is not supported: it keeps a state instead"):
+        check_architecture(config, architecture, tmp_path)
 
 
 def test_a_config_without_a_context_is_refused():

@@ -176,7 +176,7 @@ BROKEN = {
     "architecture": (
         config(architectures=["GPT2LMHeadModel"]),
         ValueError,
-        "GPT2LMHeadModel is not supported: transformers knows no causal .* of that name for model_type 'llama'",
+        "GPT2LMHeadModel is not supported: the causal language model .* for model_type 'llama' is LlamaForCausalLM",
     ),
     "unknown architecture": (
         config(architectures=["TheirForCausalLM"], model_type="their"),

@@ -232,12 +232,13 @@ def check_architecture(config: PretrainedConfig, architecture: str, folder: Path
     """
     if config.is_encoder_decoder:
         raise ValueError(f"{folder}: architecture {architecture} is not supported: it has an encoder; give a decoder")
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
     classes = found if isinstance(found, tuple) else (found,)
-    if architecture not in [one.__name__ for one in classes if one is not None]:
+    known = [one.__name__ for one in classes]
+    if architecture not in known:
         raise ValueError(
-            f"{folder}: architecture {architecture} is not supported: transformers knows no causal language model "
-            f"of that name for model_type {config.model_type!r}"
+            f"{folder}: architecture {architecture} is not supported: the causal language model that transformers has "
+            f"for model_type {config.model_type!r} is {' or '.join(known) or 'none'}"
         )
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(_KEPT_STATES)
     if any(getattr(one, "_is_stateful", False) for one in classes) or kinds:
