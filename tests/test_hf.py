@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     MambaConfig,
@@ -186,6 +187,65 @@ def test_half_types_run(folder, dtype):
     assert output.logits_MV.isfinite().all()
 
 
+_SIZES = {
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": END_TOKEN_ID,
+}
+_WINDOWED = _SIZES | {"sliding_window": WINDOW}
+_OLD = {"vocab_size": 288, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+_LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+_EXPERTS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_PICTURES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+MORE = {  # by what is peculiar to them
+    "opt": _OLD | {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 128},  # layers deeper inside
+    "bloom": _OLD | {"seq_length": 128},  # no positions, a bias on scores
+    "mpt": {"vocab_size": 288, "d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 128},
+    "falcon": _OLD,  # attention and products side by side
+    "gptj": {"vocab_size": 288, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 8},
+    "cohere": _SIZES,  # a scale behind the head
+    "granite": _SIZES | {"logits_scaling": 4.0},
+    "mixtral": _SIZES | {"num_local_experts": 4},  # experts
+    "gpt_oss": _WINDOWED | {"num_local_experts": 4},  # sinks, windows
+    "deepseek_v3": {k: v for k, v in _SIZES.items() if "head" not in k}
+    | {"num_attention_heads": 4, "num_key_value_heads": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    | _LATENT
+    | _EXPERTS,  # keys and values of other widths
+    "llama4_text": _SIZES | {"intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": WINDOW},
+    "starcoder2": _WINDOWED,
+    "mistral": _WINDOWED,
+    "phi3": _SIZES,  # fused products
+    "gemma3": {"text_config": _WINDOWED, "vision_config": _PICTURES | {"image_size": 28, "patch_size": 14}},
+}
+
+
+@pytest.mark.parametrize("model_type", MORE)
+def test_more_families_equal_transformers_in_pieces_and_after_a_crop(model_type):
+    settings = MORE[model_type] | ({"mm_tokens_per_image": 4} if model_type == "gemma3" else {})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings)).eval()
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape) * (1.5 / parameter.shape[-1] ** 0.5))
+    decoder, ids = HFModel(model), ids_of(60)
+    cache = decoder.new_cache()
+    cache.take(0, 60)
+    first = [decoder.forward(part, [0], [len(part)], cache).logits_MV for part in ids[:30].split([20, 1, 9])]
+    decoder.forward(ids_of(25, seed=1), [0], [25], cache)
+    cache.crop(0, 30)
+    last = decoder.forward(ids[30:], [0], [30], cache, aux_layer_ids=[0, decoder.config.num_layers])
+    torch.testing.assert_close(torch.cat([*first, last.logits_MV]), expected(model, ids).float(), **CLOSE)
+    assert sorted(last.aux_hidden_states) == [0, decoder.config.num_layers]
+
+
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +370,21 @@ def test_every_tensor_is_accounted_for(copied, kind, capfd):
         load_target(copied)
     assert str(copied) in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"], indirect=True)
+def test_constants_and_names_of_older_versions_are_no_strangers(family, copied, target):
+    """As the first checkpoints of GPT-2 and of GPT-NeoX were published."""
+    path, mask = copied / "model.safetensors", torch.ones(1, 1, 8, 8).tril()
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    layer = "h.0.attn" if family == "gpt2" else "gpt_neox.layers.0.attention"
+    weights |= {f"{layer}.bias": mask, f"{layer}.masked_bias": torch.tensor(-1e4)}
+    if family == "gpt_neox":
+        weights[f"{layer}.rotary_emb.inv_freq"] = torch.ones(2)
+        assert "embed_out.weight" in weights
+    save_file(weights, path, metadata={"format": "pt"})
+    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load_target(copied).decoder.head(states), target.decoder.head(states))
 
 
 def test_files_cut_short_are_named(copied):

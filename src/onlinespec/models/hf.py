@@ -34,6 +34,7 @@ _TOLERANCES = {torch.float32: 1e-3}  # of logits computed in another way, relati
 _COARSE = 0.2
 _LOUD = 100.0  # logits at which no soft cap in use passes for none
 _KEPT_STATES = ("full_attention", "sliding_attention", "chunked_attention")  # layers whose memory can be cropped
+_OLD_CONSTANTS = (".masked_bias", ".rotary_emb.inv_freq")  # no weights; older versions wrote them all the same
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -86,7 +87,7 @@ class HFModel(Model[HFCache]):
         self.config = model_config(model.config, self._name)
         self.embedding_VD = self._matrix(model.get_input_embeddings(), "embedding")
         self.head_VD = self._matrix(model.get_output_embeddings(), "head")
-        self._body = model.get_decoder()
+        self._body = _find_body(model)
         self._behind = _without_layers(model, self._body)
         self._layers = _find_layers(self._body, self.config.num_layers)
         self.num_forwards = 0
@@ -220,7 +221,7 @@ def load_hf(folder: Path, config: PretrainedConfig, device: torch.device, dtype:
     log.info("%s runs through transformers, one sequence at a time; ours is faster", type(model).__name__)
     try:
         return HFModel(model.to(device))
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
@@ -298,7 +299,7 @@ def _attention(config: PretrainedConfig) -> dict[str, str]:
 def _check_loading(info: dict[str, Any], folder: Path) -> None:
     faults = {"missing_keys": "missing", "unexpected_keys": "not part of the model", "mismatched_keys": "misshapen"}
     for key, words in faults.items():
-        if names := sorted(str(name) for name in info[key]):
+        if names := sorted(str(name) for name in info[key] if not str(name).endswith(_OLD_CONSTANTS)):
             raise ValueError(
                 f"{folder}: {len(names)} tensors are {words}, by what config.json describes: {', '.join(names[:3])}"
             )
@@ -336,12 +337,18 @@ class _Given(nn.Module):
         return _States(last_hidden_state=inputs_embeds)
 
 
+def _find_body(model: PreTrainedModel) -> nn.Module:
+    """What turns tokens into final states: what the family calls its decoder, else the part that is a model."""
+    parts = [model.get_decoder(), *(part for part in model.children() if isinstance(part, PreTrainedModel))]
+    body = next((part for part in parts if part is not model), None)
+    if body is None:
+        raise ValueError(f"{type(model).__name__} is not supported: its layers can't be told from its head")
+    return body
+
+
 def _without_layers(model: PreTrainedModel, body: nn.Module) -> nn.Module:
     """A copy that shares all weights and takes final states as `inputs_embeds`: only what stands behind them runs."""
-    path = next((path for path, module in model.named_modules() if module is body), "")
-    if not path:
-        raise ValueError(f"{type(model).__name__} is not supported: its layers can't be told from its head")
-    *way, last = path.split(".")
+    *way, last = next(path for path, module in model.named_modules() if module is body).split(".")
     shell = owner = _shallow(model)
     for step in way:
         owner._modules[step] = _shallow(owner.get_submodule(step))
