@@ -190,6 +190,11 @@ BROKEN = {
     ),
     "architecture a number": (config(architectures=[3]), ValueError, r"/config\.json: architectures is \[3\]; .* list"),
     "no architecture": (config(architectures=None), ValueError, r"\(none\) is not supported"),
+    "model_type a list": (
+        config(architectures=["TheirForCausalLM"], model_type=["their"]),
+        ValueError,
+        "TheirForCausalLM is not supported: transformers has no model_type",
+    ),
     "no weights": (remove("model.safetensors"), FileNotFoundError, "neither model.safetensors nor"),
     "cut short": (cut, ValueError, r"model\.safetensors can't be read .* cut short"),
     "tensor missing": (drop_tensor, ValueError, r"1 tensors are missing, the first is model\.layers\.1\.mlp\.up_proj"),

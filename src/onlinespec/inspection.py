@@ -72,7 +72,7 @@ def _is_target(config: Mapping[str, Any], architecture: str, folder: Path) -> bo
         return False
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"), ())
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")), ())
     return architecture in ((known,) if isinstance(known, str) else known)
 
 

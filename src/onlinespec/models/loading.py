@@ -115,7 +115,7 @@ def _load_through_transformers(
     from onlinespec.models.hf import load_hf, model_config
 
     need = estimate(tensor_shapes(folder), model_config(config, str(folder)), dtype)
-    for place in {torch.device("cpu"), device}:  # it is read there first
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # it is read there first
         check_memory(need, place, folder)
     return load_hf(folder, config, device, dtype)
 
@@ -164,7 +164,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     raw = read_json(path)
     architecture = architecture_of(raw, path)
     is_known = architecture in ARCHITECTURES
-    model_type = architecture.removesuffix("ForCausalLM").lower() if is_known else raw.get("model_type")
+    model_type = architecture.removesuffix("ForCausalLM").lower() if is_known else str(raw.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{folder}: architecture {architecture} is not supported: transformers has no model_type {model_type!r}, "
@@ -196,7 +196,7 @@ def own_shape(config: PretrainedConfig, folder: Path) -> ModelConfig | None:
     try:
         return decoder_config(config, folder)
     except NotOurs as error:
-        log.info("%s by our decoder; transformers runs it", error)
+        log.info("not for our decoder (%s); transformers runs it", error)
         return None
 
 
