@@ -21,8 +21,12 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PretrainedConfig,
@@ -36,6 +40,8 @@ from transformers import (
 
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
@@ -79,12 +85,13 @@ def tiny_config(family: str = "llama", **overrides: object) -> PretrainedConfig:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": END_TOKEN_ID,
+        "pad_token_id": None,
     }
     if family in FAMILIES:
         return FAMILIES[family][0](**(sizes | overrides))
     config_class, _, settings = THROUGH_TRANSFORMERS[family]
     names = {config_class.attribute_map.get(name, name): value for name, value in sizes.items()}
-    return config_class(**(names | {"pad_token_id": None} | settings | overrides))
+    return config_class(**(names | settings | overrides))
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **config_overrides: object) -> PreTrainedModel:

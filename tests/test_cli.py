@@ -107,7 +107,11 @@ COMPARE = ("compare", "target", "--data", "a.jsonl")
         ((*GENERATE, "--drafter", "for_narrow"), LATE, ["hidden_size 32", "64"]),
         ((*GENERATE, "--drafter", "for_wordy"), LATE, ["vocab_size 320", "288"]),
         ((*GENERATE, "--drafter", "for_twin"), LATE, ["for_twin was trained for target", "this target is"]),
-        ((*GENERATE, "--drafter", "target"), LATE, ["no drafter we know"]),
+        ((*GENERATE, "--drafter", "foreign"), LATE, ["config.json is missing"]),
+        ((*GENERATE, "--tune", "adapters"), LATE, ["--tune adapters", "small_lm", "Ngram"]),
+        ((*GENERATE, "--drafter", "small_lm", "--tune", "adapters"), LATE, ["adapters", "fresh", "--drafter DIR"]),
+        ((*GENERATE, "--tune", "most"), EARLY, ["tuning is most", "layers, all, adapters"]),
+        ((*GENERATE, "--tune", "adapters", "--adapter-rank", "0"), EARLY, ["adapter rank is 0", "at least 1"]),
         ((*GENERATE, "--learner", "online_gradient"), LATE, ["ngram does not learn", "--learner"]),
         (("generate", "target", "-p", "x" * CONTEXT), LATE, [f"context {CONTEXT}", "shorten"]),
         (("generate", "target", "-p", ""), EARLY, ["prompt is empty", "--prompt"]),
@@ -207,8 +211,8 @@ def test_mistakes_in_flags_exit_with_the_same_status(run, argv, words):
 
 @pytest.mark.parametrize("argv", [("demo",), ("generate", "demo", "-p", "hi"), (*COMPARE, "--drafter", "demo")])
 def test_a_demo_pair_that_is_not_there_is_said_to_be_missing(run, files, monkeypatch, argv):
-    monkeypatch.setattr(demo, "TARGET", files / "no_target")
-    monkeypatch.setattr(demo, "DRAFTER", files / "no_drafter")
+    monkeypatch.setitem(demo.TARGETS, "demo", files / "no_target")
+    monkeypatch.setitem(demo.DRAFTERS, "demo", files / "no_drafter")
     assert_refused(run(*argv), "demo pair did not come with this installation", "TARGET and --drafter")
 
 

@@ -30,13 +30,14 @@ from transformers import (
 from onlinespec.compare import is_tie
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.decode import DecodeLoop
-from onlinespec.drafters.eagle import Batch, Eagle
+from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.headed import Batch
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.losses import cross_entropy
 from onlinespec.models.hf import HFModel, check_architecture
-from onlinespec.models.loading import Target, load_target
+from onlinespec.models.loading import Target, load_target, read_model
 
 WINDOW = 16  # of gemma2's and gemma3's sliding layers
 PROMPT = [ord(c) for c in "a b c a b c a b"]
@@ -477,3 +478,8 @@ def test_what_our_decoder_lacks_of_a_known_family_runs_through_transformers(tmp_
     logits = target.decoder.forward(ids, [0], [50], cache).logits_MV
     torch.testing.assert_close(logits, expected(tiny_model(family, **settings), ids), **CLOSE)
     assert END_TOKEN_ID in target.end_token_ids
+
+
+def test_a_directory_that_only_transformers_runs_is_refused_as_a_small_lm(folder):
+    with pytest.raises(ValueError, match="can't draft: our decoder does not run its architecture or settings"):
+        read_model(folder, torch.device("cpu"))

@@ -19,10 +19,11 @@ import msgspec
 import torch
 
 from onlinespec.calibration import measure_costs
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
 from onlinespec.core import DecodeStats
 from onlinespec.decode import ContextOverflow, DecodeLoop, Request
 from onlinespec.drafters import load_drafter
+from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.losses import told
 from onlinespec.methods import learner_of, parse
@@ -54,6 +55,7 @@ class Comparison:
     window: int = 5  # requests per point of the report's plots
     generation: GenerationParams = GenerationParams()
     learn: LearnConfig = LearnConfig()  # for what the learners' own lines leave open
+    tuning: Tuning | None = None  # what of the drafter learns; None for its own choice
     measures_costs: bool = False  # of learning on this machine, instead of those in `learn`; the report says them
 
     def __post_init__(self) -> None:
@@ -293,7 +295,7 @@ class Comparing:
     def _make_runner(self, name: str) -> _Runner:
         if name == NONE:
             return _Runner(name, DecodeLoop(self.target), None)
-        drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
+        drafter = self._load_drafter()
         config = parse(name, replace(self.comparison.learn, **self._costs.get(self._setting[0], {})))
         if config.learner != FROZEN and not drafter.is_trainable:
             raise ValueError(
@@ -303,13 +305,17 @@ class Comparing:
         learning = InlineLearning(drafter, config=config, seed=self.comparison.seed)
         return _Runner(name, DecodeLoop(self.target, drafter, learning), learning)
 
+    def _load_drafter(self) -> Drafter:
+        comparison = self.comparison
+        return load_drafter(comparison.drafter, self.target, comparison.seed, comparison.tuning)
+
     def _measure_costs(self) -> None:
         """Before the first run at a temperature: what budgets are counted in, if this machine is to say."""
         is_asked = self.comparison.measures_costs and not {NONE, FROZEN}.issuperset(self.comparison.learners)
         temperature = self._setting[0]
         if not is_asked or temperature in self._costs:
             return
-        drafter = load_drafter(self.comparison.drafter, self.target, self.comparison.seed)
+        drafter = self._load_drafter()
         params = replace(self.comparison.generation, sampling=self._sampling())
         self._costs[temperature] = measure_costs(self.target, drafter, self.comparison.learn, params)._asdict()
         told_so_far = self._provenance.setdefault("learn_costs", [])

@@ -129,3 +129,20 @@ class LearnConfig:
         _check(self.budget > 0, "budget", self.budget, "positive; inf for no limit")
         _check(0 <= self.round_cost < float("inf"), "round_cost", self.round_cost, "0 or a positive number")
         _check(0 < self.row_cost < float("inf"), "row_cost", self.row_cost, "positive")
+
+
+TUNINGS = ("layers", "all", "adapters")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What of a drafter learns, where it leaves a choice (`small_lm`)."""
+
+    what: str = "layers"  # all but embedding and head; "all" of it; or low-rank "adapters" of the layers' products
+    rank: int = 8  # of the adapters ...
+    alpha: float = 16.0  # ... which count alpha / rank times
+
+    def __post_init__(self) -> None:
+        _check(self.what in TUNINGS, "tuning", self.what, f"one of {', '.join(TUNINGS)}")
+        _check(self.rank >= 1, "adapter rank", self.rank, "at least 1")
+        _check(0 < self.alpha < float("inf"), "adapter alpha", self.alpha, "positive")

@@ -222,6 +222,14 @@ def law_runs(drafter, target, num_runs=4000, learning=None, between_steps=lambda
     return chi_square_p(counts, enumerate_law(rows, LAW_PROMPT[-1], LAW_TOKENS))
 
 
+def middling(name, target):
+    """A drafter that is right now and then: a fresh one may know a target without layers by heart."""
+    drafter = load_drafter(name, target)
+    if drafter.is_trainable:
+        drafter.swap(other_weights(drafter.weights, seed=0))
+    return drafter
+
+
 @pytest.fixture(scope="module")
 def law_target():
     return rigs.table_target(LAW_VOCAB)
@@ -233,11 +241,11 @@ def test_sampled_plain_decoding_follows_the_target_law(law_target):
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3])
 def test_sampled_output_follows_the_target_law(name, law_target, num_draft_tokens):
-    assert law_runs(load_drafter(name, law_target), law_target, num_draft_tokens=num_draft_tokens) > 1e-4
+    assert law_runs(middling(name, law_target), law_target, num_draft_tokens=num_draft_tokens) > 1e-4
 
 
 def test_sampled_output_follows_the_target_law_while_the_drafter_learns(name, law_target):
-    drafter = load_drafter(name, law_target)
+    drafter = middling(name, law_target)
     learner = make_learner("online_gradient", step_size=3e-2)
     learning = InlineLearning(drafter, learner, LearnConfig(min_interval=1, max_interval=1, max_rows=12))
     assert law_runs(drafter, law_target, learning=learning) > 1e-4

@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from onlinespec import demo
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
 from onlinespec.workloads import load_workload
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
@@ -85,6 +85,10 @@ class Learning:
         arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate)"),
     ] = None
     """What an update costs, in decode steps, by itself and for each of its rows: what the budget is counted in."""
+    tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
+    """What of a small_lm learns: layers (all but embedding and head), all, or adapters (low-rank, as peft has them)."""
+    adapter_rank: int = Tuning.rank
+    """Rank of those adapters."""
     replay_every: int = LearnConfig.replay_every
     """Every so many updates, rows of an earlier request are learned again; 0 for no memory."""
     replay_megabytes: float = LearnConfig.replay_megabytes
@@ -94,6 +98,10 @@ class Learning:
     max_interval: int = LearnConfig.max_interval
     """Most steps between two updates once they don't; up to four times as many where the loss is small. The same as
     --min-interval keeps them fixed."""
+
+    def tuning(self) -> Tuning | None:
+        """What of the drafter learns; None for the drafter's own choice."""
+        return Tuning(self.tune, self.adapter_rank) if self.tune else None
 
     def config(self, telemetry: bool = False) -> LearnConfig:
         """As the library takes it."""
@@ -123,7 +131,7 @@ class Generate:
     drafter: Annotated[
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
     ] = None
-    """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
+    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
     learner: Annotated[str, arg(metavar="LEARNER")] = "frozen"
     """How the drafter learns while it serves: frozen, online_gradient, optimistic, ensemble, surrogate_ensemble, osd,
     momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings."""
@@ -160,7 +168,7 @@ class Compare:
     drafter: Annotated[
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
     ] = None
-    """Directory or Hub id of a drafter, `demo`, or the name of a fresh one: ngram, eagle."""
+    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
     learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,online_gradient"
     """Separated by commas: none (plain decoding), frozen, online_gradient, optimistic, ensemble, surrogate_ensemble,
     osd, momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings, as in ensemble/with_frozen=true."""
@@ -210,6 +218,51 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Train a first drafter offline, on the target's own answers. The same command goes on where it was stopped."""
+
+    target: TargetName
+    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    data: Annotated[tuple[str, ...], arg(metavar="DATA [DATA ...]")]
+    """Prompts to have answered: FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:NAME."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where the drafter is written; work under way lies in DIR.work."""
+    drafter: Annotated[str, arg(metavar="DRAFTER")] = "eagle"
+    """Name of a fresh drafter (eagle, small_lm), or directory or Hub id of a saved one to go on from."""
+    num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (400,)
+    """Prompts of each data, one number for all or one for each; 0 takes all of a file."""
+    temperature: Annotated[
+        float | None, arg(metavar="NUMBER", help_behavior_hint="(default: half greedy, half at 1)")
+    ] = None
+    """At which the target answers; 0 is greedy."""
+    max_new_tokens: int = 112
+    """Longest answer, in tokens."""
+    num_draft_tokens: int = 4
+    """Tokens drafted per step where acceptance is measured."""
+    holdout: int = 20
+    """One answer in so many, at least 8, is left out of training and measures what it brought."""
+    epochs: int = 4
+    """Passes over the answers; the step size falls to zero over the last two fifths."""
+    patience: int = 2
+    """Epochs without longer acceptance after which it stops; the best weights are kept."""
+    batch_requests: int = 4
+    """Answers per training step."""
+    step_size: float = 2e-3
+    """Rate of learning; 2e-3 suits drafters of about a million parameters, 2e-4 of a hundred million."""
+    loss: str = "soft_cross_entropy"
+    """What is learned: soft_cross_entropy, auto, cross_entropy, mix, reverse_kl, jsd, total_variation."""
+    tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
+    """What of a small_lm learns: layers (all but embedding and head), all, or adapters (low-rank, as peft has them)."""
+    adapter_rank: int = Tuning.rank
+    """Rank of those adapters."""
+    restart: bool = False
+    """Begin anew, whatever is in DIR and DIR.work."""
+    keep_text: bool = False
+    """Leave the answers in DIR.work when done."""
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Say what a drafter or target directory is: format, shape, size, version, whom it fits."""
 
@@ -219,11 +272,12 @@ class Inspect:
     """Show Python's traceback when something goes wrong."""
 
 
-Command = Demo | Generate | Compare | Inspect
+Command = Demo | Generate | Compare | Distill | Inspect
 COMMANDS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "generate": Generate,
     "compare": Compare,
+    "distill": Distill,
     "inspect": Inspect,
 }
 
@@ -241,7 +295,9 @@ def check(command: Command) -> None:
         raise ValueError(f"num_threads is {machine.num_threads}; it must be at least 1")
     if not -(2**63) <= machine.seed < 2**63:
         raise ValueError(f"seed is {machine.seed}; it must fit in 64 bits")
-    command.learning.config()
+    if not isinstance(command, Distill):
+        command.learning.config()
+        command.learning.tuning()
     match command:
         case Generate():
             command.params()
@@ -252,14 +308,18 @@ def check(command: Command) -> None:
             _check_demo(command.target, command.drafter_name)
             for spec in command.data:
                 load_workload(spec)
+        case Distill():
+            _check_demo(command.target, command.drafter)
+            for spec in command.data:
+                load_workload(spec)
         case Demo():
             command.decoding.params(command.temperature)
             _check_demo("demo", "demo")
 
 
 def _check_demo(target: str, drafter: str) -> None:
-    for name, folder in ((target, demo.TARGET), (drafter, demo.DRAFTER)):
-        if name == "demo" and not (folder / "config.json").is_file():
+    for folder in (demo.TARGETS.get(target), demo.DRAFTERS.get(drafter)):
+        if folder and not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"the demo pair did not come with this installation ({folder} is missing); "
                 "name another TARGET and --drafter"

@@ -59,6 +59,7 @@ def compare(command: Compare) -> int:
         window=command.window,
         generation=command.decoding.params(),
         learn=command.learning.config(command.telemetry),
+        tuning=command.learning.tuning(),
         measures_costs=command.learning.learn_costs is None,
     )
     check_results_folder(folder)

@@ -30,7 +30,7 @@ def generate(command: Generate) -> int:
         raise ValueError("the prompt is not UTF-8 text; convert it first")
 
     target = load(command.target, command.machine)
-    drafter = load_drafter(command.drafter_name, target, command.machine.seed)
+    drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
     if config.learner != FROZEN and not drafter.is_trainable:
         raise ValueError(f"drafter {command.drafter_name} does not learn; leave out --learner {command.learner}")
     return _answer(command, target, drafter, InlineLearning(drafter, config=config, seed=command.machine.seed), prompt)

@@ -5,23 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from onlinespec import demo
+from onlinespec.config import Tuning
 from onlinespec.drafters.base import Drafter
-from onlinespec.drafters.formats import drafter_folder, read_format
+from onlinespec.drafters.formats import drafter_folder, read_format, read_side
 from onlinespec.models.loading import Target
 from onlinespec.tables import resolve
 
 DRAFTERS = {
     "ngram": "onlinespec.drafters.ngram:Ngram",
     "eagle": "onlinespec.drafters.eagle:Eagle",
+    "small_lm": "onlinespec.drafters.small_lm:SmallLM",
 }
 
 
-def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0) -> Drafter:
+def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning: Tuning | None = None) -> Drafter:
     """A drafter for a target.
 
     Args:
-        name_or_path: A table name for a fresh one, a directory or Hub id of a saved one, `demo` for the one that
-            ships, or "pkg.module:Class".
+        name_or_path: A table name for a fresh one, a directory or Hub id of a saved one, `demo` or `demo/small_lm`
+            for those that ship, or "pkg.module:Class".
+        tuning: What of it learns; None for its own default.
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id.
@@ -30,7 +33,10 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0) -> Dra
     name = str(name_or_path)
     if name in DRAFTERS or (":" in name and not Path(name).exists()):
         drafter: Drafter = resolve(DRAFTERS, name, "drafter").fresh(target, seed)
-        return drafter
-    folder = demo.DRAFTER if name == "demo" else drafter_folder(name, known=list(DRAFTERS))
-    loaded: Drafter = resolve(DRAFTERS, read_format(folder), "drafter").load(folder, target)
-    return loaded
+    else:
+        folder = demo.DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
+        drafter = resolve(DRAFTERS, read_format(folder), "drafter").load(folder, target)
+        drafter.notes = read_side(folder).get("notes", {})
+    if tuning:
+        drafter.tune(tuning)
+    return drafter

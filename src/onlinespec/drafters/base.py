@@ -7,14 +7,15 @@ change between steps only, through `swap`. Axis letters: B requests, K drafted t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from torch import Tensor
 
-from onlinespec.config import SamplingParams
+from onlinespec.config import SamplingParams, Tuning
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.loading import Target
@@ -35,6 +36,7 @@ class Drafter(ABC):
     aux_layer_ids: tuple[int, ...] = ()  # target layers whose states it reads beside the final one
     is_trainable: bool = False  # whether `batch` and `loss` are there
     weights: DrafterWeights  # what it drafts with now
+    notes: Mapping[str, Any] = MappingProxyType({})  # what `inspect` should say of it; saved beside it
 
     @classmethod
     @abstractmethod
@@ -90,9 +92,23 @@ class Drafter(ABC):
     def release(self, slot: int) -> None:
         """Forgets a request."""
 
+    def side(self, **facts: str) -> dict[str, Any]:
+        """What is saved beside the published files: the notes, if any, and the given facts."""
+        return {**facts, "notes": dict(self.notes)} if self.notes else dict(facts)
+
     def swap(self, weights: DrafterWeights) -> None:
         """Drafts with other weights from the next step on. Running requests keep what the old ones computed."""
         raise TypeError(f"{type(self).__name__} has no weights to swap")
+
+    def tune(self, tuning: Tuning) -> None:
+        """Chooses what of it learns from now on. The weights stay what they are, under other names perhaps.
+
+        Raises:
+            ValueError: if it leaves no such choice.
+        """
+        raise ValueError(
+            f"--tune {tuning.what} is for a small_lm; {type(self).__name__} leaves no choice: leave it out"
+        )
 
     def batch(
         self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False

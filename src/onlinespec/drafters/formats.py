@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ def read_format(folder: Path) -> str:
     Raises:
         ValueError: if it is of another family, or none.
     """
+    if (folder / "adapter_config.json").is_file():
+        return "small_lm"
     config = read_drafter_config(folder)
     architecture = architecture_of(config, folder / "config.json")
     if architecture == "NgramDrafter":
@@ -65,6 +67,8 @@ def read_format(folder: Path) -> str:
     names = tensor_names(folder)
     if _is_eagle(names):
         return "eagle"
+    if "model.embed_tokens.weight" in names:
+        return "small_lm"
     raise ValueError(f"{folder} is no drafter we know: architecture {architecture}, tensors {sorted(names)[:4]}")
 
 
@@ -101,9 +105,20 @@ def read_side(folder: Path) -> dict[str, Any]:
 
 
 def write_drafter(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], version: int, **side: Any
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    version: int,
+    side: Mapping[str, Any] | None = None,
+    names: tuple[str, str] = ("config.json", "model.safetensors"),
+    also: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes a drafter directory: into a temporary one beside it first, then renamed into place.
+
+    Args:
+        names: Of the config and of the tensors' file.
+        side: What of ours is noted beside the published files.
+        also: Writes what else belongs there, a tokenizer say.
 
     Raises:
         ValueError: if the place can't be written to, or holds something that is no drafter.
@@ -121,10 +136,12 @@ def write_drafter(
     except OSError as error:
         raise ValueError(f"the drafter can't be saved to {folder}: {error}") from error
     try:
-        _write_json(partial / "config.json", config)
-        _write_json(partial / SIDE_FILE, {"weights_version": version, **side})
+        _write_json(partial / names[0], config)
+        _write_json(partial / SIDE_FILE, {"weights_version": version, **(side or {})})
         if tensors:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / "model.safetensors")
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / names[1])
+        if also:
+            also(partial)
         partial.chmod(0o755)
         _replace(partial, folder)
     finally:

@@ -15,6 +15,7 @@ Axis letters: N rows, S tokens of the list, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +31,14 @@ _DECAY = 0.95  # of counts, from one request to the next
 class Listed:
     """The tokens of a list, in the order of their ids, and their rows of the head; never changes."""
 
-    def __init__(self, token_ids_S: Tensor, head_SD: Tensor, make_linear: MakeLinear) -> None:
+    def __init__(self, token_ids_S: Tensor, head_SD: Tensor, labels_SD: Tensor, make_linear: MakeLinear) -> None:
         self.token_ids_S = token_ids_S
         self.head = FrozenProduct(head_SD, make_linear)  # as drafts are made
-        self._head_SD = head_SD
+        self._labels_SD = labels_SD
 
     def target_logits(self, states_ND: Tensor) -> Tensor:
         """What the target says of the listed tokens, in full precision, float32 [N, S]."""
-        return F.linear(states_ND, self._head_SD).float()
+        return F.linear(states_ND, self._labels_SD).float()
 
     def columns(self, token_ids_N: Tensor) -> Tensor | None:
         """Where in the list each token is; None unless all of them are there."""
@@ -49,13 +50,18 @@ class Shortlist:
     """The tokens that weigh most in a decaying count of what was seen.
 
     Args:
+        head_VD: The drafter's.
         size: How many tokens; by default 1,024 or a sixteenth of the vocabulary.
+        labels_VD: The target's head, where it is another.
     """
 
-    def __init__(self, head_VD: Tensor, make_linear: MakeLinear, size: int | None = None) -> None:
+    def __init__(
+        self, head_VD: Tensor, make_linear: MakeLinear, size: int | None = None, labels_VD: Tensor | None = None
+    ) -> None:
         if size is not None and size < 1:
             raise ValueError(f"a shortlist of {size} tokens can't be drafted from; it must have at least 1")
         self._head_VD, self._make_linear = head_VD, make_linear
+        self._labels_VD = head_VD if labels_VD is None else labels_VD
         V = len(head_VD)
         self._size = min(V, size or max(_LEAST_SIZE, V // _SHARE))
         # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
@@ -63,6 +69,21 @@ class Shortlist:
         self._counts_V = torch.zeros(V, dtype=torch.float64)
         self._chosen: Listed | None = None
         self._is_stale = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states that its heads take."""
+        return self._head_VD.dtype
+
+    @cached_property
+    def whole(self) -> FrozenProduct:
+        """The head for the whole vocabulary; made when a sampled draft, or a batch that the list can't hold, asks."""
+        return FrozenProduct(self._head_VD, self._make_linear)
+
+    def use(self, head_VD: Tensor) -> None:
+        """Another head for the same tokens: a drafter's whose head learns."""
+        self._head_VD, self._chosen = head_VD, None
+        self.__dict__.pop("whole", None)
 
     @property
     def now(self) -> Listed:
@@ -96,4 +117,6 @@ class Shortlist:
         chosen_S = (weights_V + self._unseen_V).topk(self._size).indices.sort().values.to(self._head_VD.device)
         if self._chosen is not None and torch.equal(chosen_S, self._chosen.token_ids_S):
             return self._chosen
-        return Listed(chosen_S, self._head_VD[chosen_S], self._make_linear)
+        head_SD = self._head_VD[chosen_S]
+        labels_SD = head_SD if self._labels_VD is self._head_VD else self._labels_VD[chosen_S]
+        return Listed(chosen_S, head_SD, labels_SD, self._make_linear)

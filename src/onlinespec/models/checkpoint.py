@@ -22,8 +22,8 @@ _FINGERPRINT_BYTES = 1 << 20
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
     """The local directory of a checkpoint, downloaded from the Hub if it is none here."""
-    if str(path_or_hub_id) == "demo":
-        return demo.TARGET
+    if shipped := (demo.DRAFTERS | demo.TARGETS).get(str(path_or_hub_id)):
+        return shipped
     if not str(path_or_hub_id):
         raise ValueError("the name is empty; give a directory, a Hub id, or demo")
     folder = Path(path_or_hub_id).expanduser()
@@ -71,10 +71,24 @@ def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) 
     """
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        for name in _names_in(path):
-            with safe_open(path, framework="pt") as shard:
-                weights[name] = shard.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+        weights |= read_tensors(path, device, dtype)
     return weights
+
+
+def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in one dtype, or as stored if that is None.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it can't be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    tensors = {}
+    for name in _names_in(path):
+        with safe_open(path, framework="pt") as file:
+            tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    return tensors
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -1,12 +1,13 @@
-"""The target's own forward: Llama, Qwen2 and Qwen3 shapes, over ragged batches, with a preallocated cache.
+"""Our own forward for targets and drafters, over ragged batches, with a preallocated cache; and its plain form.
 
 Knows nothing of drafting, sampling or text. Axis letters: N new tokens of a call (all requests, one after the
-other), M rows whose logits are wanted, V vocabulary, D hidden size.
+other), M rows whose logits are wanted, V vocabulary, D hidden size, G key-value heads, E head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,18 @@ from torch import Tensor
 
 from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_rows
 from onlinespec.models.kv_cache import KVCache
-from onlinespec.models.layer import FastLayer, RotaryTable, Rows, make_plan
-from onlinespec.models.linear import Linear, MakeLinear, linear_for
+from onlinespec.models.layer import (
+    FastLayer,
+    Rows,
+    Seen,
+    make_plan,
+    plain_keys_values,
+    plain_layer,
+    rms_norm,
+    turns_at,
+)
+from onlinespec.models.linear import Linear, MakeLinear, Product, linear_for, plain_product
+from onlinespec.models.rope import RotaryTables
 
 
 class Decoder(Model[KVCache]):
@@ -35,13 +46,14 @@ class Decoder(Model[KVCache]):
         self.device, self.dtype = self.embedding_VD.device, self.embedding_VD.dtype
         self.make_linear = make_linear or linear_for(self.device, self.dtype)
         self._layers = [
-            FastLayer(config.layer, _take(weights, f"model.layers.{i}."), self.make_linear)
+            FastLayer(config.layer, _taken(weights, i), self.make_linear, config.window(i))
             for i in range(config.num_layers)
         ]
         self._norm = weights["model.norm.weight"]
         self.head_VD = weights.get("lm_head.weight", self.embedding_VD)
         self._head: Linear = self.make_linear(self.head_VD, None)
-        self._rotary = RotaryTable(config.layer, self.device)
+        self._rotary = RotaryTables(config.layer.rope, config.layer.head_dim, self.device)
+        self._windows = set(config.windows) or {None}
         self.num_forwards = 0
 
     def new_cache(self) -> KVCache:
@@ -62,7 +74,9 @@ class Decoder(Model[KVCache]):
         for slot, count in zip(slots, counts, strict=True):
             cache.check_room(slot, count)
         self.num_forwards += 1
-        plan = make_plan(Rows(slots, [cache.lengths[slot] for slot in slots], counts), self._rotary, cache)
+        rows = Rows(slots, [cache.lengths[slot] for slot in slots], counts)
+        num_heads = self.config.layer.num_heads + self.config.layer.num_kv_heads
+        plan = make_plan(rows, self._rotary, cache, num_heads, windows=self._windows)
         x_ND = F.embedding(token_ids_N, self.embedding_VD)
         aux = {0: x_ND} if 0 in aux_layer_ids else {}
         for index, layer in enumerate(self._layers):
@@ -78,7 +92,61 @@ class Decoder(Model[KVCache]):
         return self._head(hidden_states_MD).float()
 
 
-def _take(weights: MutableMapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Moves the tensors whose names begin so into a dictionary of their own, named without it."""
-    names = [name for name in weights if name.startswith(prefix)]
-    return {name.removeprefix(prefix): weights.pop(name) for name in names}
+class Past(NamedTuple):
+    """Rows of texts that came before others: C of them."""
+
+    keys_values: Sequence[tuple[Tensor, Tensor]]  # by layer
+    positions_C: Tensor
+    is_visible_NC: Tensor  # to the rows that come after
+
+
+def plain_states(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    x_ND: Tensor,
+    positions_N: Tensor,
+    is_visible_NN: Tensor,
+    past: Past | None = None,
+    product: Product = plain_product,
+    length: int = 0,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """States after the final norm as published models define them, differentiable, and every layer's keys and values.
+
+    Takes several sets of weights at once where they, and x, have an axis of sets in front.
+
+    Args:
+        x_ND: Embedded tokens.
+        is_visible_NN: Which of these rows each of them attends to, windows apart.
+        length: That decides on rotary scaling, as `Rope.turns` has it.
+    """
+    turns_NR, keys_values = turns_at(positions_N, config.layer, length), []
+    for index in range(config.num_layers):
+        layer, window = layer_weights(weights, index), config.window(index)
+        keys_values.append(plain_keys_values(config.layer, layer, x_ND, turns_NR, product))
+        seen = [Seen(*keys_values[-1], _within(window, positions_N, positions_N, is_visible_NN))]
+        if past:
+            is_visible_NC = _within(window, positions_N, past.positions_C, past.is_visible_NC)
+            seen.insert(0, Seen(*past.keys_values[index], is_visible_NC))
+        x_ND = plain_layer(config.layer, layer, x_ND, turns_NR, seen, product)
+    return rms_norm(x_ND, weights["model.norm.weight"], config.layer.rms_norm_eps), keys_values
+
+
+def _within(window: int | None, positions_N: Tensor, positions_S: Tensor, is_visible_NS: Tensor) -> Tensor:
+    """Without what lies too far back."""
+    return is_visible_NS if window is None else is_visible_NS & (positions_N[:, None] - positions_S < window)
+
+
+def layer_weights(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One layer's tensors, by their names inside it."""
+    prefix = _prefix(index)
+    return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+
+
+def _taken(weights: MutableMapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The same, and they are no longer in `weights`."""
+    names = [name for name in weights if name.startswith(_prefix(index))]
+    return {name.removeprefix(_prefix(index)): weights.pop(name) for name in names}
+
+
+def _prefix(index: int) -> str:
+    return f"model.layers.{index}."

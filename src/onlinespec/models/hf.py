@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_rows
 from onlinespec.models.kv_cache import Slots
 from onlinespec.models.layer import LayerConfig
+from onlinespec.models.rope import Rope
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +44,18 @@ class HFCache(Slots):
 
     def __init__(self) -> None:
         super().__init__()
-        self._capacities: dict[int, int] = {}
         self._caches: dict[int, DynamicCache] = {}
 
     def take(self, slot: int, capacity: int) -> None:
         super().take(slot, capacity)
-        self._capacities[slot] = capacity
         self._caches[slot] = DynamicCache()  # without a config it knows of no windows; the masks do
 
     def release(self, slot: int) -> None:
         super().release(slot)
-        del self._capacities[slot], self._caches[slot]
+        del self._caches[slot]
 
     def capacity(self, slot: int) -> int:
-        return self._capacities[slot]
+        return self.limits[slot]
 
     def crop(self, slot: int, length: int) -> None:
         super().crop(slot, length)
@@ -272,7 +271,7 @@ def _layer_config(config: PretrainedConfig, name: str) -> LayerConfig:
         raise ValueError(f"{name}: config.json names no hidden_size or no num_attention_heads")
     head_dim = _first(config, "head_dim") or hidden // heads
     eps = getattr(config, "rms_norm_eps", None)
-    rope = getattr(config, "rope_parameters", None) or {}
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     return LayerConfig(
         hidden_size=hidden,
         intermediate_size=_first(config, "intermediate_size", "ffn_dim") or 4 * hidden,
@@ -280,7 +279,7 @@ def _layer_config(config: PretrainedConfig, name: str) -> LayerConfig:
         num_kv_heads=_first(config, "num_key_value_heads") or heads,
         head_dim=head_dim + head_dim % 2,
         rms_norm_eps=1e-6 if eps is None else float(eps),
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
+        rope=Rope() if theta is None else Rope(float(theta)),
     )
 
 

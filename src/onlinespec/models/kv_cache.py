@@ -18,16 +18,17 @@ class Slots(ABC):
 
     def __init__(self) -> None:
         self.lengths: dict[int, int] = {}
+        self.limits: dict[int, int] = {}  # most tokens of a slot, as asked for
 
     def take(self, slot: int, capacity: int) -> None:
         """Reserves room for `capacity` tokens under a slot number that is free."""
         if slot in self.lengths:
             raise ValueError(f"slot {slot} is taken; release it first")
-        self.lengths[slot] = 0
+        self.lengths[slot], self.limits[slot] = 0, capacity
 
     def release(self, slot: int) -> None:
         """Gives a slot's memory back."""
-        del self.lengths[slot]
+        del self.lengths[slot], self.limits[slot]
 
     @abstractmethod
     def capacity(self, slot: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.models.base import Model, ModelConfig
@@ -24,7 +25,7 @@ from onlinespec.models.checkpoint import (
     tensor_shapes,
 )
 from onlinespec.models.decoder import Decoder
-from onlinespec.models.families import ARCHITECTURES, NotOurs, check_weights, decoder_config
+from onlinespec.models.families import ARCHITECTURES, FAMILIES, NotOurs, checked_weights, decoder_config
 from onlinespec.models.linear import MakeLinear, PackedLinear, linear_for
 from onlinespec.models.memory import check_memory, estimate
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, s
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _GENERATION_CONFIG = "generation_config.json"
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # as transformers'
 
@@ -94,15 +96,14 @@ def load_target(
         make_linear = make_linear or linear_for(device, dtype)
         need = estimate(tensor_shapes(folder), shape, dtype, keeps_second_head=make_linear is PackedLinear)
         check_memory(need, device, folder)
-        weights = read_weights(folder, device, dtype)
-        check_weights(weights, config, shape, folder)
+        weights = checked_weights(read_weights(folder, device, dtype), config, shape, folder)
         decoder = Decoder(shape, weights, make_linear)
     else:
         decoder = _load_through_transformers(folder, config, device, dtype)
     return Target(
         name=str(path_or_hub_id),
         decoder=decoder,
-        tokenizer=_read_tokenizer(folder, decoder.config),
+        tokenizer=read_tokenizer(folder, decoder.config),
         end_token_ids=end_token_ids,
         sampling=sampling,
         fingerprint=fingerprint(folder),
@@ -118,6 +119,26 @@ def _load_through_transformers(
     for place in dict.fromkeys((torch.device("cpu"), device)):  # it is read there first
         check_memory(need, place, folder)
     return load_hf(folder, config, device, dtype)
+
+
+def read_model(
+    folder: Path, device: torch.device
+) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor], torch.dtype]:
+    """A language model of a family that our decoder runs: config.json, shape, float32 weights, dtype as stored.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_target`; also for what only transformers runs.
+    """
+    config = read_config(folder)
+    shape = own_shape(config, folder)
+    if shape is None:
+        raise ValueError(
+            f"{folder} can't draft: our decoder does not run its architecture or settings; it runs "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    stored = checked_weights(read_weights(folder, device, dtype=None), config, shape, folder)
+    weights = {name: t.float() for name, t in stored.items()}
+    return read_json(folder / "config.json"), shape, weights, stored["model.embed_tokens.weight"].dtype
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -163,8 +184,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     raw = read_json(path)
     architecture = architecture_of(raw, path)
-    is_known = architecture in ARCHITECTURES
-    model_type = architecture.removesuffix("ForCausalLM").lower() if is_known else str(raw.get("model_type"))
+    is_known = architecture in FAMILIES
+    model_type = FAMILIES[architecture].model_type if is_known else str(raw.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{folder}: architecture {architecture} is not supported: transformers has no model_type {model_type!r}, "
@@ -208,9 +229,19 @@ def path_of(folder: Path) -> str:
         return f"none ({error})"
 
 
-def _read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it can't be read, or has more tokens than the model.
+    """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make one up
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy these files of the model into it, too"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in many ways; all of them are the checkpoint's

@@ -1,0 +1,266 @@
+"""What drafters share whose layers end in a state, and whose states a head turns into tokens.
+
+A request's rows wait until the next draft, are read together, and the last one's state is where drafting starts; each
+drafted token is read in turn, and the cache is cropped to the rows that are real. Learning goes over the same rows
+through the plain layers. A subclass says how rows are read (`_read`), how states are computed with a gradient
+(`_depths`), and which head is whose.
+
+Axis letters: B requests, R of them that draft, K drafted tokens, N rows of a call, S positions, D hidden size,
+V vocabulary, E sets of weights.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
+from onlinespec.core import Draft, Feedback, Params, Verdict
+from onlinespec.drafters.base import Drafter, Loss
+from onlinespec.drafters.shortlist import Listed, Shortlist
+from onlinespec.drafters.spans import Layout, Span, lay_out, spans_of
+from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.models.base import Cache
+from onlinespec.models.loading import Target
+from onlinespec.sampling import process_logits, sample_rows
+
+Head = Callable[[Tensor], Tensor]  # states [..., D] to logits over the vocabulary, or a list of its tokens
+
+
+@dataclass
+class _Slot:
+    """What is known of a request but not yet in the drafter's cache: tokens, each with the feature before it."""
+
+    read_ids: list[int] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    state_1D: Tensor | None = None  # of the last row that is in the cache; drafting starts there
+
+
+class Batch(list[Span]):
+    """The spans of a round, and the tokens they are learned over if all are greedy; None for the vocabulary."""
+
+    def __init__(self, spans: Sequence[Span], listed: Listed | None) -> None:
+        super().__init__(spans)
+        self.listed = listed
+
+
+class Headed(Drafter):
+    """A drafter whose states go through a head.
+
+    Subclasses set `_cache` and `_shortlist`, and call `__init__` first.
+    """
+
+    is_trainable = True
+    unroll = 1  # drafting depths a training row goes through
+    num_before = 0  # tokens of a request before the first that has a row; 1 where a row needs the state before it
+    reads_features = False  # whether rows read the target's states
+    _cache: Cache
+    _shortlist: Shortlist
+
+    def __init__(self, target: Target) -> None:
+        self._decoder = target.decoder
+        self._fingerprint = target.fingerprint
+        self._slots: dict[int, _Slot] = {}
+
+    # --- drafting -----------------------------------------------------------------------------------------------
+
+    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
+        self._cache.take(slot, capacity + MAX_DRAFT_TOKENS)  # a batch drafts as deep as its longest draft
+        features = [features_SD] if self.reads_features and len(features_SD) else []
+        self._slots[slot] = _Slot(list(token_ids[self.num_before :]), features)
+        self._shortlist.begin(token_ids)
+
+    def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
+        for slot, token_ids, rows_ND in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
+            committed = token_ids[: len(rows_ND)]
+            self._slots[slot].read_ids.extend(committed)
+            if self.reads_features:
+                self._slots[slot].features.append(rows_ND)
+            self._shortlist.note(committed)
+
+    def release(self, slot: int) -> None:
+        self._cache.release(slot)
+        del self._slots[slot]
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        slots: Sequence[int],
+        anchors: Sequence[int],
+        num_draft_tokens_B: Sequence[int],
+        sampling: Sequence[SamplingParams],
+        uniforms_BK: Tensor,
+    ) -> Draft:
+        B, device = len(slots), self._decoder.device
+        wanted = zip(slots, num_draft_tokens_B, strict=True)
+        ready = [i for i, (slot, count) in enumerate(wanted) if count and self._can_draft(slot)]
+        counts_B = torch.zeros(B, dtype=torch.int64)
+        counts_B[ready] = torch.tensor([num_draft_tokens_B[i] for i in ready], dtype=torch.int64)
+        K = int(counts_B.max()) if ready else 0
+        token_ids_BK, probs_BKV = torch.zeros(B, K, dtype=torch.int64, device=device), None
+        if ready:
+            chosen = [slots[i] for i in ready]
+            ids_RK, probs_RKV = self._chain(chosen, K, [sampling[i] for i in ready], uniforms_BK[ready])
+            token_ids_BK[ready] = ids_RK
+            if probs_RKV is not None:
+                probs_BKV = torch.zeros(B, K, probs_RKV.shape[-1], device=device)
+                probs_BKV[ready] = probs_RKV
+        return Draft(token_ids_BK, counts_B, probs_BKV, self.weights.version)
+
+    def _can_draft(self, slot: int) -> bool:
+        """Whether there is a row to start from: one that reads states has none in a prompt of one token."""
+        return bool(self._slots[slot].read_ids) or self._slots[slot].state_1D is not None
+
+    def _chain(
+        self, slots: Sequence[int], num_draft_tokens: int, sampling: Sequence[SamplingParams], uniforms_RK: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids [R, K] for R requests and the rows they were drawn from; the cache ends with the real rows."""
+        state_RD, drafted, rows = self._absorb(slots), [], []
+        lengths = [self._cache.lengths[slot] for slot in slots]
+        for k in range(num_draft_tokens):
+            ids_R, probs_RV = self._draw(state_RD, sampling, uniforms_RK[:, k])
+            drafted.append(ids_R)
+            if probs_RV is not None:
+                rows.append(probs_RV)
+            if k + 1 < num_draft_tokens:
+                state_RD = self._read(ids_R, state_RD, slots, [1] * len(slots))
+        for slot, length in zip(slots, lengths, strict=True):
+            self._cache.crop(slot, length)
+        return torch.stack(drafted, 1), torch.stack(rows, 1) if rows else None
+
+    def _absorb(self, slots: Sequence[int]) -> Tensor:
+        """Reads the rows that became real since the last draft; the last of each request is where drafting starts."""
+        if pending := [slot for slot in slots if self._slots[slot].read_ids]:
+            for slot in pending:
+                self._remember(slot)
+            waiting = [self._slots[slot] for slot in pending]
+            counts = [len(state.read_ids) for state in waiting]
+            read_ids = torch.tensor([i for state in waiting for i in state.read_ids], device=self._decoder.device)
+            features = [rows for state in waiting for rows in state.features]
+            features_ND = torch.cat(features) if self.reads_features else torch.empty(len(read_ids), 0)
+            out_ND = self._read(read_ids, features_ND, pending, counts)
+            for slot, rows_ND in zip(pending, out_ND.split(counts), strict=True):
+                self._slots[slot] = _Slot(state_1D=rows_ND[-1:])
+        states = [state for slot in slots if (state := self._slots[slot].state_1D) is not None]
+        return states[0] if len(states) == 1 else torch.cat(states)
+
+    def _remember(self, slot: int) -> None:
+        """Reads all but the last of many rows, a prompt's, whose states no one needs; few are left for `_read`."""
+
+    @abstractmethod
+    def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """States [N, D] of `counts[i]` new rows of `slots[i]`, which are in the cache from now on.
+
+        Args:
+            features_ND: Of who reads the target's states; while drafting, the own states stand in for them.
+        """
+
+    def _draw(
+        self, states_RD: Tensor, sampling: Sequence[SamplingParams], uniforms_R: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """A token per state, and the row it was drawn from; where all are greedy, a point mass of a listed token.
+
+        Penalties are the target's.
+        """
+        if all(params.is_greedy for params in sampling):
+            listed = self._shortlist.now
+            return listed.token_ids_S[self._logits(states_RD, listed.head).argmax(-1)], None
+        plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
+        logits_RV = self._logits(states_RD, self._shortlist.whole)
+        logits_RV = logits_RV.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # weights that blew up may still draft
+        probs_RV = process_logits(logits_RV, plain[0] if len(plain) == 1 else plain)
+        return sample_rows(probs_RV, uniforms_R.to(probs_RV.device)), probs_RV
+
+    def _logits(self, states_ND: Tensor, head: Head) -> Tensor:
+        return head(states_ND.to(self._shortlist.dtype)).float()
+
+    # --- learning -----------------------------------------------------------------------------------------------
+
+    def batch(
+        self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False
+    ) -> list[Span]:
+        fresh = self._spans(feedback, rejected_only, is_fresh=True)
+        if not any(span.counts_N.any() for span in fresh):
+            return []
+        spans = fresh + self._spans(replayed, rejected_only, is_fresh=False)
+        is_greedy = not any(span.temperature for span in spans)
+        listed = self._shortlist.holding(torch.cat([span.token_ids_N for span in spans])) if is_greedy else None
+        return Batch(spans, listed)
+
+    def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
+        return spans_of(feedback, self.num_before, rejected_only, is_fresh, self.reads_features)
+
+    def losses(
+        self, candidates: Sequence[Params], batch: Sequence[Span], row_loss: RowLoss = soft_cross_entropy
+    ) -> list[Loss]:
+        if not any(span.counts_N.any() for span in batch):
+            raise ValueError("a batch without verified rows has no loss")
+        layout, params = lay_out(batch), stacked(candidates)
+        listed, target = self._scope(batch, layout)
+        head, counts_N = self._learn_head(params, listed), layout.counts_N.float()
+        num_rows, weights_EN = counts_N.sum(), []
+        for at_M, states_EMD in self._depths(params, layout, self.unroll):
+            rows = TargetRows(*(part[at_M] for part in target))
+            weights_EN.append(row_loss(head(states_EMD), rows).view(len(candidates), -1) * counts_N[at_M])
+        totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
+        fresh_N = layout.is_fresh_N & layout.counts_N
+        fresh_E = weights_EN[0].detach()[:, fresh_N].sum(-1) / fresh_N.sum()
+        return [Loss(total, fresh, int(num_rows)) for total, fresh in zip(totals_E, fresh_E.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def rows(
+        self, candidates: Sequence[Params], batch: Sequence[Span], num_depths: int = 1
+    ) -> list[tuple[Tensor, TargetRows]]:
+        layout, params = lay_out([span for span in batch if span.is_fresh]), stacked(candidates)
+        target, head, depths = self._target_rows(layout), self._learn_head(params, None), []
+        for at_M, states_MD in self._depths(params, layout, num_depths):
+            logits = head(states_MD).view(len(candidates), len(at_M), -1)
+            depths.append((logits, TargetRows(*(part[at_M] for part in target))))
+        return depths
+
+    @abstractmethod
+    def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each drafting depth, which trained rows it reaches, and the states [M, D] drafted there.
+
+        Stacked params give states with an axis of sets in front.
+        """
+
+    def _learn_head(self, params: Params, listed: Listed | None) -> Head:
+        """The head that learning goes through; by default one that never learns."""
+        product = listed.head if listed else self._shortlist.whole
+
+        def head(states: Tensor) -> Tensor:
+            return self._logits(states.flatten(0, -2), product).view(*states.shape[:-1], -1)
+
+        return head
+
+    def _scope(self, batch: Sequence[Span], layout: Layout) -> tuple[Listed | None, TargetRows]:
+        """The list to learn over, and the target's rows over its tokens: greedy rows learn what greedy drafts choose
+        from, if their own tokens are all there."""
+        listed = batch.listed if isinstance(batch, Batch) else None
+        columns_N = listed.columns(layout.token_ids_N) if listed else None
+        if listed is None or columns_N is None:
+            return None, self._target_rows(layout)
+        logits_NS = self._target_logits(listed, layout.target_states_ND)
+        return listed, TargetRows(logits_NS.softmax(-1), columns_N, layout.temperatures_N)
+
+    def _target_logits(self, listed: Listed, states_ND: Tensor) -> Tensor:
+        """The target's own, of the listed tokens: the short product will do where its head is nothing else."""
+        if self._decoder.has_plain_head:
+            return listed.target_logits(states_ND)
+        return self._decoder.head(states_ND)[:, listed.token_ids_S]
+
+    def _target_rows(self, layout: Layout) -> TargetRows:
+        probs_NV = self._decoder.head(layout.target_states_ND).softmax(-1)
+        return TargetRows(probs_NV, layout.token_ids_N, layout.temperatures_N)
+
+
+def stacked(candidates: Sequence[Params]) -> Params:
+    """One set of weights as it is; several with an axis in front, for one product instead of several."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return {name: torch.stack([params[name] for params in candidates]) for name in candidates[0]}

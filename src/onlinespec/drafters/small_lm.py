@@ -1,0 +1,318 @@
+"""An independent language model as the drafter: small, of the target's tokenizer, and its own published checkpoint.
+
+What Online Speculative Decoding distils online. Nothing of the target goes in but its tokens, so any model that shares
+the tokenizer will do; what comes out is judged, and learned from, as with every drafter. Drafting runs on the decoder
+that serves targets, learning on its plain form.
+
+Axis letters: N rows of a call, C rows of context, D hidden size, V the target's vocabulary, E sets of weights.
+Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, arXiv:2211.17192.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onlinespec.config import MAX_DRAFT_TOKENS, Tuning
+from onlinespec.core import DrafterWeights, Params
+from onlinespec.drafters import adapters
+from onlinespec.drafters.formats import read_side, write_drafter
+from onlinespec.drafters.headed import Head, Headed
+from onlinespec.drafters.shortlist import Listed, Shortlist
+from onlinespec.drafters.spans import Layout
+from onlinespec.models.base import ModelConfig
+from onlinespec.models.checkpoint import find_folder, fingerprint, read_json
+from onlinespec.models.decoder import Decoder, Past, plain_states
+from onlinespec.models.families import published_weights
+from onlinespec.models.kv_cache import KVCache
+from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
+from onlinespec.models.loading import Target, read_model, read_tokenizer
+from onlinespec.models.rope import Rope
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FRESH_LAYERS = 2
+_READ_AT_ONCE = 512  # rows of a prompt
+
+
+class SmallLM(Headed):
+    """A causal language model of the families that `models/decoder.py` runs.
+
+    Args:
+        config: As in its config.json.
+        weights: float32, under their published names; a tied model has no `lm_head.weight`.
+        dtype: That it was published in, and is saved in again.
+        base: The directory or Hub id it came from: what saved adapters refer to. Empty for a fresh one.
+    """
+
+    _cache: KVCache
+
+    def __init__(
+        self,
+        target: Target,
+        config: Mapping[str, Any],
+        shape: ModelConfig,
+        weights: Params,
+        version: int = 0,
+        dtype: torch.dtype = torch.float32,
+        base: str = "",
+        make_linear: MakeLinear | None = None,
+        shortlist: int | None = None,
+    ) -> None:
+        super().__init__(target)
+        self.config, self.shape, self._dtype, self._base = dict(config), shape, dtype, base
+        self._tokenizer: PreTrainedTokenizerBase = target.tokenizer
+        device = self._decoder.device
+        self._make_linear = make_linear or draft_linear_for(device, torch.float32)
+        self._product = plain_product if make_linear else learn_product_for(device)
+        self._weights = weights  # what does not learn among them stays
+        self._tuning = Tuning()
+        self._num_tokens = self._decoder.config.vocab_size
+        head_VD = self._fitted(weights.get(_HEAD, weights[_EMBEDDING]))
+        self._shortlist = Shortlist(head_VD, self._make_linear, shortlist, labels_VD=self._decoder.head_VD)
+        self._cache = KVCache(shape.num_layers, shape.layer.num_kv_heads, shape.layer.head_dim, device, torch.float32)
+        self.swap(DrafterWeights(self._trained(weights), version))
+
+    # --- where it comes from and goes to ------------------------------------------------------------------------
+
+    @classmethod
+    def fresh(cls, target: Target, seed: int = 0) -> Self:
+        """The target's own embedding and head around two untrained layers of its size."""
+        model = target.decoder
+        is_tied = model.head_VD is model.embedding_VD
+        layer = replace(model.config.layer, rope=Rope(model.config.layer.rope.theta))  # it learns unscaled positions
+        shape = ModelConfig(layer, _FRESH_LAYERS, model.config.vocab_size, model.config.max_positions)
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            name: torch.ones(dims) if len(dims) == 1 else torch.randn(dims, generator=generator) * 0.02
+            for name, dims in _fresh_shapes(shape).items()
+        }
+        weights = {name: t.to(model.device) for name, t in weights.items()}
+        weights[_EMBEDDING] = model.embedding_VD.float()
+        if not is_tied:
+            weights[_HEAD] = model.head_VD.float()
+        return cls(target, _fresh_config(shape, is_tied), shape, weights)
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> Self:
+        if adapters.is_in(folder):
+            return cls._with_adapters(folder, target)
+        config, shape, weights, dtype = read_model(folder, target.decoder.device)
+        _check_tokenizer(folder, shape, target)
+        side = read_side(folder)
+        version = int(side.get("weights_version", 0))
+        return cls(target, config, shape, weights, version, dtype, base=str(folder.absolute()))
+
+    @classmethod
+    def _with_adapters(cls, folder: Path, target: Target) -> Self:
+        config = read_json(folder / adapters.CONFIG)
+        side = read_side(folder)
+        place = adapters.base_of(config, folder)
+        base = find_folder(place)
+        expected = side.get("base_fingerprint")
+        if expected and expected != fingerprint(base):
+            raise ValueError(
+                f"{folder} holds adapters for a model with fingerprint {expected}, {base} has {fingerprint(base)}; "
+                f"correct base_model_name_or_path in {folder / adapters.CONFIG}"
+            )
+        drafter = cls.load(base, target)
+        drafter._base = place
+        drafter.tune(adapters.tuning_of(config, folder))
+        params = adapters.read(folder, drafter._weights, drafter._tuning)
+        drafter.swap(DrafterWeights(params, int(side.get("weights_version", 0))))
+        return drafter
+
+    def save(self, folder: Path) -> None:
+        version, params = self.weights.version, self.weights.params
+        side = self.side(target_fingerprint=self._fingerprint)
+        if self._tuning.what == "adapters":
+            side["base_fingerprint"] = fingerprint(find_folder(self._base))
+            config, names = adapters.config_of(self._tuning, self._base), (adapters.CONFIG, adapters.WEIGHTS)
+            write_drafter(folder, config, adapters.published(params), version, side, names)
+        else:
+            whole = published_weights(self._effective(params), self.config["architectures"][0])
+            tensors = {name: t.to(self._dtype) for name, t in whole.items()}
+            write_drafter(folder, self.config, tensors, version, side, also=self._tokenizer.save_pretrained)
+
+    def tune(self, tuning: Tuning) -> None:
+        if tuning.what == "adapters" and not self._base:
+            raise ValueError(
+                "adapters refer to a saved model, and this small_lm is fresh; save it first, and give --drafter DIR"
+            )
+        self._weights = self._effective(self.weights.params)
+        self._tuning = tuning
+        self.swap(DrafterWeights(self._trained(self._weights), self.weights.version))
+
+    # --- weights ------------------------------------------------------------------------------------------------
+
+    def _trained(self, weights: Params) -> Params:
+        """What learns of a whole model."""
+        if self._tuning.what == "adapters":
+            return adapters.fresh(weights, self._tuning)
+        is_all = self._tuning.what == "all"
+        return {name: t for name, t in weights.items() if is_all or name not in (_EMBEDDING, _HEAD)}
+
+    def _effective(self, params: Params) -> Params:
+        """The whole model's weights, differentiable in what learns."""
+        if self._tuning.what == "adapters":
+            return self._weights | adapters.merged(self._weights, params, self._tuning)
+        return self._weights | params
+
+    def swap(self, weights: DrafterWeights) -> None:
+        """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
+        self.weights = weights
+        with torch.no_grad():
+            effective = self._effective(weights.params)
+            self._draft_model = Decoder(self.shape, effective, self._make_linear)
+        if self._tuning.what == "all":
+            self._shortlist.use(self._fitted(effective.get(_HEAD, effective[_EMBEDDING])))
+
+    def _fitted(self, head_VD: Tensor) -> Tensor:
+        """A head cut to the target's tokens. Ids that it lacks, if any, are padding that no target says: zeros do."""
+        missing = self._num_tokens - head_VD.shape[-2]
+        return head_VD[..., : self._num_tokens, :] if missing <= 0 else F.pad(head_VD, (0, 0, 0, missing))
+
+    # --- drafting -----------------------------------------------------------------------------------------------
+
+    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
+        super().start(slot, token_ids, features_SD, min(capacity, self.shape.max_positions))
+
+    def _can_draft(self, slot: int) -> bool:
+        """Not beyond the positions that it was trained for."""
+        length = self._cache.lengths[slot] + len(self._slots[slot].read_ids)
+        return length + MAX_DRAFT_TOKENS <= self.shape.max_positions
+
+    def _remember(self, slot: int) -> None:
+        state = self._slots[slot]
+        while len(state.read_ids) > _READ_AT_ONCE:
+            piece, state.read_ids = state.read_ids[:_READ_AT_ONCE], state.read_ids[_READ_AT_ONCE:]
+            self._read(torch.tensor(piece, device=self._decoder.device), torch.empty(0), [slot], [len(piece)])
+
+    def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        ids_N = self._known(read_ids_N)
+        return self._draft_model.forward(ids_N, slots, counts, self._cache, [0] * len(slots)).hidden_states_ND
+
+    def _known(self, token_ids: Tensor) -> Tensor:
+        """Ids that the draft model has a row for; padding that the target has more of is read as token 0."""
+        return torch.where(token_ids < self.shape.vocab_size, token_ids, 0)
+
+    # --- learning -----------------------------------------------------------------------------------------------
+
+    def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """A row reads committed tokens only, so a deeper one is the row of a draft that came so far."""
+        weights = self._effective(params)
+        states_ND, _ = plain_states(
+            self.shape,
+            weights,
+            self._embedded(weights, rows.read_ids_N, params),
+            rows.positions_N,
+            rows.is_visible_NN,
+            self._context(weights, rows, params),
+            self._product,
+            self._scaling_length(rows),
+        )
+        for depth in range(num_depths):
+            at_M = (rows.left_N > depth).nonzero().flatten() + depth
+            if not len(at_M):
+                return
+            yield at_M, states_ND[..., at_M, :]
+
+    @torch.no_grad()
+    def _context(self, weights: Params, rows: Layout, params: Params) -> Past | None:
+        """Keys and values of the context rows; their own gradient is left out."""
+        positions_C, length = rows.context_positions_C, self._scaling_length(rows)
+        if not len(positions_C):
+            return None
+        x_CD = self._embedded(weights, rows.context_ids_C, params)
+        _, keys_values = plain_states(
+            self.shape, weights, x_CD, positions_C, rows.is_visible_CC, product=self._product, length=length
+        )
+        return Past(keys_values, positions_C, rows.is_visible_NC)
+
+    def _scaling_length(self, rows: Layout) -> int:
+        """For all spans alike, by the longest; only drafters whose scaling follows the length can tell."""
+        return self.shape.layer.rope.length_of(int(rows.positions_N.max()) + 1)
+
+    def _embedded(self, weights: Params, token_ids_N: Tensor, params: Params) -> Tensor:
+        """Embedded tokens; for several sets of weights, once for each."""
+        embedding, ids_N = weights[_EMBEDDING], self._known(token_ids_N)
+        if embedding.dim() == 3:
+            return embedding[:, ids_N]
+        x_ND = F.embedding(ids_N, embedding)
+        return x_ND.expand(*self._sets(params), *x_ND.shape)
+
+    def _sets(self, params: Params) -> tuple[int, ...]:
+        """(), or how many sets of weights are stacked."""
+        name, one = next(iter(self.weights.params.items()))
+        return params[name].shape[: params[name].dim() - one.dim()]
+
+    def _learn_head(self, params: Params, listed: Listed | None) -> Head:
+        if self._tuning.what != "all":
+            return super()._learn_head(params, listed)
+        head_VD = self._fitted(params.get(_HEAD, params[_EMBEDDING]))
+        if listed:
+            head_VD = head_VD[
+                ..., listed.token_ids_S.clone(), :
+            ]  # may be from inference mode, which no gradient may meet
+        return lambda states: self._product(states, head_VD)
+
+
+def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
+    """Raises ValueError naming the first token of which drafter and target think differently."""
+    ours = {i: token for token, i in target.tokenizer.get_vocab().items()}
+    theirs = {i: token for token, i in read_tokenizer(folder, shape).get_vocab().items()}
+    for i in range(max(ours, default=0) + 1):
+        if i in ours and i in theirs and ours[i] != theirs[i]:
+            raise ValueError(
+                f"the tokenizers differ: token {i} is {ours[i]!r} for the target and {theirs[i]!r} for the drafter "
+                f"{folder}; a small_lm must have its target's tokenizer: take a model of the same family"
+            )
+
+
+def _fresh_config(shape: ModelConfig, is_tied: bool) -> dict[str, Any]:
+    layer = shape.layer
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": layer.rms_norm_eps,
+        "rope_theta": layer.rope.theta,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_positions,
+        "tie_word_embeddings": is_tied,
+        "torch_dtype": "float32",
+    }
+
+
+def _fresh_shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of all but embedding and head."""
+    layer = shape.layer
+    d, f = layer.hidden_size, layer.intermediate_size
+    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    of_layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (q, d),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.v_proj.weight": (kv, d),
+        "self_attn.o_proj.weight": (d, q),
+        "mlp.gate_proj.weight": (f, d),
+        "mlp.up_proj.weight": (f, d),
+        "mlp.down_proj.weight": (d, f),
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+    }
+    layers = {f"model.layers.{i}.{name}": dims for i in range(shape.num_layers) for name, dims in of_layer.items()}
+    return layers | {"model.norm.weight": (d,)}

@@ -1,0 +1,134 @@
+"""Verified rows as a drafter trains on them: spans of requests, and several spans side by side.
+
+A drafter has a row for every token but the first `num_before` of a request (those before it has anything to read); the
+row reads its token, and maybe the target's state before it, and is to say what the target said behind that token.
+
+Axis letters: S rows of a request, N rows the loss is on, C rows of context, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onlinespec.core import Feedback
+
+
+class Span(NamedTuple):
+    """Consecutive verified rows of one request, as a drafter sees them."""
+
+    read_ids_S: Tensor  # read by each row; the last rows are what the loss is on
+    features_SD: Tensor  # float32; the target's state before each row's token; empty for who does not read it
+    target_states_ND: Tensor  # the target's state at each trained row's token: its head rows are the labels
+    token_ids_N: Tensor  # what came behind each trained row's token
+    counts_N: Tensor  # bool: which of the rows the loss counts
+    temperature: float  # at which the request decodes
+    is_fresh: bool  # of this round, not replayed
+
+    @property
+    def num_context(self) -> int:
+        """Rows that the loss is not on; they come first."""
+        return len(self.read_ids_S) - len(self.target_states_ND)
+
+
+class Layout(NamedTuple):
+    """Spans side by side: the loss is on N rows, the other C are context."""
+
+    context_ids_C: Tensor
+    context_positions_C: Tensor  # inside the request
+    context_features_CD: Tensor
+    read_ids_N: Tensor  # a span's rows follow each other
+    positions_N: Tensor
+    left_N: Tensor  # rows of the span from this one on, itself included
+    features_ND: Tensor
+    target_states_ND: Tensor
+    token_ids_N: Tensor
+    counts_N: Tensor
+    temperatures_N: Tensor
+    is_fresh_N: Tensor
+    is_visible_CC: Tensor  # of the same span and no later
+    is_visible_NC: Tensor  # of the same span
+    is_visible_NN: Tensor  # of the same span and no later
+
+
+def spans_of(
+    feedback: Sequence[Feedback], num_before: int, rejected_only: bool, is_fresh: bool, has_features: bool
+) -> list[Span]:
+    """A span for every run of records that continue each other side by side and have a row to learn from."""
+    runs = _runs(feedback)
+    return [
+        _span(run, num_before, rejected_only, is_fresh, has_features)
+        for run in runs
+        if run[-1].start + run[-1].num_rows > max(num_before, run[0].start)
+    ]
+
+
+def lay_out(spans: Sequence[Span]) -> Layout:
+    """Puts spans side by side."""
+    device = spans[0].read_ids_S.device
+    contexts = [span.num_context for span in spans]
+    sizes = [len(span.target_states_ND) for span in spans]
+    positions_C = torch.cat([torch.arange(c) for c in contexts])
+    positions_N = torch.cat([torch.arange(c, c + n) for c, n in zip(contexts, sizes, strict=True)])
+    span_C = torch.arange(len(spans)).repeat_interleave(torch.tensor(contexts))
+    span_N = _per_row(range(len(spans)), spans)
+    ends_N = _per_row([c + n for c, n in zip(contexts, sizes, strict=True)], spans)
+    return Layout(
+        context_ids_C=torch.cat([span.read_ids_S[: span.num_context] for span in spans]),
+        context_positions_C=positions_C.to(device),
+        context_features_CD=torch.cat([span.features_SD[: span.num_context] for span in spans]),
+        read_ids_N=torch.cat([span.read_ids_S[span.num_context :] for span in spans]),
+        positions_N=positions_N.to(device),
+        left_N=(ends_N - positions_N).to(device),
+        features_ND=torch.cat([span.features_SD[span.num_context :] for span in spans]),
+        target_states_ND=torch.cat([span.target_states_ND for span in spans]),
+        token_ids_N=torch.cat([span.token_ids_N for span in spans]),
+        counts_N=torch.cat([span.counts_N for span in spans]),
+        temperatures_N=_per_row([span.temperature for span in spans], spans).to(device),
+        is_fresh_N=_per_row([span.is_fresh for span in spans], spans).to(device),
+        is_visible_CC=((span_C[:, None] == span_C) & (positions_C[:, None] >= positions_C)).to(device),
+        is_visible_NC=(span_N[:, None] == span_C).to(device),
+        is_visible_NN=((span_N[:, None] == span_N) & (positions_N[:, None] >= positions_N)).to(device),
+    )
+
+
+def _runs(feedback: Sequence[Feedback]) -> list[list[Feedback]]:
+    runs: list[list[Feedback]] = []
+    for record in feedback:
+        newest = runs[-1][-1] if runs else None
+        if newest and newest.trace is record.trace and newest.start + newest.num_rows == record.start:
+            runs[-1].append(record)
+        else:
+            runs.append([record])
+    return runs
+
+
+def _span(
+    records: Sequence[Feedback], num_before: int, rejected_only: bool, is_fresh: bool, has_features: bool
+) -> Span:
+    trace, first = records[0].trace, max(num_before, records[0].start)
+    last = records[-1].start + records[-1].num_rows
+    states = trace.hidden_states_SD
+    ids = torch.tensor(trace.token_ids[num_before : last + 1], device=states.device)
+    counts = [
+        not rejected_only or (record.is_rejection and i == record.num_rows - 1)
+        for record in records
+        for i in range(record.num_rows)
+    ]
+    return Span(
+        read_ids_S=ids[:-1],
+        features_SD=states[: last - num_before].float() if has_features else states.new_zeros(last - num_before, 0),
+        target_states_ND=states[first:last].clone(),
+        token_ids_N=ids[first - num_before + 1 :],
+        counts_N=torch.tensor(counts[first - records[0].start :], device=states.device),
+        temperature=records[0].temperature,
+        is_fresh=is_fresh,
+    )
+
+
+def _per_row(values: Sequence[float], spans: Sequence[Span]) -> Tensor:
+    """Each span's value for each of its trained rows."""
+    return torch.tensor(values).repeat_interleave(torch.tensor([len(span.target_states_ND) for span in spans]))
