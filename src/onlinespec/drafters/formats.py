@@ -140,6 +140,7 @@ def write_drafter(
         _write_json(partial / SIDE_FILE, {"weights_version": version, **(side or {})})
         if tensors:
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / names[1])
+            (partial / names[1]).chmod((partial / names[0]).stat().st_mode)  # others may read it as they may the config
         if also:
             also(partial)
         partial.chmod(0o755)
