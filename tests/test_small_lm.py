@@ -17,6 +17,7 @@ from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tun
 from onlinespec.core import DrafterWeights, Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
+from onlinespec.drafters.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm import SmallLM
 from onlinespec.learn import InlineLearning
 from onlinespec.losses import auto, soft_cross_entropy
@@ -89,8 +90,7 @@ def test_drafts_follow_the_law_that_transformers_gives_the_model(folders, target
     assert rows.shape[-1] == 288
 
 
-def test_in_full_precision_drafts_are_transformers_to_the_fifth_decimal(folders, target, monkeypatch):
-    monkeypatch.setattr("onlinespec.drafters.small_lm.draft_linear_for", lambda *_: PlainLinear)
+def test_in_full_precision_drafts_are_transformers_to_the_fifth_decimal(folders, target, plain_products):
     rows, token_ids = drafted_rows(load_drafter(folders / "qwen2", target), random_text(30), num_draft_tokens=4)
     with torch.no_grad():
         logits = plain_model(folders / "qwen2")(torch.tensor([random_text(30) + token_ids[:3]])).logits[0, -4:]
@@ -128,11 +128,25 @@ def test_the_targets_own_model_as_a_drafter_is_always_right(folders, target):
 # Learning sees what drafting saw
 
 
+def remade(drafter, weights, target, make_linear=None):
+    """With other weights, as if it had been loaded."""
+    model = OwnDraftModel(drafter._model.config, drafter.config, weights, make_linear)
+    return SmallLM(target, drafter.config, model, weights, base="beneath", make_linear=make_linear)
+
+
+@pytest.fixture
+def plain_products(monkeypatch):
+    """Drafts and learning in the float32 of transformers."""
+    for module in ("small_lm", "draft_model"):
+        monkeypatch.setattr(f"onlinespec.drafters.{module}.draft_linear_for", lambda *_: PlainLinear)
+        monkeypatch.setattr(f"onlinespec.drafters.{module}.learn_product_for", lambda *_: plain_product)
+
+
 def make(tuning="layers", seed=3, target=TARGET):
     fresh = SmallLM.fresh(target)
     weights = {n: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)) for n, t in
                fresh._weights.items()}  # fmt: skip
-    drafter = SmallLM(target, fresh.config, fresh.shape, weights, base="beneath", make_linear=PlainLinear)
+    drafter = remade(fresh, weights, target, PlainLinear)
     drafter.tune(TUNINGS[tuning])
     if tuning == "adapters":
         drafter.swap(other_weights(drafter.weights, seed=1, scale=0.1))
@@ -187,10 +201,8 @@ def test_losses_and_gradients_together_are_those_of_each_alone(tuning, row_loss)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_gradients_are_those_of_autograd_through_transformers(tuning, folders, target, monkeypatch):
+def test_gradients_are_those_of_autograd_through_transformers(tuning, folders, target, plain_products):
     """The rows' own gradient: keys of the context lend none, and here there is no context."""
-    monkeypatch.setattr("onlinespec.drafters.small_lm.draft_linear_for", lambda *_: PlainLinear)
-    monkeypatch.setattr("onlinespec.drafters.small_lm.learn_product_for", lambda *_: plain_product)
     drafter = load_drafter(folders / "qwen2", target)
     drafter.tune(TUNINGS[tuning])
     text = random_text(12)
@@ -231,7 +243,7 @@ def test_what_is_not_tuned_never_moves():
 def test_it_learns_a_target_online_until_most_drafts_are_kept(tuning, method):
     target = rigs.counting_target()
     drafter = SmallLM.fresh(target)
-    drafter = SmallLM(target, drafter.config, drafter.shape, dict(drafter._weights), base="beneath")
+    drafter = remade(drafter, dict(drafter._weights), target)
     drafter.tune(TUNINGS[tuning])
     blank = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3 if p.dim() > 1 else p
              for i, (n, p) in enumerate(drafter.weights.params.items())}  # fmt: skip
@@ -366,3 +378,91 @@ def test_a_model_without_a_tokenizer_is_refused(folders, target, tmp_path):
     (other / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer \(tokenizer.json"):
         load_drafter(other, target)
+
+
+# Families that only transformers runs
+
+
+OTHERS = {"gpt2": {}, "olmo2": {}, "gemma3": {}}
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request, tmp_path_factory):
+    """A draft model that our decoder does not run, with the same tokenizer."""
+    return save_tiny(tmp_path_factory.mktemp("other") / request.param, request.param, seed=2)
+
+
+def test_drafts_of_any_family_follow_its_own_law(other, target):
+    rows, token_ids = drafted_rows(load_drafter(other, target), random_text(30), num_draft_tokens=4)
+    with torch.no_grad():
+        logits = plain_model(other)(torch.tensor([random_text(30) + token_ids[:3]])).logits[0, -4:]
+    torch.testing.assert_close(rows, (logits / FLAT.temperature).softmax(-1), atol=1e-4, rtol=1e-3)
+
+
+def test_any_family_answers_in_batches_as_plain_decoding_does(other, target):
+    jobs = [
+        (random_text(n, n), GenerationParams(24, num_draft_tokens=k)) for n, k in ((1, 3), (40, 4), (9, 0), (70, 2))
+    ]
+    done = run_together(DecodeLoop(target, load_drafter(other, target)), jobs)
+    assert [r.output_ids for r in done] == [rigs.plain(target, *job).output_ids for job in jobs]
+
+
+@pytest.mark.parametrize("what", ["layers", "all"])
+def test_any_family_learns_by_the_gradients_of_its_own_code(other, target, what, plain_products):
+    drafter, text = load_drafter(other, target, tuning=Tuning(what)), random_text(20)
+    batch = list(drafter.batch([record(trace_of(text, target), 8, 5), record(trace_of(text[:9], target), 0, 8)]))
+    params = {n: p.clone().requires_grad_() for n, p in drafter.weights.params.items()}
+    loss = drafter.loss(params, batch)
+    loss.total.backward()
+
+    model, losses = plain_model(other), []
+    for ids, first in ((text[:13], 8), (text[:8], 0)):
+        labels = target.decoder.head(hidden_states(target, ids)).softmax(-1)[first:]
+        losses.append(-(labels * model(torch.tensor([ids])).logits[0, first:].log_softmax(-1)).sum(-1))
+    torch.cat(losses).mean().backward()
+    torch.testing.assert_close(loss.total.item(), torch.cat(losses).mean().item(), atol=1e-4, rtol=1e-4)
+    theirs = {n: p.grad for n, p in model.named_parameters()}
+    for name, p in params.items():
+        torch.testing.assert_close(p.grad, theirs[name], atol=1e-5, rtol=1e-3)
+
+
+def test_several_sets_of_any_family_have_the_losses_of_each_alone(other, target):
+    drafter = load_drafter(other, target)
+    candidates = [other_weights(drafter.weights, seed=seed, scale=0.02).params for seed in range(2)]
+    batch = drafter.batch([record(trace_of(random_text(20), target), 8, 4)])
+    together = drafter.losses(candidates, batch)
+    for params, loss in zip(candidates, together, strict=True):
+        torch.testing.assert_close(loss.total, drafter.loss(params, batch).total)
+
+
+def test_any_family_learns_online_and_is_read_back_as_transformers_reads_it(other, target, tmp_path):
+    drafter = load_drafter(other, target)
+    learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=8/max_interval=8/budget=inf"))
+    loop, prompt = DecodeLoop(target, drafter, learning), random_text(12)
+    losses = []
+    for _ in range(8):
+        loop.complete(prompt, GenerationParams(32, num_draft_tokens=2))
+        losses.append(learning.last_loss)
+    assert not learning.is_frozen
+    assert losses[-1] < losses[0] - 0.5
+    drafter.save(tmp_path / "saved")
+    loaded = load_drafter(tmp_path / "saved", target)
+    assert loaded.weights.version == drafter.weights.version > 2
+    rows = [drafted_rows(one, prompt)[0] for one in (drafter, loaded)]
+    torch.testing.assert_close(*rows, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        logits = plain_model(tmp_path / "saved")(torch.tensor([prompt])).logits[0, -1]
+    torch.testing.assert_close(rows[0][0], (logits / FLAT.temperature).softmax(-1), atol=1e-4, rtol=1e-3)
+
+
+def test_adapters_for_a_family_that_only_transformers_runs_are_refused(other, target):
+    with pytest.raises(
+        ValueError, match=r"adapters are for models that our decoder runs, not \w+; choose --tune layers"
+    ):
+        load_drafter(other, target, tuning=TUNINGS["adapters"])
+
+
+def test_a_model_that_caps_its_logits_is_refused_as_a_drafter(target, tmp_path):
+    folder = save_tiny(tmp_path / "gemma2", "gemma2")
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM does more to its logits than multiply by its head"):
+        load_drafter(folder, target)

@@ -29,6 +29,8 @@ _KNOWN_ELSEWHERE = {  # recognised so that the message can say what it is; each 
     "DFlashDraftModel": "DFlash",
     "DFlashSpeculator": "DFlash (speculators)",
 }
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 _KEY_MARKS = {"medusa_num_heads": "Medusa", "hydra_head_arch": "Hydra", "draft_vocab_size": "EAGLE-3"}
 
 
@@ -67,7 +69,7 @@ def read_format(folder: Path) -> str:
     names = tensor_names(folder)
     if _is_eagle(names):
         return "eagle"
-    if "model.embed_tokens.weight" in names:
+    if architecture.endswith(_LANGUAGE_MODELS) and any(name.endswith(_EMBEDDINGS) for name in names):
         return "small_lm"
     raise ValueError(f"{folder} is no drafter we know: architecture {architecture}, tensors {sorted(names)[:4]}")
 

@@ -22,44 +22,39 @@ from torch import Tensor
 from onlinespec.config import MAX_DRAFT_TOKENS, Tuning
 from onlinespec.core import DrafterWeights, Params
 from onlinespec.drafters import adapters
+from onlinespec.drafters.draft_model import DraftModel, HFDraftModel, OwnDraftModel
 from onlinespec.drafters.formats import read_side, write_drafter
 from onlinespec.drafters.headed import Head, Headed
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout
 from onlinespec.models.base import ModelConfig
-from onlinespec.models.checkpoint import find_folder, fingerprint, read_json
-from onlinespec.models.decoder import Decoder, Past, plain_states
-from onlinespec.models.families import published_weights
-from onlinespec.models.kv_cache import KVCache
+from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, weight_files
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
-from onlinespec.models.loading import Target, read_model, read_tokenizer
+from onlinespec.models.loading import Target, read_hf_model, read_model, read_tokenizer
 from onlinespec.models.rope import Rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FRESH_LAYERS = 2
 _READ_AT_ONCE = 512  # rows of a prompt
 
 
 class SmallLM(Headed):
-    """A causal language model of the families that `models/decoder.py` runs.
+    """A causal language model of any family; those that `models/decoder.py` runs draft in batches.
 
     Args:
         config: As in its config.json.
-        weights: float32, under their published names; a tied model has no `lm_head.weight`.
+        weights: float32, under the names that its draft model has for them.
         dtype: That it was published in, and is saved in again.
         base: The directory or Hub id it came from: what saved adapters refer to. Empty for a fresh one.
     """
-
-    _cache: KVCache
 
     def __init__(
         self,
         target: Target,
         config: Mapping[str, Any],
-        shape: ModelConfig,
+        model: DraftModel,
         weights: Params,
         version: int = 0,
         dtype: torch.dtype = torch.float32,
@@ -68,23 +63,23 @@ class SmallLM(Headed):
         shortlist: int | None = None,
     ) -> None:
         super().__init__(target)
-        self.config, self.shape, self._dtype, self._base = dict(config), shape, dtype, base
+        self.config, self._dtype, self._base = dict(config), dtype, base
         self._tokenizer: PreTrainedTokenizerBase = target.tokenizer
-        device = self._decoder.device
-        self._make_linear = make_linear or draft_linear_for(device, torch.float32)
-        self._product = plain_product if make_linear else learn_product_for(device)
+        self._model, self._cache = model, model.cache
         self._weights = weights  # what does not learn among them stays
         self._tuning = Tuning()
         self._num_tokens = self._decoder.config.vocab_size
-        head_VD = self._fitted(weights.get(_HEAD, weights[_EMBEDDING]))
-        self._shortlist = Shortlist(head_VD, self._make_linear, shortlist, labels_VD=self._decoder.head_VD)
-        self._cache = KVCache(shape.num_layers, shape.layer.num_kv_heads, shape.layer.head_dim, device, torch.float32)
+        device = self._decoder.device
+        make_head = make_linear or draft_linear_for(device, torch.float32)
+        self._product = plain_product if make_linear else learn_product_for(device)
+        head_VD = self._fitted(weights[model.head_name])
+        self._shortlist = Shortlist(head_VD, make_head, shortlist, labels_VD=self._decoder.head_VD)
         self.swap(DrafterWeights(self._trained(weights), version))
 
     # --- where it comes from and goes to ------------------------------------------------------------------------
 
     @classmethod
-    def fresh(cls, target: Target, seed: int = 0) -> Self:
+    def fresh(cls, target: Target, seed: int = 0, make_linear: MakeLinear | None = None) -> Self:
         """The target's own embedding and head around two untrained layers of its size."""
         model = target.decoder
         is_tied = model.head_VD is model.embedding_VD
@@ -96,20 +91,21 @@ class SmallLM(Headed):
             for name, dims in _fresh_shapes(shape).items()
         }
         weights = {name: t.to(model.device) for name, t in weights.items()}
-        weights[_EMBEDDING] = model.embedding_VD.float()
+        weights["model.embed_tokens.weight"] = model.embedding_VD.float()
         if not is_tied:
-            weights[_HEAD] = model.head_VD.float()
-        return cls(target, _fresh_config(shape, is_tied), shape, weights)
+            weights["lm_head.weight"] = model.head_VD.float()
+        config = _fresh_config(shape, is_tied)
+        draft_model = OwnDraftModel(shape, config, weights, make_linear)
+        return cls(target, config, draft_model, weights, make_linear=make_linear)
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Self:
         if adapters.is_in(folder):
             return cls._with_adapters(folder, target)
-        config, shape, weights, dtype = read_model(folder, target.decoder.device)
-        _check_tokenizer(folder, shape, target)
-        side = read_side(folder)
-        version = int(side.get("weights_version", 0))
-        return cls(target, config, shape, weights, version, dtype, base=str(folder.absolute()))
+        config, model, weights, dtype = _read(folder, target.decoder.device)
+        _check_tokenizer(folder, model.config, target)
+        version = int(read_side(folder).get("weights_version", 0))
+        return cls(target, config, model, weights, version, dtype, base=str(folder.absolute()))
 
     @classmethod
     def _with_adapters(cls, folder: Path, target: Target) -> Self:
@@ -138,11 +134,16 @@ class SmallLM(Headed):
             config, names = adapters.config_of(self._tuning, self._base), (adapters.CONFIG, adapters.WEIGHTS)
             write_drafter(folder, config, adapters.published(params), version, side, names)
         else:
-            whole = published_weights(self._effective(params), self.config["architectures"][0])
+            whole = self._model.published(self._effective(params))
             tensors = {name: t.to(self._dtype) for name, t in whole.items()}
             write_drafter(folder, self.config, tensors, version, side, also=self._tokenizer.save_pretrained)
 
     def tune(self, tuning: Tuning) -> None:
+        if tuning.what == "adapters" and not self._model.can_adapt:
+            raise ValueError(
+                f"adapters are for models that our decoder runs, not {self.config['architectures'][0]}; "
+                "choose --tune layers or all"
+            )
         if tuning.what == "adapters" and not self._base:
             raise ValueError(
                 "adapters refer to a saved model, and this small_lm is fresh; save it first, and give --drafter DIR"
@@ -157,8 +158,8 @@ class SmallLM(Headed):
         """What learns of a whole model."""
         if self._tuning.what == "adapters":
             return adapters.fresh(weights, self._tuning)
-        is_all = self._tuning.what == "all"
-        return {name: t for name, t in weights.items() if is_all or name not in (_EMBEDDING, _HEAD)}
+        still = () if self._tuning.what == "all" else (self._model.embedding_name, self._model.head_name)
+        return {name: t for name, t in weights.items() if name not in still}
 
     def _effective(self, params: Params) -> Params:
         """The whole model's weights, differentiable in what learns."""
@@ -171,9 +172,9 @@ class SmallLM(Headed):
         self.weights = weights
         with torch.no_grad():
             effective = self._effective(weights.params)
-            self._draft_model = Decoder(self.shape, effective, self._make_linear)
+            self._model.use(effective)
         if self._tuning.what == "all":
-            self._shortlist.use(self._fitted(effective.get(_HEAD, effective[_EMBEDDING])))
+            self._shortlist.use(self._fitted(effective[self._model.head_name]))
 
     def _fitted(self, head_VD: Tensor) -> Tensor:
         """A head cut to the target's tokens. Ids that it lacks, if any, are padding that no target says: zeros do."""
@@ -183,12 +184,12 @@ class SmallLM(Headed):
     # --- drafting -----------------------------------------------------------------------------------------------
 
     def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
-        super().start(slot, token_ids, features_SD, min(capacity, self.shape.max_positions))
+        super().start(slot, token_ids, features_SD, min(capacity, self._model.config.max_positions))
 
     def _can_draft(self, slot: int) -> bool:
         """Not beyond the positions that it was trained for."""
         length = self._cache.lengths[slot] + len(self._slots[slot].read_ids)
-        return length + MAX_DRAFT_TOKENS <= self.shape.max_positions
+        return length + MAX_DRAFT_TOKENS <= self._model.config.max_positions
 
     def _remember(self, slot: int) -> None:
         state = self._slots[slot]
@@ -197,57 +198,18 @@ class SmallLM(Headed):
             self._read(torch.tensor(piece, device=self._decoder.device), torch.empty(0), [slot], [len(piece)])
 
     def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        ids_N = self._known(read_ids_N)
-        return self._draft_model.forward(ids_N, slots, counts, self._cache, [0] * len(slots)).hidden_states_ND
-
-    def _known(self, token_ids: Tensor) -> Tensor:
-        """Ids that the draft model has a row for; padding that the target has more of is read as token 0."""
-        return torch.where(token_ids < self.shape.vocab_size, token_ids, 0)
+        return self._model.read(self._model.known(read_ids_N), slots, counts)
 
     # --- learning -----------------------------------------------------------------------------------------------
 
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A row reads committed tokens only, so a deeper one is the row of a draft that came so far."""
-        weights = self._effective(params)
-        states_ND, _ = plain_states(
-            self.shape,
-            weights,
-            self._embedded(weights, rows.read_ids_N, params),
-            rows.positions_N,
-            rows.is_visible_NN,
-            self._context(weights, rows, params),
-            self._product,
-            self._scaling_length(rows),
-        )
+        states_ND = self._model.states(self._effective(params), rows, self._sets(params))
         for depth in range(num_depths):
             at_M = (rows.left_N > depth).nonzero().flatten() + depth
             if not len(at_M):
                 return
             yield at_M, states_ND[..., at_M, :]
-
-    @torch.no_grad()
-    def _context(self, weights: Params, rows: Layout, params: Params) -> Past | None:
-        """Keys and values of the context rows; their own gradient is left out."""
-        positions_C, length = rows.context_positions_C, self._scaling_length(rows)
-        if not len(positions_C):
-            return None
-        x_CD = self._embedded(weights, rows.context_ids_C, params)
-        _, keys_values = plain_states(
-            self.shape, weights, x_CD, positions_C, rows.is_visible_CC, product=self._product, length=length
-        )
-        return Past(keys_values, positions_C, rows.is_visible_NC)
-
-    def _scaling_length(self, rows: Layout) -> int:
-        """For all spans alike, by the longest; only drafters whose scaling follows the length can tell."""
-        return self.shape.layer.rope.length_of(int(rows.positions_N.max()) + 1)
-
-    def _embedded(self, weights: Params, token_ids_N: Tensor, params: Params) -> Tensor:
-        """Embedded tokens; for several sets of weights, once for each."""
-        embedding, ids_N = weights[_EMBEDDING], self._known(token_ids_N)
-        if embedding.dim() == 3:
-            return embedding[:, ids_N]
-        x_ND = F.embedding(ids_N, embedding)
-        return x_ND.expand(*self._sets(params), *x_ND.shape)
 
     def _sets(self, params: Params) -> tuple[int, ...]:
         """(), or how many sets of weights are stacked."""
@@ -257,12 +219,28 @@ class SmallLM(Headed):
     def _learn_head(self, params: Params, listed: Listed | None) -> Head:
         if self._tuning.what != "all":
             return super()._learn_head(params, listed)
-        head_VD = self._fitted(params.get(_HEAD, params[_EMBEDDING]))
+        head_VD = self._fitted(params[self._model.head_name])
         if listed:
             head_VD = head_VD[
                 ..., listed.token_ids_S.clone(), :
             ]  # may be from inference mode, which no gradient may meet
         return lambda states: self._product(states, head_VD)
+
+
+def _read(folder: Path, device: torch.device) -> tuple[dict[str, Any], DraftModel, Params, torch.dtype]:
+    """config.json, the model that drafts, its float32 weights, and the dtype they are stored in."""
+    found = read_model(folder, device)
+    if found:
+        config, shape, weights, dtype = found
+        return config, OwnDraftModel(shape, config, weights), weights, dtype
+    model, config = read_hf_model(folder, device), read_json(folder / "config.json")
+    if not model.has_plain_head or model.head_VD.data_ptr() != model.weights[model.weight_names()[1]].data_ptr():
+        raise ValueError(
+            f"{folder} can't draft: {config['architectures'][0]} does more to its logits than multiply by its head"
+        )
+    weights = {name: t.clone() for name, t in model.weights.items()}
+    stored = next(iter(read_tensors(weight_files(folder)[0], torch.device("cpu"), None).values()))
+    return config, HFDraftModel(model), weights, stored.dtype
 
 
 def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -126,6 +127,34 @@ class HFModel(Model[HFCache]):
     @torch.inference_mode()
     def head(self, hidden_states_MD: Tensor) -> Tensor:
         return self._behind(inputs_embeds=hidden_states_MD[None]).logits[0].float()
+
+    # --- for weights that move --------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, in place, by their published names; one that is used twice has one name."""
+        return {name: p.detach() for name, p in self._model.named_parameters()}
+
+    def weight_names(self) -> tuple[str, str]:
+        """The embedding's and the head's."""
+        modules = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        named = list(self._model.named_parameters())
+        embedding, head = (next(name for name, p in named if p is module.weight) for module in modules)
+        return embedding, head
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Computes with other weights from now on; the cache keeps what the old ones wrote."""
+        for name, p in self._model.named_parameters():
+            p.copy_(weights[name])
+
+    def states(self, weights: Mapping[str, Tensor], token_ids_N: Tensor) -> Tensor:
+        """Final states [N, D] of a whole text by other weights, differentiable."""
+        way = next(path for path, module in self._model.named_modules() if module is self._body)
+        own = {name.removeprefix(f"{way}."): t for name, t in weights.items() if name.startswith(f"{way}.")}
+        inputs = {"input_ids": token_ids_N[None], "use_cache": False}
+        states_ND: Tensor = functional_call(self._body, own, kwargs=inputs).last_hidden_state[0]
+        return states_ND
 
     def _matrix(self, module: nn.Module | None, role: str) -> Tensor:
         weight = getattr(module, "weight", None)

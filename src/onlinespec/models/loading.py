@@ -25,12 +25,14 @@ from onlinespec.models.checkpoint import (
     tensor_shapes,
 )
 from onlinespec.models.decoder import Decoder
-from onlinespec.models.families import ARCHITECTURES, FAMILIES, NotOurs, checked_weights, decoder_config
+from onlinespec.models.families import FAMILIES, NotOurs, checked_weights, decoder_config
 from onlinespec.models.linear import MakeLinear, PackedLinear, linear_for
 from onlinespec.models.memory import check_memory, estimate
 
 if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, so each is, where it is first needed
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from onlinespec.models.hf import HFModel
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def load_target(
 
 def _load_through_transformers(
     folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
-) -> Model[Any]:
+) -> HFModel:
     from onlinespec.models.hf import load_hf, model_config
 
     need = estimate(tensor_shapes(folder), model_config(config, str(folder)), dtype)
@@ -123,22 +125,30 @@ def _load_through_transformers(
 
 def read_model(
     folder: Path, device: torch.device
-) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor], torch.dtype]:
+) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor], torch.dtype] | None:
     """A language model of a family that our decoder runs: config.json, shape, float32 weights, dtype as stored.
 
+    None for one that only transformers runs.
+
     Raises:
-        FileNotFoundError, ValueError: as `load_target`; also for what only transformers runs.
+        FileNotFoundError, ValueError: as `load_target`.
     """
     config = read_config(folder)
     shape = own_shape(config, folder)
     if shape is None:
-        raise ValueError(
-            f"{folder} can't draft: our decoder does not run its architecture or settings; it runs "
-            f"{', '.join(ARCHITECTURES)}"
-        )
+        return None
     stored = checked_weights(read_weights(folder, device, dtype=None), config, shape, folder)
     weights = {name: t.float() for name, t in stored.items()}
     return read_json(folder / "config.json"), shape, weights, stored["model.embed_tokens.weight"].dtype
+
+
+def read_hf_model(folder: Path, device: torch.device) -> HFModel:
+    """Any other, in float32, through transformers.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_target`.
+    """
+    return _load_through_transformers(folder, read_config(folder), device, torch.float32)
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -212,7 +222,7 @@ def own_shape(config: PretrainedConfig, folder: Path) -> ModelConfig | None:
     Raises:
         ValueError: naming what is wrong with the config.
     """
-    if architecture_of(config.to_dict(), folder / "config.json") not in ARCHITECTURES:
+    if architecture_of(config.to_dict(), folder / "config.json") not in FAMILIES:
         return None
     try:
         return decoder_config(config, folder)

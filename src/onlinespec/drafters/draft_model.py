@@ -1,0 +1,175 @@
+"""The language model inside a `small_lm`: it drafts with weights that are swapped, and learns through the same ones.
+
+Families of our own decoder draft in batches and learn through its plain form; any other runs through transformers, one
+request at a time, and learns through the family's own code. Axis letters: N rows of a call, C rows of context, D hidden
+size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onlinespec.core import Params
+from onlinespec.drafters.spans import Layout
+from onlinespec.models.base import Cache, ModelConfig
+from onlinespec.models.decoder import Decoder, Past, plain_states
+from onlinespec.models.families import published_weights
+from onlinespec.models.kv_cache import KVCache
+from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
+
+if TYPE_CHECKING:  # imports transformers, which takes seconds
+    from onlinespec.models.hf import HFCache, HFModel
+
+
+class DraftModel(ABC):
+    """A causal language model whose weights move between steps."""
+
+    config: ModelConfig
+    cache: Cache
+    embedding_name: str
+    head_name: str  # the embedding's, where they are one
+    can_adapt: bool  # whether its products have the names and the layout that adapters are made for
+
+    @abstractmethod
+    def use(self, weights: Params) -> None:
+        """Drafts with these from now on."""
+
+    @abstractmethod
+    def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """States [N, D] of new tokens, which are in the cache from now on."""
+
+    @abstractmethod
+    def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
+        """States [N, D] of the trained rows by other weights, differentiable; with an axis of sets in front of both."""
+
+    @abstractmethod
+    def published(self, weights: Params) -> dict[str, Tensor]:
+        """The weights under the names that the family publishes."""
+
+    def known(self, token_ids: Tensor) -> Tensor:
+        """Ids that there is a row for; padding that the target has more of is read as token 0."""
+        return torch.where(token_ids < self.config.vocab_size, token_ids, 0)
+
+
+class OwnDraftModel(DraftModel):
+    """Of a family that our decoder runs.
+
+    Args:
+        published_config: As in its config.json.
+        weights: float32; a tied model has no `lm_head.weight`.
+    """
+
+    embedding_name = "model.embed_tokens.weight"
+    can_adapt = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        published_config: Mapping[str, Any],
+        weights: Params,
+        make_linear: MakeLinear | None = None,
+    ) -> None:
+        self.config, self._architecture = config, published_config["architectures"][0]
+        device = weights[self.embedding_name].device
+        self.head_name = "lm_head.weight" if "lm_head.weight" in weights else self.embedding_name
+        self._make_linear = make_linear or draft_linear_for(device, torch.float32)
+        self._product = plain_product if make_linear else learn_product_for(device)
+        layer = config.layer
+        self.cache: KVCache = KVCache(config.num_layers, layer.num_kv_heads, layer.head_dim, device, torch.float32)
+
+    def use(self, weights: Params) -> None:
+        self._decoder = Decoder(self.config, dict(weights), self._make_linear)
+
+    def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return self._decoder.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).hidden_states_ND
+
+    def published(self, weights: Params) -> dict[str, Tensor]:
+        return published_weights(weights, self._architecture)
+
+    def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
+        """The context's keys and values get no gradient."""
+        states_ND, _ = plain_states(
+            self.config,
+            weights,
+            self._embedded(weights, rows.read_ids_N, sets),
+            rows.positions_N,
+            rows.is_visible_NN,
+            self._context(weights, rows, sets),
+            self._product,
+            self._scaling_length(rows),
+        )
+        return states_ND
+
+    @torch.no_grad()
+    def _context(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Past | None:
+        positions_C, length = rows.context_positions_C, self._scaling_length(rows)
+        if not len(positions_C):
+            return None
+        x_CD = self._embedded(weights, rows.context_ids_C, sets)
+        _, keys_values = plain_states(
+            self.config, weights, x_CD, positions_C, rows.is_visible_CC, product=self._product, length=length
+        )
+        return Past(keys_values, positions_C, rows.is_visible_NC)
+
+    def _scaling_length(self, rows: Layout) -> int:
+        """For all spans alike, by the longest; only models whose scaling follows the length can tell."""
+        return self.config.layer.rope.length_of(int(rows.positions_N.max()) + 1)
+
+    def _embedded(self, weights: Params, token_ids_N: Tensor, sets: tuple[int, ...]) -> Tensor:
+        """Embedded tokens; for several sets of weights, once for each."""
+        embedding, ids_N = weights[self.embedding_name], self.known(token_ids_N)
+        if embedding.dim() == 3:
+            return embedding[:, ids_N]
+        x_ND = F.embedding(ids_N, embedding)
+        return x_ND.expand(*sets, *x_ND.shape)
+
+
+class HFDraftModel(DraftModel):
+    """Of any other family, through transformers. The context's keys and values get their gradient here."""
+
+    can_adapt = False
+
+    def __init__(self, model: HFModel) -> None:
+        self._model, self.config = model, model.config
+        self.cache: HFCache = model.new_cache()
+        self.embedding_name, self.head_name = model.weight_names()
+
+    def use(self, weights: Params) -> None:
+        self._model.put(weights)
+
+    def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        return self._model.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).hidden_states_ND
+
+    def published(self, weights: Params) -> dict[str, Tensor]:
+        return dict(weights)
+
+    def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
+        if not sets:
+            return self._states(weights, rows)
+        stacked = self._model.weights
+        each = (
+            {name: t[i] if t.dim() > stacked[name].dim() else t for name, t in weights.items()} for i in range(sets[0])
+        )
+        return torch.stack([self._states(one, rows) for one in each])
+
+    def _states(self, weights: Params, rows: Layout) -> Tensor:
+        """Text by text; a text is its context and its trained rows, which see that context."""
+        parts = []
+        for at_N, at_C in _texts(rows):
+            ids = self.known(torch.cat([rows.context_ids_C[at_C], rows.read_ids_N[at_N]]))
+            parts.append(self._model.states(weights, ids)[-int(at_N.sum()) :])
+        return torch.cat(parts)
+
+
+def _texts(rows: Layout) -> list[tuple[Tensor, Tensor]]:
+    """For each text, which of the trained rows and which of the context rows are its own, as masks."""
+    ends_N = rows.left_N == 1
+    text_N = ends_N.cumsum(0) - ends_N.long()
+    masks = [text_N == i for i in range(int(ends_N.sum()))]
+    return [(at_N, rows.is_visible_NC[int(at_N.nonzero()[0])]) for at_N in masks]
