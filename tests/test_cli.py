@@ -669,3 +669,18 @@ def test_a_mistake_is_one_line_of_a_process():
     assert (process.returncode, out) == (2, "")
     assert err.startswith("error: there is no directory")
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("lost"), AssertionError("never"), ZeroDivisionError("none"), IndexError(3)])
+def test_what_no_one_foresaw_is_told_as_a_bug_in_one_line(run, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checks, "load_target", fail)
+    status, out, err = run(*GENERATE)
+    assert (status, out) == (70, "")
+    assert err.startswith(f"error: this is a bug of onlinespec ({type(error).__name__}")
+    assert "--debug" in err
+    assert "Traceback" not in err
+    _, _, err = run(*GENERATE, "--debug")
+    assert "Traceback" in err

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from onlinespec.calibration import measure_costs
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats
 from onlinespec.decode import ContextOverflow, DecodeLoop, Request
 from onlinespec.drafters import load_drafter
@@ -59,6 +59,7 @@ class Comparison:
     measures_costs: bool = False  # of learning on this machine, instead of those in `learn`; the report says them
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("repeats", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 MAX_DRAFT_TOKENS = 16
+
+
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+}
+
+
+def check_types(settings: Any) -> None:
+    """Refuses fields that hold another type than a frozen dataclass says: numbers, texts, and tuples of them.
+
+    Raises:
+        ValueError: naming the field, its value, and what it must be.
+    """
+    for name, kind in _hints(cast(Hashable, type(settings))).items():
+        given, is_tuple = getattr(settings, name), get_origin(kind) is tuple
+        _check(not is_tuple or isinstance(given, tuple), name, repr(given), "a tuple")
+        choices = get_args(kind) if is_tuple or isinstance(kind, UnionType) else (kind,)
+        kinds, words = next((_KINDS[choice] for choice in choices if choice in _KINDS), (object, ""))
+        for one in given if is_tuple else (given,):
+            is_left_out = one is None and type(None) in choices
+            is_truth = isinstance(one, bool) and kinds not in (bool, object)  # Python's bools are ints
+            _check(is_left_out or (isinstance(one, kinds) and not is_truth), name, repr(one), words)
+
+
+@cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _check(is_fine: bool, name: str, value: object, allowed: str) -> None:
@@ -33,6 +66,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or a positive number")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive count")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
@@ -70,6 +104,7 @@ class GenerationParams:
     seed: int = 0  # one per request: while the drafter learns, requests that share one are not independent draws
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         _check(
             0 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS,
@@ -78,6 +113,7 @@ class GenerationParams:
             f"between 0 (plain decoding) and {MAX_DRAFT_TOKENS}",
         )
         _check(all(self.stop_strings), "stop_strings", self.stop_strings, "non-empty strings")
+        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
 
 
 ROW_CHOICES = ("all", "rejected")
@@ -110,6 +146,7 @@ class LearnConfig:
     telemetry: bool = False  # measure regret, hints and drift beside learning, timed apart
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(0 <= self.step_size < float("inf"), "step_size", self.step_size, "0 or a positive number")
         _check(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
         _check(0 <= (self.full_loss or 0) < float("inf"), "full_loss", self.full_loss, "0 or a positive number")
@@ -143,6 +180,7 @@ class Tuning:
     alpha: float = 16.0  # ... which count alpha / rank times
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check(self.what in TUNINGS, "tuning", self.what, f"one of {', '.join(TUNINGS)}")
         _check(self.rank >= 1, "adapter rank", self.rank, "at least 1")
         _check(0 < self.alpha < float("inf"), "adapter alpha", self.alpha, "positive")

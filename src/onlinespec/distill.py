@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from onlinespec.answers import Answers
-from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams, Tuning
+from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats, DrafterWeights, Params
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
@@ -62,6 +62,7 @@ class Distillation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.data:
             raise ValueError("no data given; name at least one")
         if len(self.num_requests) not in (1, len(self.data)):
@@ -324,7 +325,7 @@ class Distilling:
 
     def _end_epoch(self, state: _State, held_out: Sequence[int], epoch: int) -> None:
         if not is_finite(state.played):
-            raise ArithmeticError(
+            raise FloatingPointError(
                 f"the weights are not finite after {state.step} steps; choose a smaller --step-size than "
                 f"{self.settings.step_size} and --restart"
             )

@@ -20,7 +20,7 @@ from onlinespec.cli.terminal import complain, err
 
 
 def main() -> None:
-    """Exit status 0, 1 for a failed check, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    """Exit status 0, 1 for a failed check, 2 for a mistake in what was asked, 70 for a bug of ours, 130 for Ctrl-C."""
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
@@ -44,11 +44,19 @@ def main() -> None:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         sys.exit(1)
-    except (ValueError, OSError, ImportError, TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
         if is_debugging:
             traceback.print_exc()
         complain(str(error) or type(error).__name__)
         sys.exit(2)
+    except Exception as error:  # nothing of ours raises these on purpose
+        if is_debugging:
+            traceback.print_exc()
+        complain(
+            f"this is a bug of onlinespec ({type(error).__name__}: {error}); run the same command with --debug, and "
+            "report what it shows"
+        )
+        sys.exit(70)
 
 
 def _find(command: Command) -> Callable[[], int]:
