@@ -5,6 +5,7 @@ import pytest
 from checkpoints import THROUGH_TRANSFORMERS, save_tiny
 from safetensors.torch import load_file, save_file
 
+from onlinespec.config import Tuning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.formats import SIDE_FILE
 from onlinespec.inspection import describe, folders_of
@@ -86,6 +87,27 @@ def test_a_drafter_is_told_with_its_version_and_whom_it_fits(folders):
     assert facts["weights version"] == 0
     assert facts["target fingerprint"] == load_target(folders / "target").fingerprint
     assert facts["parameters"] == f"{number_of_parameters(folders / 'eagle'):,}"
+
+
+def test_a_language_model_that_we_wrote_is_a_drafter_and_one_that_we_did_not_a_target(folders, tmp_path):
+    target = load_target(folders / "target")
+    drafter = load_drafter(folders / "target", target)
+    drafter.notes = {"distilled_on": "some text"}
+    drafter.save(tmp_path / "small_lm")
+    facts = describe(tmp_path / "small_lm")
+    assert facts["kind"] == "drafter (small_lm)"
+    assert facts["distilled on"] == "some text"
+    assert facts["target fingerprint"] == target.fingerprint
+
+
+def test_adapters_are_told_with_the_model_underneath(folders, tmp_path):
+    drafter = load_drafter(folders / "target", load_target(folders / "target"), tuning=Tuning("adapters", rank=3))
+    drafter.save(tmp_path / "adapters")
+    facts = describe(tmp_path / "adapters")
+    assert facts["kind"] == "drafter (adapters of a small_lm)"
+    assert facts["of"] == str(folders / "target")
+    assert (facts["r"], facts["weights version"]) == (3, 0)
+    assert facts["parameters"] == f"{sum(p.numel() for p in drafter.weights.params.values()):,}"
 
 
 def test_a_drafter_without_weights_is_told(folders):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from onlinespec import demo
+from onlinespec.drafters import adapters
 from onlinespec.drafters.formats import (
     SIDE_FILE,
     looks_like_drafter,
@@ -17,7 +18,7 @@ from onlinespec.drafters.formats import (
     read_side,
     tensor_names,
 )
-from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, weight_files
+from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, weight_files
 from onlinespec.models.families import ARCHITECTURES
 from onlinespec.models.loading import path_of
 
@@ -46,6 +47,8 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: if a file is missing, or it is neither.
     """
+    if adapters.is_in(folder):
+        return _adapter_facts(folder)
     config = read_drafter_config(folder)
     architecture = architecture_of(config, folder / "config.json")
     is_target = _is_target(config, architecture, folder)
@@ -55,18 +58,32 @@ def describe(folder: Path) -> dict[str, Any]:
     if is_target:
         facts |= {"runs through": path_of(folder), "fingerprint": fingerprint(folder)}
     if kind != "ngram":
-        facts |= _tensor_facts(folder)
+        facts |= _tensor_facts(weight_files(folder))
+    return facts if is_target else facts | _noted(folder)
+
+
+def _adapter_facts(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / adapters.CONFIG)
+    facts: dict[str, Any] = {"kind": "drafter (adapters of a small_lm)", "path": folder}
+    facts |= {"of": adapters.base_of(config, folder)}
+    facts |= {key.replace("lora_", ""): config[key] for key in ("r", "lora_alpha", "target_modules") if key in config}
+    return facts | _tensor_facts([folder / adapters.WEIGHTS]) | _noted(folder)
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """What we wrote beside the published files."""
     side = read_side(folder)
-    if side:
-        noted = {key: value for key, value in side.items() if key != "notes"} | dict(side.get("notes", {}))
-        facts |= {key.replace("_", " "): value for key, value in noted.items()}
-    elif not is_target:
-        facts["history"] = f"none: no {SIDE_FILE}, so it was written by another program"
-    return facts
+    if not side:
+        return {"history": f"none: no {SIDE_FILE}, so it was written by another program"}
+    noted = {key: value for key, value in side.items() if key != "notes"} | dict(side.get("notes", {}))
+    return {key.replace("_", " "): value for key, value in noted.items()}
 
 
 def _is_target(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
-    """Published EAGLE heads call themselves by their target's architecture, so the tensors decide."""
+    """Published EAGLE heads call themselves by their target's architecture, so the tensors decide; a language model that
+    we wrote is a drafter."""
+    if read_side(folder):
+        return False
     if architecture in ARCHITECTURES:
         return "model.embed_tokens.weight" in tensor_names(folder)
     if looks_like_drafter(config, architecture, folder):
@@ -77,9 +94,8 @@ def _is_target(config: Mapping[str, Any], architecture: str, folder: Path) -> bo
     return architecture in ((known,) if isinstance(known, str) else known)
 
 
-def _tensor_facts(folder: Path) -> dict[str, Any]:
+def _tensor_facts(files: Sequence[Path]) -> dict[str, Any]:
     num_parameters, dtypes, num_bytes = 0, set(), 0
-    files = weight_files(folder)
     for path in files:
         num_bytes += path.stat().st_size
         with safe_open(path, framework="pt") as shard:
