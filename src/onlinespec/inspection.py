@@ -80,8 +80,10 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def _is_target(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
-    """Published EAGLE heads call themselves by their target's architecture, so the tensors decide; a language model that
-    we wrote is a drafter."""
+    """Published EAGLE heads call themselves by their target's architecture, so the tensors decide.
+
+    A language model that we wrote is a drafter.
+    """
     if read_side(folder):
         return False
     if architecture in ARCHITECTURES:
