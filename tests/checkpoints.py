@@ -13,6 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -24,6 +28,8 @@ from transformers import (
 
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
@@ -49,6 +55,7 @@ def tiny_config(family: str = "llama", **overrides: object) -> PretrainedConfig:
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": END_TOKEN_ID,
+        "pad_token_id": None,
     }
     return FAMILIES[family][0](**(sizes | overrides))
 
@@ -92,7 +99,7 @@ def save_tiny(
     max_shard_size: str = "5GB",
     **config_overrides: object,
 ) -> Path:
-    """Writes a tiny random checkpoint of a family (`llama`, `qwen2`, `qwen3`) and gives its folder back."""
+    """Writes a tiny random checkpoint of a family of FAMILIES and gives its folder back."""
     model = tiny_model(family, seed=seed, **config_overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer(chat_template).save_pretrained(folder)

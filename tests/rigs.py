@@ -20,6 +20,7 @@ from onlinespec.models.base import ModelConfig
 from onlinespec.models.decoder import Decoder
 from onlinespec.models.layer import LayerConfig
 from onlinespec.models.loading import Target
+from onlinespec.models.rope import Rope
 
 SOFT = SamplingParams(temperature=1.0)
 
@@ -28,7 +29,7 @@ def _target(
     weights: dict[str, Tensor], num_layers: int, context: int, end_token_ids: Iterable[int], name: str
 ) -> Target:
     vocab, hidden = weights["model.embed_tokens.weight"].shape
-    layer = LayerConfig(hidden, 2 * hidden, 2, 1, hidden // 2, rms_norm_eps=1e-6, rope_theta=10_000.0)
+    layer = LayerConfig(hidden, 2 * hidden, 2, 1, hidden // 2, rms_norm_eps=1e-6, rope=Rope(10_000.0))
     decoder = Decoder(ModelConfig(layer, num_layers, vocab, context), weights)
     return Target(name, decoder, byte_tokenizer(), frozenset(end_token_ids), SamplingParams(), fingerprint=name)
 

@@ -92,6 +92,7 @@ def assert_refused(result, *words):
 
 GENERATE = ("generate", "target", "-p", "hi")
 COMPARE = ("compare", "target", "--data", "a.jsonl")
+DISTILL = ("distill", "target", "--out", "new")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,14 @@ COMPARE = ("compare", "target", "--data", "a.jsonl")
         ((*COMPARE, "--save", "foreign/../a.jsonl"), EARLY, ["a.jsonl/frozen", "choose another --save"]),
         ((*COMPARE, "--drafter", "ngram"), LATE, ["ngram does not learn", "--learners none,frozen"]),
         ((*COMPARE, "--drafter", "for_twin"), LATE, ["for_twin was trained for target"]),
+        ((*DISTILL, "--data", "gone.jsonl"), EARLY, ["gone.jsonl", "builtin:NAME"]),
+        ((*DISTILL, "--data", "builtin:sql", "--num-requests", "0"), EARLY, ["builtin:sql has no end"]),
+        ((*DISTILL, "--data", "a.jsonl", "--epochs", "0"), EARLY, ["epochs is 0", "at least 1"]),
+        ((*DISTILL, "--data", "a.jsonl", "--tune", "most"), EARLY, ["tuning is most", "layers, all, adapters"]),
+        (("distill", "target", "--data", "a.jsonl", "--out", "a.jsonl/sub"), EARLY, ["choose another --out"]),
+        ((*DISTILL, "--data", "a.jsonl"), LATE, ["a.jsonl hold 4 prompts", "at least 12", "--num-requests"]),
+        ((*DISTILL, "--data", "a.jsonl", "--drafter", "ngram"), LATE, ["ngram does not learn", "eagle"]),
+        ((*DISTILL[:3], "foreign", "--data", "builtin:sql"), LATE, ["no drafter of ours", "--out"]),
         (("inspect", "./nowhere"), EARLY, ["nowhere"]),
         (("inspect", "foreign"), EARLY, ["config.json is missing"]),
     ],

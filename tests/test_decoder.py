@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from checkpoints import save_tiny, tiny_model
@@ -13,6 +15,24 @@ from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.linear import PlainLinear, can_pack
 from onlinespec.models.loading import load_target
 
+MIXED = ["sliding_attention", "full_attention"]
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+}
 SHAPES = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -22,6 +42,17 @@ SHAPES = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 24}),
+    "qwen2-mixed-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "layer_types": MIXED}),
+    "qwen3-mixed-windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "layer_types": MIXED}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 11}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "phi3-window-partly-turning": ("phi3", {"sliding_window": 17, "rope_parameters": PARTIAL}),
+    "llama3-scaling": ("llama", {"rope_parameters": LLAMA3}),
+    "linear-scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}),
+    "yarn-scaling": ("qwen3", {"rope_parameters": YARN}),
+    "dynamic-scaling": ("llama", {"rope_parameters": DYNAMIC}),
+    "longrope-scaling": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}),
 }
 PLACES = (0, 15, 28, 31, 32, 186, 220, 508, 511, 690)  # around the borders of padding and of torch's blocks of keys
 
@@ -30,6 +61,8 @@ PLACES = (0, 15, 28, 31, 32, 186, 220, 508, 511, 690)  # around the borders of p
 # heads to one, with two threads; products of more than 1,024 columns. With PlainLinear one row usually has other bits
 # than eight in any of these shapes.
 BIT_SIZES = [(96, 172, 4, 2), (256, 768, 8, 2), (320, 861, 5, 1), (64, 250, 4, 4), (64, 1376, 4, 2)]
+
+BIT_SHAPES = [*((sizes, 0) for sizes in BIT_SIZES), (BIT_SIZES[0], 33), (BIT_SIZES[1], 187)]  # and a layer's window
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -40,12 +73,14 @@ def pair(request, tmp_path_factory):
     return tiny_model(family, **overrides), load_target(folder).decoder
 
 
-@pytest.fixture(scope="module", params=BIT_SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
+@pytest.fixture(scope="module", params=BIT_SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def decoder(request, tmp_path_factory) -> Decoder:
-    hidden, intermediate, heads, kv_heads = request.param
+    (hidden, intermediate, heads, kv_heads), window = request.param
+    windows = {"use_sliding_window": True, "sliding_window": window, "layer_types": MIXED} if window else {}
     folder = save_tiny(
         tmp_path_factory.mktemp("bits"),
         "qwen3",
+        **windows,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_attention_heads=heads,
@@ -161,6 +196,93 @@ def test_rows_that_are_not_there_and_a_slot_named_twice_are_refused(pair):
 def test_bfloat16_runs(tmp_path):
     decoder = load_target(save_tiny(tmp_path), dtype="bfloat16").decoder
     assert run(decoder, ids_of(12), [8, 4]).isfinite().all()
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+STRETCHED = {
+    "dynamic": ("llama", {"max_position_embeddings": 32, "rope_parameters": DYNAMIC}),
+    "longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 32},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("count", [20, 32, 33, 100])
+@pytest.mark.parametrize("name", STRETCHED)
+def test_a_text_as_long_as_its_request_can_become_turns_as_in_transformers(name, count, tmp_path):
+    family, overrides = STRETCHED[name]
+    folder = save_tiny(tmp_path, family, **overrides)
+    model, decoder = tiny_model(family, **overrides), load_target(folder).decoder
+    assert decoder.config.max_positions == 128
+    ids = ids_of(count)
+    torch.testing.assert_close(run(decoder, ids, [count]), expected(model, ids)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_a_position_turns_the_same_whatever_was_read_or_cropped_before(name, tmp_path):
+    family, overrides = STRETCHED[name]
+    decoder = load_target(save_tiny(tmp_path, family, **overrides)).decoder
+    ids, wrong = ids_of(60), ids_of(9, seed=1)
+    cache = decoder.new_cache()
+    cache.take(0, 100)
+    cache.take(1, 100)
+    steady = torch.cat([decoder.forward(part, [0], [len(part)], cache).logits_MV for part in ids.split(15)])
+    pieces = []
+    for part in ids.split(15):  # drafts that reach beyond where the scaling changes, and are cropped
+        length = cache.lengths[1]
+        decoder.forward(torch.cat([part[:7], wrong]), [1], [16], cache)
+        cache.crop(1, length)
+        pieces.append(decoder.forward(part, [1], [15], cache).logits_MV)
+    assert torch.equal(torch.cat(pieces), steady)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "written"),
+    [
+        (
+            "llama",
+            {"rope_parameters": LLAMA3},
+            {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}},
+            {"rope_scaling": {"type": "linear", "factor": 2.5}},
+        ),
+        ("llama", {"rope_parameters": DYNAMIC}, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
+        ("qwen3", {"rope_parameters": YARN}, {"rope_scaling": {k: YARN[k] for k in YARN if k != "rope_theta"}}),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512},
+            {"rope_scaling": {"type": "longrope"} | {k: LONGROPE[k] for k in ("short_factor", "long_factor")}},
+        ),
+    ],
+    ids=["llama3", "linear", "dynamic", "yarn", "longrope"],
+)
+def test_scalings_as_published_configs_spell_them_are_read(family, overrides, written, tmp_path):
+    folder = save_tiny(tmp_path, family, **overrides)
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": theta} | written))
+    ids = ids_of(40)
+    logits = run(load_target(folder).decoder, ids, [40])
+    torch.testing.assert_close(logits, expected(tiny_model(family, **overrides), ids)[0], atol=1e-4, rtol=0)
+
+
+def test_only_so_many_tables_are_kept_and_an_old_length_comes_back(tmp_path):
+    decoder = load_target(save_tiny(tmp_path, "llama", max_position_embeddings=32, rope_parameters=DYNAMIC)).decoder
+    first = run(decoder, ids_of(40), [40])
+    for count in range(41, 61):
+        run(decoder, ids_of(count), [count])
+    assert len(decoder._rotary._tables) <= 8
+    assert torch.equal(run(decoder, ids_of(40), [40]), first)
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------

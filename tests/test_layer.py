@@ -9,20 +9,21 @@ from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
     FastLayer,
     LayerConfig,
-    RotaryTable,
     Rows,
     Seen,
     make_plan,
     plain_keys_values,
     plain_layer,
-    rotary_angles,
+    turns_at,
 )
 from onlinespec.models.linear import PlainLinear, linear_for
+from onlinespec.models.rope import Rope, RotaryTables
 
 CONFIGS = [
-    LayerConfig(64, 160, 4, 2, 16, 1e-6, 10_000.0),
-    LayerConfig(64, 96, 4, 4, 32, 1e-5, 1_000_000.0),
-    LayerConfig(96, 224, 6, 1, 8, 1e-6, 500.0),
+    LayerConfig(64, 160, 4, 2, 16, 1e-6, Rope(10_000.0)),
+    LayerConfig(64, 96, 4, 4, 32, 1e-5, Rope(1_000_000.0)),
+    LayerConfig(96, 224, 6, 1, 8, 1e-6, Rope(500.0)),
+    LayerConfig(64, 160, 4, 2, 16, 1e-6, Rope(10_000.0, share=0.75)),
 ]
 
 
@@ -43,7 +44,7 @@ def weights_of(
     return weights | {f"{n}.weight": 1 + 0.3 * torch.randn(size, generator=generator) for n, size in norms.items()}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["grouped", "wide heads", "one key head"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["grouped", "wide heads", "one key head", "part of a head turns"])
 @pytest.mark.parametrize("has_biases", [False, True])
 @pytest.mark.parametrize("has_head_norms", [False, True])
 @pytest.mark.parametrize("has_input_norm", [False, True])
@@ -51,24 +52,27 @@ def weights_of(
 def test_fast_equals_plain(config, has_biases, has_head_norms, has_input_norm, make_linear):
     weights = weights_of(config, has_biases, has_head_norms, has_input_norm)
     x = torch.randn(45, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    angles = rotary_angles(torch.arange(45), config)
-    keys, values = plain_keys_values(config, weights, x, angles)
+    turns = turns_at(torch.arange(45), config)
+    keys, values = plain_keys_values(config, weights, x, turns)
     is_visible = torch.ones(45, 45).tril().bool()
     halves = [Seen(keys[part], values[part], is_visible[:, part]) for part in (slice(20), slice(20, 45))]
-    wanted = plain_layer(config, weights, x, angles, halves)
+    wanted = plain_layer(config, weights, x, turns, halves)
 
     cache = KVCache(1, config.num_kv_heads, config.head_dim, torch.device("cpu"), torch.float32)
     cache.take(0, 45)
-    layer, rotary = FastLayer(config, weights, make_linear), RotaryTable(config, torch.device("cpu"))
-    pieces = []
+    layer, rotary = (
+        FastLayer(config, weights, make_linear),
+        RotaryTables(config.rope, config.head_dim, torch.device("cpu")),
+    )
+    num_heads, pieces = config.num_heads + config.num_kv_heads, []
     for part in x.split([1, 40, 4]):
-        pieces.append(layer(part, make_plan(Rows([0], [cache.lengths[0]], [len(part)]), rotary, cache), 0))
+        pieces.append(layer(part, make_plan(Rows([0], [cache.lengths[0]], [len(part)]), rotary, cache, num_heads), 0))
         cache.extend(0, len(part))
     torch.testing.assert_close(torch.cat(pieces), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="4 heads can't share 3"):
-        LayerConfig(64, 160, 4, 3, 16, 1e-6, 10_000.0)
+        LayerConfig(64, 160, 4, 3, 16, 1e-6, Rope(10_000.0))
     with pytest.raises(ValueError, match="head_dim is 15"):
-        LayerConfig(64, 160, 4, 2, 15, 1e-6, 10_000.0)
+        LayerConfig(64, 160, 4, 2, 15, 1e-6, Rope(10_000.0))

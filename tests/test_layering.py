@@ -34,9 +34,10 @@ LEVELS = (
     ("drafters",),
     ("telemetry",),
     ("decode", "learn", "publish", "control", "plots"),
-    ("calibration",),
-    ("compare", "recording", "distill", "scheduler", "inspection", "charts", "demo.corpus"),
-    ("report", "server", "integrations", "demo.recipe"),
+    ("calibration", "recording"),
+    ("compare", "answers", "scheduler", "inspection", "charts", "demo.corpus"),
+    ("distill", "report", "server", "integrations"),
+    ("demo.recipe",),
     ("cli",),
 )
 LEVEL = {place: level for level, row in enumerate(LEVELS) for place in row}

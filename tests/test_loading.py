@@ -71,7 +71,7 @@ def test_a_rotary_base_in_the_older_form_is_read(folder):
     raw = json.loads((folder / "config.json").read_text())
     del raw["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(raw | {"rope_theta": 5e5}))
-    assert load_target(folder).decoder.config.layer.rope_theta == 5e5
+    assert load_target(folder).decoder.config.layer.rope.theta == 5e5
 
 
 def test_code_in_a_checkpoint_is_not_run_nor_asked_about(folder, capfd):
@@ -182,9 +182,19 @@ BROKEN = {
     "architecture a number": (config(architectures=[3]), ValueError, r"/config\.json: architectures is \[3\]; .* list"),
     "no architecture": (config(architectures=None), ValueError, r"\(none\) is not supported"),
     "rope scaling": (
-        config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        config(rope_parameters={"rope_type": "spiral", "factor": 2.0, "rope_theta": 1e4}),
         ValueError,
-        "rotary scaling 'linear' is not supported",
+        "rotary scaling 'spiral' is not supported; supported are default, linear, dynamic, yarn, longrope, llama3",
+    ),
+    "rope scaling without its factor": (
+        config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
+        ValueError,
+        r"/config\.json: .*Missing required keys .*'llama3'.*factor",
+    ),
+    "an odd part of a head": (
+        config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}),
+        ValueError,
+        r"/config\.json: 3 of 16 elements of a head turn; it must be an even number",
     ),
     "activation": (config(hidden_act="gelu"), ValueError, "activation 'gelu' is not supported"),
     "no weights": (remove("model.safetensors"), FileNotFoundError, "neither model.safetensors nor"),
@@ -225,7 +235,7 @@ BROKEN = {
         ValueError,
         r"/generation_config\.json: do_sample is 'false'; .* true",
     ),
-    "no tokenizer": (remove("tokenizer.json"), ValueError, "tokenizer can't be loaded"),
+    "no tokenizer": (remove("tokenizer.json"), FileNotFoundError, "holds no tokenizer"),
     "small vocabulary": (shrink_vocabulary, ValueError, "the tokenizer has 259 tokens, the model only 200"),
 }
 
@@ -255,12 +265,20 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", [{"use_sliding_window": True}, {"layer_types": ["full_attention", "sliding_attention"]}], ids=str
+    ("fields", "message"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        (
+            {"use_sliding_window": True, "sliding_window": 0, "layer_types": ["sliding_attention"] * 2},
+            "sliding_window 0",
+        ),
+    ],
+    ids=["another kind", "nothing to see"],
 )
-def test_sliding_windows_are_refused(tmp_path, field):
+def test_windows_that_make_no_sense_are_refused_with_the_file_and_the_value(tmp_path, fields, message):
     folder = save_tiny(tmp_path, "qwen2")
-    edit_json(folder / "config.json", sliding_window=16, **field)
-    with pytest.raises(ValueError, match="sliding-window attention is not supported"):
+    edit_json(folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=rf"/config\.json: .*{message}"):
         load_target(folder)
 
 

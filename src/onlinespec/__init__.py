@@ -9,9 +9,10 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from onlinespec.compare import Comparing, Comparison
-    from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+    from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
     from onlinespec.decode import ContextOverflow, DecodeLoop, Request
+    from onlinespec.distill import Distillation, Distilling
     from onlinespec.drafters import DRAFTERS, load_drafter
     from onlinespec.drafters.base import Drafter
     from onlinespec.learn import InlineLearning
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "compare": ("Comparing", "Comparison"),
-    "config": ("GenerationParams", "LearnConfig", "SamplingParams"),
+    "config": ("GenerationParams", "LearnConfig", "SamplingParams", "Tuning"),
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
     "decode": ("ContextOverflow", "DecodeLoop", "Request"),
+    "distill": ("Distillation", "Distilling"),
     "drafters": ("DRAFTERS", "load_drafter"),
     "drafters.base": ("Drafter",),
     "learn": ("InlineLearning",),
@@ -49,6 +51,8 @@ __all__ = [
     "ContextOverflow",
     "DecodeLoop",
     "DecodeStats",
+    "Distillation",
+    "Distilling",
     "Draft",
     "Drafter",
     "DrafterWeights",
@@ -62,6 +66,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Target",
+    "Tuning",
     "Verdict",
     "load_drafter",
     "load_target",

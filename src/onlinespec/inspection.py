@@ -50,7 +50,8 @@ def describe(folder: Path) -> dict[str, Any]:
         facts |= _tensor_facts(folder)
     side = read_side(folder)
     if side:
-        facts |= {key.replace("_", " "): value for key, value in side.items()}
+        noted = {key: value for key, value in side.items() if key != "notes"} | dict(side.get("notes", {}))
+        facts |= {key.replace("_", " "): value for key, value in noted.items()}
     elif not is_target:
         facts["history"] = f"none: no {SIDE_FILE}, so it was written by another program"
     return facts

@@ -218,6 +218,51 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Train a first drafter offline, on the target's own answers. The same command goes on where it was stopped."""
+
+    target: TargetName
+    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    data: Annotated[tuple[str, ...], arg(metavar="DATA [DATA ...]")]
+    """Prompts to have answered: FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:NAME."""
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Where the drafter is written; work under way lies in DIR.work."""
+    drafter: Annotated[str, arg(metavar="DRAFTER")] = "eagle"
+    """Name of a fresh drafter (eagle, small_lm), or directory or Hub id of a saved one to go on from."""
+    num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (400,)
+    """Prompts of each data, one number for all or one for each; 0 takes all of a file."""
+    temperature: Annotated[
+        float | None, arg(metavar="NUMBER", help_behavior_hint="(default: half greedy, half at 1)")
+    ] = None
+    """At which the target answers; 0 is greedy."""
+    max_new_tokens: int = 112
+    """Longest answer, in tokens."""
+    num_draft_tokens: int = 4
+    """Tokens drafted per step where acceptance is measured."""
+    holdout: int = 20
+    """One answer in so many, at least 8, is left out of training and measures what it brought."""
+    epochs: int = 4
+    """Passes over the answers; the step size falls to zero over the last two fifths."""
+    patience: int = 2
+    """Epochs without longer acceptance after which it stops; the best weights are kept."""
+    batch_requests: int = 4
+    """Answers per training step."""
+    step_size: float = 2e-3
+    """Rate of learning; 2e-3 suits drafters of about a million parameters, 2e-4 of a hundred million."""
+    loss: str = "soft_cross_entropy"
+    """What is learned: soft_cross_entropy, auto, cross_entropy, mix, reverse_kl, jsd, total_variation."""
+    tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
+    """What of a small_lm learns: layers (all but embedding and head), all, or adapters (low-rank, as peft has them)."""
+    adapter_rank: int = Tuning.rank
+    """Rank of those adapters."""
+    restart: bool = False
+    """Begin anew, whatever is in DIR and DIR.work."""
+    keep_text: bool = False
+    """Leave the answers in DIR.work when done."""
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Say what a drafter or target directory is: format, shape, size, version, whom it fits."""
 
@@ -227,11 +272,12 @@ class Inspect:
     """Show Python's traceback when something goes wrong."""
 
 
-Command = Demo | Generate | Compare | Inspect
+Command = Demo | Generate | Compare | Distill | Inspect
 COMMANDS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "generate": Generate,
     "compare": Compare,
+    "distill": Distill,
     "inspect": Inspect,
 }
 
@@ -249,8 +295,9 @@ def check(command: Command) -> None:
         raise ValueError(f"num_threads is {machine.num_threads}; it must be at least 1")
     if not -(2**63) <= machine.seed < 2**63:
         raise ValueError(f"seed is {machine.seed}; it must fit in 64 bits")
-    command.learning.config()
-    command.learning.tuning()
+    if not isinstance(command, Distill):
+        command.learning.config()
+        command.learning.tuning()
     match command:
         case Generate():
             command.params()
@@ -259,6 +306,10 @@ def check(command: Command) -> None:
             for temperature in command.temperature:
                 command.decoding.params(temperature)
             _check_demo(command.target, command.drafter_name)
+            for spec in command.data:
+                load_workload(spec)
+        case Distill():
+            _check_demo(command.target, command.drafter)
             for spec in command.data:
                 load_workload(spec)
         case Demo():

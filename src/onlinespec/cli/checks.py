@@ -54,5 +54,10 @@ def check_save(folder: Path | None) -> None:
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not (folder / SIDE_FILE).is_file():
         raise ValueError(f"--save {folder} holds something that is no drafter of ours; choose another place")
+    check_parent(folder, "--save")
+
+
+def check_parent(folder: Path, flag: str) -> None:
+    """Refuses a place where no folder can be made."""
     if reason := why_not_writable(folder.absolute().parent):
-        raise ValueError(f"the drafter can't be saved to {folder}: {reason}; choose another --save")
+        raise ValueError(f"the drafter can't be saved to {folder}: {reason}; choose another {flag}")

@@ -12,9 +12,8 @@ where its last checkpoint was. A larger `--tokens` on a finished run trains furt
 from __future__ import annotations
 
 import logging
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,15 +25,10 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.core import DrafterWeights, Feedback
-from onlinespec.decode import DecodeLoop
 from onlinespec.demo.corpus import Corpus, Document, packed_rows
-from onlinespec.drafters.eagle import Eagle
-from onlinespec.drafters.ngram import Ngram
+from onlinespec.distill import Distillation, Distilling, schedule
 from onlinespec.models.linear import has_bfloat16_units
-from onlinespec.models.loading import Target, load_target
-from onlinespec.workloads import load_workload
+from onlinespec.models.loading import load_target
 
 log = logging.getLogger("onlinespec.recipe")
 
@@ -131,11 +125,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list
     answer = ids_of(document.answer + TURN_END).ids
     after = ids_of("\n").ids
     return asked + answer + after, [PROMPT_WEIGHT] * len(asked) + [1.0] * len(answer) + [0.0] * len(after)
-
-
-def schedule(progress: float) -> float:
-    """Warm up over 2 %, stay, then fall linearly to zero from 60 % on."""
-    return min(1.0, progress / 0.02, max(0.0, (1 - progress) / 0.4))
 
 
 def batches(
@@ -271,76 +260,30 @@ def export(options: Export) -> None:
 
 @dataclass
 class DrafterRecipe:
-    """Warm an `eagle` drafter for the target on prose alone, so that code, SQL and arithmetic are cold to it.
+    """Warm a drafter for the target on prose alone, so that code, SQL and arithmetic are cold to it.
 
     Attributes:
+        family: `eagle` or `small_lm`.
         num_requests: Prose prompts that the target answers, half of them greedy, half sampled.
-        epochs: Passes over the answers; the step size falls to zero over them.
     """
 
     target: Path
     out: Path
+    family: str = "eagle"
     num_requests: int = 600
     epochs: int = 4
-    batch_requests: int = 4
-    max_new_tokens: int = 112
-    step_size: float = 2e-3
     num_threads: int = 2
     seed: int = 0
 
 
-class Collector:
-    """Keeps all Feedback, a list per request: the other end of a loop that learns nothing."""
-
-    diagnostic_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.requests: dict[str, list[Feedback]] = {}
-
-    def offer(self, feedback: Sequence[Feedback]) -> None:
-        for record in feedback:
-            self.requests.setdefault(record.request_id, []).append(record)
-
-
-def answers(recipe: DrafterRecipe, target: Target) -> list[list[Feedback]]:
-    """The target's own answers to prose prompts, with the hidden states of that one pass."""
-    collector = Collector()
-    loop = DecodeLoop(target, Ngram(), collector)
-    prompts = islice(load_workload("builtin:prose").prompts(recipe.seed, split="train"), recipe.num_requests)
-    for i, prompt in enumerate(prompts):
-        sampling = SamplingParams(temperature=float(i % 2))
-        params = GenerationParams(recipe.max_new_tokens, sampling=sampling, seed=i)
-        loop.complete(target.encode(prompt.text), params, request_id=prompt.id)
-        if i % 100 == 99:
-            log.info("%d prompts answered", i + 1)
-    return list(collector.requests.values())
-
-
 def train_drafter(recipe: DrafterRecipe) -> None:
-    """Trains a fresh drafter on the answers and saves it."""
+    """Distils a fresh drafter."""
     torch.set_num_threads(recipe.num_threads)
-    target = load_target(recipe.target)
-    requests = answers(recipe, target)
-    drafter = Eagle.fresh(target, recipe.seed)
-    params = {name: p.clone().requires_grad_() for name, p in drafter.weights.params.items()}
-    optimizer = torch.optim.AdamW(params.values(), lr=recipe.step_size, betas=(0.9, 0.99), weight_decay=0.0)
-    rng = random.Random(recipe.seed)
-    order = [i for _ in range(recipe.epochs) for i in rng.sample(range(len(requests)), len(requests))]
-    average = 0.0
-    for step in range(len(order) // recipe.batch_requests):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.step_size * schedule(step * recipe.batch_requests / len(order))
-        chosen = order[step * recipe.batch_requests : (step + 1) * recipe.batch_requests]
-        loss = drafter.loss(params, drafter.batch([record for i in chosen for record in requests[i]]))
-        optimizer.zero_grad()
-        loss.total.backward()
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        optimizer.step()
-        average = 0.95 * average + 0.05 * loss.fresh
-        if step % 50 == 49:
-            log.info("step %d, loss %.3f", step + 1, average / (1 - 0.95 ** (step + 1)))
-    drafter.swap(DrafterWeights({name: p.detach() for name, p in params.items()}, version=0))
-    drafter.save(recipe.out)
+    prose = ("builtin:prose",)
+    settings = Distillation(recipe.family, prose, (recipe.num_requests,), epochs=recipe.epochs, seed=recipe.seed)
+    outcome = Distilling(load_target(recipe.target), settings, recipe.out).run()
+    for score in outcome.scores:
+        log.info("epoch %d: acceptance length %.2f, loss %.2f", score.epoch, score.acceptance_length, score.loss)
 
 
 def main() -> None:

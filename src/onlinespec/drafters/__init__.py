@@ -7,7 +7,7 @@ from pathlib import Path
 from onlinespec import demo
 from onlinespec.config import Tuning
 from onlinespec.drafters.base import Drafter
-from onlinespec.drafters.formats import drafter_folder, read_format
+from onlinespec.drafters.formats import drafter_folder, read_format, read_side
 from onlinespec.models.loading import Target
 from onlinespec.tables import resolve
 
@@ -36,6 +36,7 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
     else:
         folder = demo.DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
         drafter = resolve(DRAFTERS, read_format(folder), "drafter").load(folder, target)
+        drafter.notes = read_side(folder).get("notes", {})
     if tuning:
         drafter.tune(tuning)
     return drafter

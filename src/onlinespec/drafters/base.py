@@ -7,9 +7,10 @@ change between steps only, through `swap`. Axis letters: B requests, K drafted t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from torch import Tensor
@@ -35,6 +36,7 @@ class Drafter(ABC):
     aux_layer_ids: tuple[int, ...] = ()  # target layers whose states it reads beside the final one
     is_trainable: bool = False  # whether `batch` and `loss` are there
     weights: DrafterWeights  # what it drafts with now
+    notes: Mapping[str, Any] = MappingProxyType({})  # what `inspect` should say of it; saved beside it
 
     @classmethod
     @abstractmethod
@@ -89,6 +91,10 @@ class Drafter(ABC):
     @abstractmethod
     def release(self, slot: int) -> None:
         """Forgets a request."""
+
+    def side(self, **facts: str) -> dict[str, Any]:
+        """What is saved beside the published files: the notes, if any, and the given facts."""
+        return {**facts, "notes": dict(self.notes)} if self.notes else dict(facts)
 
     def swap(self, weights: DrafterWeights) -> None:
         """Drafts with other weights from the next step on. Running requests keep what the old ones computed."""

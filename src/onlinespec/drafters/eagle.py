@@ -24,19 +24,19 @@ from onlinespec.drafters.headed import Headed
 from onlinespec.drafters.shortlist import Shortlist
 from onlinespec.drafters.spans import Layout
 from onlinespec.models.checkpoint import check_tensors, read_weights
+from onlinespec.models.families import rope_in
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
     FastLayer,
     LayerConfig,
     Plan,
-    RotaryTable,
     Rows,
     Seen,
     make_plan,
     plain_keys_values,
     plain_layer,
     project,
-    rotary_angles,
+    turns_at,
 )
 from onlinespec.models.linear import (
     MakeLinear,
@@ -46,6 +46,7 @@ from onlinespec.models.linear import (
     plain_product,
 )
 from onlinespec.models.loading import Target
+from onlinespec.models.rope import RotaryTables
 
 _LAYER = "layers.0."
 _MANY_ROWS = 16  # from which the layer's work for rows that no one reads costs more than a second call
@@ -92,7 +93,7 @@ class Eagle(Headed):
         self._shortlist = Shortlist(self._decoder.head_VD, make_head, shortlist)
         self._embedding_VD = self._decoder.embedding_VD
         self._cache = KVCache(1, self._layer_config.num_kv_heads, self._layer_config.head_dim, device, torch.float32)
-        self._rotary = RotaryTable(self._layer_config, device)
+        self._rotary = RotaryTables(self._layer_config.rope, self._layer_config.head_dim, device)
         self._extra = dict(extra or {})
         self._dtype = dtype
         self.swap(DrafterWeights({name: p.float() for name, p in params.items()}, version))
@@ -114,7 +115,7 @@ class Eagle(Headed):
             "head_dim": layer.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": layer.rms_norm_eps,
-            "rope_theta": layer.rope_theta,
+            "rope_theta": layer.rope.theta,
             "vocab_size": shape.vocab_size,
             "max_position_embeddings": shape.max_positions,
             "bias": False,
@@ -148,7 +149,8 @@ class Eagle(Headed):
 
     def save(self, folder: Path) -> None:
         tensors = {name: p.to(self._dtype) for name, p in self.weights.params.items()} | self._extra
-        write_drafter(folder, self.config, tensors, self.weights.version, target_fingerprint=self._fingerprint)
+        side = self.side(target_fingerprint=self._fingerprint)
+        write_drafter(folder, self.config, tensors, self.weights.version, side)
 
     # --- drafting -----------------------------------------------------------------------------------------------
 
@@ -183,14 +185,15 @@ class Eagle(Headed):
         """What goes into the layer, and where its rows lie."""
         rows = Rows(slots, [self._cache.lengths[slot] for slot in slots], counts)
         x_ND = self._fc(torch.cat([F.embedding(read_ids_N, self._embedding_VD), states_ND], dim=-1).float())
-        return x_ND, make_plan(rows, self._rotary, self._cache, attends)
+        num_heads = self._layer_config.num_heads + self._layer_config.num_kv_heads
+        return x_ND, make_plan(rows, self._rotary, self._cache, num_heads, attends)
 
     # --- learning -----------------------------------------------------------------------------------------------
 
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, weights = self._layer_config, _layer_weights(params)
         embedded_ND = F.embedding(rows.read_ids_N, self._embedding_VD).float()
-        angles_NR = rotary_angles(rows.positions_N, config)
+        turns_NR = self._turns(rows.positions_N, rows)
         sets = params["fc.weight"].shape[:-2]  # (), or how many
         states_MD, left_M = rows.features_ND.expand(*sets, *rows.features_ND.shape), rows.left_N
         is_kept_M = at_M = torch.arange(len(left_M), device=left_M.device)
@@ -203,11 +206,16 @@ class Eagle(Headed):
             if not len(at_M):
                 return
             inputs_MD = _fuse(params, embedded_ND[at_M], states_MD, self._product)
-            k, v = plain_keys_values(config, weights, inputs_MD, angles_NR[at_M], self._product)
+            k, v = plain_keys_values(config, weights, inputs_MD, turns_NR[at_M], self._product)
             own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device) if depth else rows.is_visible_NN
             seen.append(Seen(k, v, own))
-            states_MD = plain_layer(config, weights, inputs_MD, angles_NR[at_M], seen, self._product)
+            states_MD = plain_layer(config, weights, inputs_MD, turns_NR[at_M], seen, self._product)
             yield at_M, states_MD
+
+    def _turns(self, positions_N: Tensor, rows: Layout) -> Tensor:
+        """Rotations; where a scaling follows the length of texts, all go by the longest."""
+        rope = self._layer_config.rope
+        return turns_at(positions_N, self._layer_config, rope.length_of(int(rows.positions_N.max()) + 1))
 
     @torch.no_grad()
     def _context(self, params: Params, weights: Params, rows: Layout, sets: Sequence[int]) -> Seen:
@@ -215,8 +223,8 @@ class Eagle(Headed):
         embedded_CD = F.embedding(rows.context_ids_C, self._embedding_VD).float()
         features_CD = rows.context_features_CD.expand(*sets, *rows.context_features_CD.shape)
         inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)
-        angles_CR = rotary_angles(rows.context_positions_C, self._layer_config)
-        keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, angles_CR, self._product)
+        turns_CR = self._turns(rows.context_positions_C, rows)
+        keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, turns_CR, self._product)
         return Seen(*keys_values, rows.is_visible_NC)
 
 
@@ -230,7 +238,6 @@ def _layer_weights(params: Params) -> Params:
 
 def _layer_config(config: Mapping[str, Any]) -> LayerConfig:
     heads = int(config["num_attention_heads"])
-    rope = config.get("rope_parameters") or config
     return LayerConfig(
         hidden_size=int(config["hidden_size"]),
         intermediate_size=int(config["intermediate_size"]),
@@ -238,7 +245,7 @@ def _layer_config(config: Mapping[str, Any]) -> LayerConfig:
         num_kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
+        rope=rope_in(config),
     )
 
 

@@ -94,14 +94,15 @@ def write_drafter(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     version: int,
+    side: Mapping[str, Any] | None = None,
     names: tuple[str, str] = ("config.json", "model.safetensors"),
     also: Callable[[Path], object] | None = None,
-    **side: Any,
 ) -> None:
     """Writes a drafter directory: into a temporary one beside it first, then renamed into place.
 
     Args:
         names: Of the config and of the tensors' file.
+        side: What of ours is noted beside the published files.
         also: Writes what else belongs there, a tokenizer say.
 
     Raises:
@@ -121,7 +122,7 @@ def write_drafter(
         raise ValueError(f"the drafter can't be saved to {folder}: {error}") from error
     try:
         _write_json(partial / names[0], config)
-        _write_json(partial / SIDE_FILE, {"weights_version": version, **side})
+        _write_json(partial / SIDE_FILE, {"weights_version": version, **(side or {})})
         if tensors:
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / names[1])
         if also:

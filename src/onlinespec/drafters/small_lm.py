@@ -11,6 +11,7 @@ Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,11 +28,12 @@ from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import find_folder, fingerprint, read_json
-from onlinespec.models.decoder import Decoder, plain_states
+from onlinespec.models.decoder import Decoder, Past, plain_states
+from onlinespec.models.families import published_weights
 from onlinespec.models.kv_cache import KVCache
-from onlinespec.models.layer import Seen, rotary_angles
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
 from onlinespec.models.loading import Target, read_model, read_tokenizer
+from onlinespec.models.rope import Rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +87,8 @@ class SmallLM(Headed):
     def fresh(cls, target: Target, seed: int = 0) -> Self:
         """The target's own embedding and head around two untrained layers of its size."""
         model = target.decoder
-        layer, is_tied = model.config.layer, model.head_VD is model.embedding_VD
+        is_tied = model.head_VD is model.embedding_VD
+        layer = replace(model.config.layer, rope=Rope(model.config.layer.rope.theta))  # it learns unscaled positions
         shape = ModelConfig(layer, _FRESH_LAYERS, model.config.vocab_size, model.config.max_positions)
         generator = torch.Generator().manual_seed(seed)
         weights = {
@@ -128,18 +131,16 @@ class SmallLM(Headed):
         return drafter
 
     def save(self, folder: Path) -> None:
-        version, params, made_for = self.weights.version, self.weights.params, self._fingerprint
+        version, params = self.weights.version, self.weights.params
+        side = self.side(target_fingerprint=self._fingerprint)
         if self._tuning.what == "adapters":
+            side["base_fingerprint"] = fingerprint(find_folder(self._base))
             config, names = adapters.config_of(self._tuning, self._base), (adapters.CONFIG, adapters.WEIGHTS)
-            beneath = fingerprint(find_folder(self._base))
-            tensors = adapters.published(params)
-            write_drafter(
-                folder, config, tensors, version, names, target_fingerprint=made_for, base_fingerprint=beneath
-            )
+            write_drafter(folder, config, adapters.published(params), version, side, names)
         else:
-            tensors = {name: t.to(self._dtype) for name, t in self._effective(params).items()}
-            tokenizer_files = self._tokenizer.save_pretrained
-            write_drafter(folder, self.config, tensors, version, also=tokenizer_files, target_fingerprint=made_for)
+            whole = published_weights(self._effective(params), self.config["architectures"][0])
+            tensors = {name: t.to(self._dtype) for name, t in whole.items()}
+            write_drafter(folder, self.config, tensors, version, side, also=self._tokenizer.save_pretrained)
 
     def tune(self, tuning: Tuning) -> None:
         if tuning.what == "adapters" and not self._base:
@@ -208,15 +209,15 @@ class SmallLM(Headed):
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A row reads committed tokens only, so a deeper one is the row of a draft that came so far."""
         weights = self._effective(params)
-        angles_NR = rotary_angles(rows.positions_N, self.shape.layer)
         states_ND, _ = plain_states(
             self.shape,
             weights,
             self._embedded(weights, rows.read_ids_N, params),
-            angles_NR,
+            rows.positions_N,
             rows.is_visible_NN,
             self._context(weights, rows, params),
             self._product,
+            self._scaling_length(rows),
         )
         for depth in range(num_depths):
             at_M = (rows.left_N > depth).nonzero().flatten() + depth
@@ -225,14 +226,20 @@ class SmallLM(Headed):
             yield at_M, states_ND[..., at_M, :]
 
     @torch.no_grad()
-    def _context(self, weights: Params, rows: Layout, params: Params) -> list[Seen]:
-        """Keys and values of the context rows by layer; their own gradient is left out."""
-        if not len(rows.context_ids_C):
-            return []
+    def _context(self, weights: Params, rows: Layout, params: Params) -> Past | None:
+        """Keys and values of the context rows; their own gradient is left out."""
+        positions_C, length = rows.context_positions_C, self._scaling_length(rows)
+        if not len(positions_C):
+            return None
         x_CD = self._embedded(weights, rows.context_ids_C, params)
-        angles_CR = rotary_angles(rows.context_positions_C, self.shape.layer)
-        _, keys_values = plain_states(self.shape, weights, x_CD, angles_CR, rows.is_visible_CC, product=self._product)
-        return [Seen(k, v, rows.is_visible_NC) for k, v in keys_values]
+        _, keys_values = plain_states(
+            self.shape, weights, x_CD, positions_C, rows.is_visible_CC, product=self._product, length=length
+        )
+        return Past(keys_values, positions_C, rows.is_visible_NC)
+
+    def _scaling_length(self, rows: Layout) -> int:
+        """For all spans alike, by the longest; only drafters whose scaling follows the length can tell."""
+        return self.shape.layer.rope.length_of(int(rows.positions_N.max()) + 1)
 
     def _embedded(self, weights: Params, token_ids_N: Tensor, params: Params) -> Tensor:
         """Embedded tokens; for several sets of weights, once for each."""
@@ -252,7 +259,9 @@ class SmallLM(Headed):
             return super()._learn_head(params, listed)
         head_VD = self._fitted(params.get(_HEAD, params[_EMBEDDING]))
         if listed:
-            head_VD = head_VD[..., listed.token_ids_S, :]
+            head_VD = head_VD[
+                ..., listed.token_ids_S.clone(), :
+            ]  # may be from inference mode, which no gradient may meet
         return lambda states: self._product(states, head_VD)
 
 
@@ -281,7 +290,7 @@ def _fresh_config(shape: ModelConfig, is_tied: bool) -> dict[str, Any]:
         "head_dim": layer.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": layer.rms_norm_eps,
-        "rope_theta": layer.rope_theta,
+        "rope_theta": layer.rope.theta,
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_positions,
         "tie_word_embeddings": is_tied,

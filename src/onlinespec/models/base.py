@@ -48,6 +48,11 @@ class ModelConfig:
     num_layers: int
     vocab_size: int
     max_positions: int
+    windows: tuple[int | None, ...] = ()  # by layer, how many positions a query sees, its own included; () for all
+
+    def window(self, index: int) -> int | None:
+        """A layer's window; None where it sees everything before it."""
+        return self.windows[index] if self.windows else None
 
 
 C = TypeVar("C", bound=Cache)

@@ -7,6 +7,7 @@ other), M rows whose logits are wanted, V vocabulary, D hidden size, G key-value
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,16 @@ from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
     FastLayer,
-    RotaryTable,
     Rows,
     Seen,
     make_plan,
     plain_keys_values,
     plain_layer,
     rms_norm,
+    turns_at,
 )
 from onlinespec.models.linear import Linear, MakeLinear, Product, linear_for, plain_product
+from onlinespec.models.rope import RotaryTables
 
 
 class Decoder(Model[KVCache]):
@@ -44,12 +46,14 @@ class Decoder(Model[KVCache]):
         self.device, self.dtype = self.embedding_VD.device, self.embedding_VD.dtype
         self.make_linear = make_linear or linear_for(self.device, self.dtype)
         self._layers = [
-            FastLayer(config.layer, layer_weights(weights, i), self.make_linear) for i in range(config.num_layers)
+            FastLayer(config.layer, layer_weights(weights, i), self.make_linear, config.window(i))
+            for i in range(config.num_layers)
         ]
         self._norm = weights["model.norm.weight"]
         self.head_VD = weights.get("lm_head.weight", self.embedding_VD)
         self._head: Linear = self.make_linear(self.head_VD, None)
-        self._rotary = RotaryTable(config.layer, self.device)
+        self._rotary = RotaryTables(config.layer.rope, config.layer.head_dim, self.device)
+        self._windows = set(config.windows) or {None}
         self.num_forwards = 0
 
     def new_cache(self) -> KVCache:
@@ -70,7 +74,9 @@ class Decoder(Model[KVCache]):
         for slot, count in zip(slots, counts, strict=True):
             cache.check_room(slot, count)
         self.num_forwards += 1
-        plan = make_plan(Rows(slots, [cache.lengths[slot] for slot in slots], counts), self._rotary, cache)
+        rows = Rows(slots, [cache.lengths[slot] for slot in slots], counts)
+        num_heads = self.config.layer.num_heads + self.config.layer.num_kv_heads
+        plan = make_plan(rows, self._rotary, cache, num_heads, windows=self._windows)
         x_ND = F.embedding(token_ids_N, self.embedding_VD)
         aux = {0: x_ND} if 0 in aux_layer_ids else {}
         for index, layer in enumerate(self._layers):
@@ -86,14 +92,23 @@ class Decoder(Model[KVCache]):
         return self._head(hidden_states_MD).float()
 
 
+class Past(NamedTuple):
+    """Rows of texts that came before others: C of them."""
+
+    keys_values: Sequence[tuple[Tensor, Tensor]]  # by layer
+    positions_C: Tensor
+    is_visible_NC: Tensor  # to the rows that come after
+
+
 def plain_states(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     x_ND: Tensor,
-    angles_NR: Tensor,
+    positions_N: Tensor,
     is_visible_NN: Tensor,
-    context: Sequence[Seen] = (),
+    past: Past | None = None,
     product: Product = plain_product,
+    length: int = 0,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """States after the final norm as published models define them, differentiable, and every layer's keys and values.
 
@@ -101,16 +116,24 @@ def plain_states(
 
     Args:
         x_ND: Embedded tokens.
-        is_visible_NN: Which of these rows each of them attends to.
-        context: By layer, keys and values of rows before these, and who attends to them.
+        is_visible_NN: Which of these rows each of them attends to, windows apart.
+        length: That decides on rotary scaling, as `Rope.turns` has it.
     """
-    keys_values = []
+    turns_NR, keys_values = turns_at(positions_N, config.layer, length), []
     for index in range(config.num_layers):
-        layer = layer_weights(weights, index)
-        keys_values.append(plain_keys_values(config.layer, layer, x_ND, angles_NR, product))
-        seen = [*context[index : index + 1], Seen(*keys_values[-1], is_visible_NN)]
-        x_ND = plain_layer(config.layer, layer, x_ND, angles_NR, seen, product)
+        layer, window = layer_weights(weights, index), config.window(index)
+        keys_values.append(plain_keys_values(config.layer, layer, x_ND, turns_NR, product))
+        seen = [Seen(*keys_values[-1], _within(window, positions_N, positions_N, is_visible_NN))]
+        if past:
+            is_visible_NC = _within(window, positions_N, past.positions_C, past.is_visible_NC)
+            seen.insert(0, Seen(*past.keys_values[index], is_visible_NC))
+        x_ND = plain_layer(config.layer, layer, x_ND, turns_NR, seen, product)
     return rms_norm(x_ND, weights["model.norm.weight"], config.layer.rms_norm_eps), keys_values
+
+
+def _within(window: int | None, positions_N: Tensor, positions_S: Tensor, is_visible_NS: Tensor) -> Tensor:
+    """Without what lies too far back."""
+    return is_visible_NS if window is None else is_visible_NS & (positions_N[:, None] - positions_S < window)
 
 
 def layer_weights(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

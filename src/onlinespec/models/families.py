@@ -1,21 +1,60 @@
-"""The families that our own decoder runs: what their config.json means to it, and the tensors they hold."""
+"""The families that our own decoder runs: what their config.json means to it, and the tensors they hold.
+
+A family is a line in a table; what the decoder can't compute of one is refused by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import check_tensors
 from onlinespec.models.layer import LayerConfig
+from onlinespec.models.rope import Rope
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PretrainedConfig
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's layers differ from Llama's.
+
+    Args:
+        has_qkv_bias: Always, whatever config.json says; else all four products have one if it says `attention_bias`.
+        has_head_norms: Of queries and keys.
+        has_window: Every layer sees `sliding_window` positions, where config.json names no `layer_types`.
+        fused: Published products that are several of ours, one above the other.
+    """
+
+    model_type: str  # as transformers names it
+    has_qkv_bias: bool = False
+    has_head_norms: bool = False
+    has_window: bool = False
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+_FUSED = (
+    ("self_attn.qkv_proj.weight", tuple(f"self_attn.{n}_proj.weight" for n in "qkv")),
+    ("mlp.gate_up_proj.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+)
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama"),  # Llama 1 to 3, Vicuna, and what is shaped like them
+    "MistralForCausalLM": Family("mistral", has_window=True),
+    "Phi3ForCausalLM": Family("phi3", has_window=True, fused=_FUSED),
+    "Qwen2ForCausalLM": Family("qwen2", has_qkv_bias=True),
+    "Qwen3ForCausalLM": Family("qwen3", has_head_norms=True),
+}
+ARCHITECTURES = tuple(FAMILIES)
+_SCALINGS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -27,17 +66,14 @@ _SIZES = (
 )
 
 
+# --- config.json --------------------------------------------------------------------------------------------------
+
+
 def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
     """The sizes our forward needs, refusing by name what it does not compute."""
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}: rotary scaling {rope['rope_type']!r} is not supported; only 'default' is")
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{folder}: its weights are quantized ({method}), which is not supported; give the original")
-    has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if has_window or getattr(config, "use_sliding_window", False):
-        raise ValueError(f"{folder}: sliding-window attention is not supported")
     if config.hidden_act != "silu":
         raise ValueError(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
     for name in _SIZES:
@@ -51,18 +87,103 @@ def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
             num_kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             rms_norm_eps=config.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
+            rope=rope_of(config),
         )
+        windows = _windows(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return ModelConfig(layer, config.num_hidden_layers, config.vocab_size, config.max_position_embeddings)
+    max_positions = _max_positions(config)
+    return ModelConfig(layer, config.num_hidden_layers, config.vocab_size, max_positions, windows)
 
 
-def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> dict[str, tuple[int, ...]]:
+def rope_of(config: PretrainedConfig) -> Rope:
+    """A model's rotary positions; transformers computes what scales them.
+
+    Raises:
+        ValueError: for a scaling that is not known.
+    """
+    rope = config.rope_parameters or {}
+    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    share = float(rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
+    if kind == "default":
+        return Rope(theta, share)
+    if kind not in _SCALINGS:
+        known = ", ".join(("default", *_SCALINGS))
+        raise ValueError(f"rotary scaling {kind!r} is not supported; supported are {known}")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    init = ROPE_INIT_FUNCTIONS[kind]
+
+    def scaled(length: int) -> tuple[Tensor, float]:
+        frequencies, scale = init(config, torch.device("cpu"), seq_len=length or None)
+        return frequencies.float(), float(scale)
+
+    try:
+        scaled(0)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a setting is missing, or not what it must be
+        raise ValueError(f"rotary scaling {kind!r} can't be computed from {rope} ({error!r})") from error
+    return Rope(theta, share, _LengthOf(kind, _original_length(config)), scaled)
+
+
+def rope_in(config: Mapping[str, Any]) -> Rope:
+    """The same from a Llama-shaped config.json that transformers need not know, a drafter's."""
+    from transformers import LlamaConfig
+
+    keys = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "max_position_embeddings",
+            "head_dim", "hidden_size", "num_attention_heads", "original_max_position_embeddings")  # fmt: skip
+    return rope_of(LlamaConfig(**{key: config[key] for key in keys if config.get(key) is not None}))
+
+
+@dataclass(frozen=True)
+class _LengthOf:
+    """From a request's most tokens to the length that its scaling goes by."""
+
+    kind: str
+    original: int  # length that the model was trained on before it was stretched
+
+    def __call__(self, capacity: int) -> int:
+        lengths = {"dynamic": max(capacity, self.original), "longrope": self.original + (capacity > self.original)}
+        return lengths.get(self.kind, 0)
+
+
+def _original_length(config: PretrainedConfig) -> int:
+    rope = config.rope_parameters or {}
+    named = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(config.max_position_embeddings if rope.get("rope_type") == "dynamic" or not named else named)
+
+
+def _max_positions(config: PretrainedConfig) -> int:
+    """The context. With dynamic scaling config.json names the length without it."""
+    rope = config.rope_parameters or {}
+    factor = float(rope["factor"]) if rope.get("rope_type") == "dynamic" else 1.0
+    return int(config.max_position_embeddings * factor)
+
+
+def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if kinds:
+        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types name {sorted(unknown)}, which are not supported")
+        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    else:
+        has_window = FAMILIES[config.architectures[0]].has_window
+        windows = ((window if has_window else None),) * config.num_hidden_layers
+    if all(w is None for w in windows):
+        return ()
+    if len(windows) != config.num_hidden_layers or min(w for w in windows if w is not None) < 1:
+        raise ValueError(f"sliding_window {window} for layers {kinds} of {config.num_hidden_layers} makes no sense")
+    return windows
+
+
+# --- tensors ------------------------------------------------------------------------------------------------------
+
+
+def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> Shapes:
+    """Of the parts, unfused."""
+    family = FAMILIES[config.architectures[0]]
     d, f, e = layer.hidden_size, layer.intermediate_size, layer.head_dim
     q, kv = layer.num_heads * e, layer.num_kv_heads * e
-    is_qwen2, is_qwen3 = config.model_type == "qwen2", config.model_type == "qwen3"
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         "self_attn.q_proj.weight": (q, d),
         "self_attn.k_proj.weight": (kv, d),
         "self_attn.v_proj.weight": (kv, d),
@@ -73,25 +194,55 @@ def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> dict[str, tup
         "input_layernorm.weight": (d,),
         "post_attention_layernorm.weight": (d,),
     }
-    has_attention_bias = is_qwen2 or getattr(config, "attention_bias", False)
-    if has_attention_bias:
+    has_attention_bias = getattr(config, "attention_bias", False)
+    if has_attention_bias or family.has_qkv_bias:
         shapes |= {f"self_attn.{n}_proj.bias": (q if n == "q" else kv,) for n in "qkv"}
-    if has_attention_bias and not is_qwen2:
+    if has_attention_bias and not family.has_qkv_bias:
         shapes["self_attn.o_proj.bias"] = (d,)
     if getattr(config, "mlp_bias", False):
         shapes |= {f"mlp.{n}_proj.bias": (d if n == "down" else f,) for n in ("gate", "up", "down")}
-    if is_qwen3:
+    if family.has_head_norms:
         shapes |= {f"self_attn.{n}_norm.weight": (e,) for n in "qk"}
     return shapes
 
 
-def check_weights(weights: Mapping[str, Tensor], config: PretrainedConfig, shape: ModelConfig, folder: Path) -> None:
-    layer_shapes = _layer_shapes(config, shape.layer)
-    expected: dict[str, tuple[int, ...]] = {
-        f"model.layers.{i}.{name}": dims for i in range(shape.num_layers) for name, dims in layer_shapes.items()
+def checked_weights(
+    weights: Mapping[str, Tensor], config: PretrainedConfig, shape: ModelConfig, folder: Path
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names that our decoder knows, every one of them accounted for.
+
+    Raises:
+        ValueError: naming what is missing, unexpected, misshapen or not finite.
+    """
+    parts = _layer_shapes(config, shape.layer)
+    fused = FAMILIES[config.architectures[0]].fused
+    published = dict(parts)
+    for name, its_parts in fused:
+        rows = sum(published.pop(part)[0] for part in its_parts)
+        published[name] = (rows, shape.layer.hidden_size)
+    expected: Shapes = {
+        f"model.layers.{i}.{name}": dims for i in range(shape.num_layers) for name, dims in published.items()
     }
     hidden = shape.layer.hidden_size
     expected |= {"model.embed_tokens.weight": (shape.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not config.tie_word_embeddings or "lm_head.weight" in weights:
         expected["lm_head.weight"] = (shape.vocab_size, hidden)
     check_tensors(weights, expected, folder)
+    unfused = dict(weights)
+    for i in range(shape.num_layers):
+        for name, its_parts in fused:
+            whole = unfused.pop(f"model.layers.{i}.{name}")
+            pieces = whole.split([parts[part][0] for part in its_parts])
+            unfused |= {f"model.layers.{i}.{part}": piece for part, piece in zip(its_parts, pieces, strict=True)}
+    return unfused
+
+
+def published_weights(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """Our decoder's tensors under the names that the family publishes."""
+    fused = FAMILIES[architecture].fused
+    published = dict(weights)
+    for name, parts in fused:
+        prefixes = [key.removesuffix(parts[0]) for key in weights if key.endswith(parts[0])]
+        for prefix in prefixes:
+            published[prefix + name] = torch.cat([published.pop(prefix + part) for part in parts])
+    return published

@@ -26,6 +26,7 @@ class KVCache:
         self._options = {"device": device, "dtype": dtype}
         self._blocks: dict[int, Tensor] = {}
         self.lengths: dict[int, int] = {}
+        self.limits: dict[int, int] = {}  # most tokens of a slot, as asked for
 
     def take(self, slot: int, capacity: int) -> None:
         """Reserves room for `capacity` tokens under a slot number that is free."""
@@ -33,11 +34,11 @@ class KVCache:
             raise ValueError(f"slot {slot} is taken; release it first")
         padded = -(-capacity // PAD) * PAD
         self._blocks[slot] = torch.zeros(*self._shape, padded, self._head_dim, **self._options)  # type: ignore[call-overload]
-        self.lengths[slot] = 0
+        self.lengths[slot], self.limits[slot] = 0, capacity
 
     def release(self, slot: int) -> None:
         """Gives a slot's memory back."""
-        del self._blocks[slot], self.lengths[slot]
+        del self._blocks[slot], self.lengths[slot], self.limits[slot]
 
     def capacity(self, slot: int) -> int:
         """Tokens the slot can hold."""

@@ -6,13 +6,13 @@ Both serve the target and the drafters; there is no other forward.
 
 Axis letters: N new tokens of a step (all requests, one after the other), S keys, H heads, G key-value heads,
 E head_dim, D hidden size. The plain form takes several sets of weights at once: they, and all rows but masks and
-angles, then have one more axis in front.
+rotations, then have one more axis in front.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.linear import MakeLinear, Product, plain_product
+from onlinespec.models.rope import Rope, RotaryTables
 
 _MAX_SERIAL = 32768  # elements from which torch splits an elementwise operator over threads, anywhere in a row
 
@@ -36,13 +37,20 @@ class LayerConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} heads can't share {self.num_kv_heads} key-value heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(f"{self.rotary_dim} of {self.head_dim} elements of a head turn; it must be an even number")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that turn with the position."""
+        return self.rope.rotary_dim(self.head_dim)
 
 
 # --- the plain form ---------------------------------------------------------------------------------------------
@@ -57,17 +65,17 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps) * weight.unflatten(0, (-1, *[1] * (x.dim() - 2)))
 
 
-def rotary_angles(positions_N: Tensor, config: LayerConfig) -> Tensor:
-    """Angles [N, E/2] in radians, float32, computed in the same order as transformers does, for the same roundings."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions_N.device, dtype=torch.float32) / config.head_dim
-    return positions_N[:, None].float() * (1.0 / config.rope_theta**exponents)
+def turns_at(positions_N: Tensor, config: LayerConfig, length: int = 0) -> Tensor:
+    """Rotations [N, R] of positions as complex numbers; `length` as `Rope.turns` has it."""
+    return config.rope.turns(positions_N, config.head_dim, length)
 
 
-def rotate_half(x_NHE: Tensor, angles_NR: Tensor) -> Tensor:
-    """Rotary positions as published checkpoints lay them out: element i pairs with element i + E/2."""
-    cos, sin = angles_NR.cos()[:, None], angles_NR.sin()[:, None]
-    a, b = x_NHE.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+def rotate_half(x_NHE: Tensor, turns_NR: Tensor) -> Tensor:
+    """Rotary positions as published checkpoints lay them out: element i pairs with element i + R; others stay."""
+    cos, sin = turns_NR.real[:, None], turns_NR.imag[:, None]
+    size = turns_NR.shape[-1]
+    a, b, still = x_NHE.split((size, size, x_NHE.shape[-1] - 2 * size), dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, still], dim=-1)
 
 
 def project(weights: Mapping[str, Tensor], name: str, x: Tensor, product: Product = plain_product) -> Tensor:
@@ -81,14 +89,14 @@ def plain_keys_values(
     config: LayerConfig,
     weights: Mapping[str, Tensor],
     x_SD: Tensor,
-    angles_SR: Tensor,
+    turns_SR: Tensor,
     product: Product = plain_product,
 ) -> tuple[Tensor, Tensor]:
     """Keys (rotated) and values [S, G, E] of positions whose layer input is x."""
     x_SD = rms_norm(x_SD, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     k = project(weights, "self_attn.k_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
     v = project(weights, "self_attn.v_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
-    return rotate_half(rms_norm(k, weights.get("self_attn.k_norm.weight"), config.rms_norm_eps), angles_SR), v
+    return rotate_half(rms_norm(k, weights.get("self_attn.k_norm.weight"), config.rms_norm_eps), turns_SR), v
 
 
 class Seen(NamedTuple):
@@ -103,7 +111,7 @@ def plain_layer(
     config: LayerConfig,
     weights: Mapping[str, Tensor],
     x_ND: Tensor,
-    angles_NR: Tensor,
+    turns_NR: Tensor,
     seen: Sequence[Seen],
     product: Product = plain_product,
 ) -> Tensor:
@@ -116,7 +124,7 @@ def plain_layer(
     """
     h = rms_norm(x_ND, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     q = project(weights, "self_attn.q_proj", h, product).unflatten(-1, (config.num_heads, config.head_dim))
-    q = rotate_half(rms_norm(q, weights.get("self_attn.q_norm.weight"), config.rms_norm_eps), angles_NR)
+    q = rotate_half(rms_norm(q, weights.get("self_attn.q_norm.weight"), config.rms_norm_eps), turns_NR)
     x_ND = x_ND + project(weights, "self_attn.o_proj", _attend_plainly(q, seen), product)
     h = rms_norm(x_ND, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
     h = F.silu(project(weights, "mlp.gate_proj", h, product)) * project(weights, "mlp.up_proj", h, product)
@@ -158,7 +166,7 @@ class Plan(NamedTuple):
     counts: Sequence[int]  # new tokens of each request, as their keys and values are written
     writes: list[Sequence[Tensor]]  # a request's new keys and values, by layer: [count, 2G, E]
     sizes: Sequence[int]  # queries of each attention call
-    calls: list[_Attention]
+    calls: dict[int | None, list[_Attention]]  # by the layer's window
 
 
 class _Attention(NamedTuple):
@@ -170,29 +178,23 @@ class _Attention(NamedTuple):
     is_block: bool
 
 
-class RotaryTable:
-    """Rotations by position as complex numbers, computed once up to the longest position seen."""
-
-    def __init__(self, config: LayerConfig, device: torch.device) -> None:
-        self._config, self._device = config, device
-        self._table_SR = torch.empty(0)
-
-    def __call__(self, rows: Rows) -> Tensor:
-        longest = max(start + count for start, count in zip(rows.starts, rows.counts, strict=True))
-        if longest > len(self._table_SR):
-            angles_SR = rotary_angles(torch.arange(max(256, 2 * longest), device=self._device), self._config)
-            self._table_SR = torch.polar(torch.ones_like(angles_SR), angles_SR)
-        spans = zip(rows.starts, rows.counts, strict=True)
-        parts = [self._table_SR[start : start + count] for start, count in spans]
-        num_heads = self._config.num_heads + self._config.num_kv_heads
-        return torch.cat([parts[0] if len(parts) == 1 else torch.cat(parts)] * num_heads, dim=1)
-
-
-def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache, attends: bool = True) -> Plan:
+def make_plan(
+    rows: Rows,
+    rotary: RotaryTables,
+    cache: KVCache,
+    num_heads: int,
+    attends: bool = True,
+    windows: Collection[int | None] = (None,),
+) -> Plan:
     """Lays out the writes and, unless only `FastLayer.write` follows, the attention calls of a ragged step.
 
+    Args:
+        num_heads: Of queries and keys together.
+        windows: Those that layers have: how many positions, its own included, a query sees; None for all.
+
     Every query is a batch row of its own, and how many keys it is given follows from its position alone (the next
-    multiple of PAD, masked): torch's CPU kernel then gives it the same bits whatever stands beside it. With a
+    multiple of PAD, masked; with a window, from a multiple of PAD on that all queries between two such share): torch's
+    CPU kernel then gives it the same bits whatever stands beside it. With a
     neighbour's keys, masked or not, it would not: from some 190 keys on, their number changes the order of the sums.
 
     Prompts are read faster: PAD new tokens that fill the positions between two multiples of PAD attend as one product.
@@ -200,28 +202,45 @@ def make_plan(rows: Rows, rotary: RotaryTable, cache: KVCache, attends: bool = T
     MAX_DRAFT_TOKENS + 1 tokens, never fills a block.
     """
     writes: list[Sequence[Tensor]] = []
-    sizes, calls = [], []
+    turns, sizes = [], []
+    calls: dict[int | None, list[_Attention]] = {window: [] for window in windows}
     for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True):
         end, block = start + count, cache.block(slot)
+        turns.append(rotary(start, count, cache.limits[slot]))
         writes.append(block[..., start:end, :].flatten(1, 2).transpose(1, 2).unbind())
-        for num_keys in range((start // PAD + 1) * PAD, end + PAD, PAD) if attends else ():
-            first, last = max(start, num_keys - PAD), min(end, num_keys)
+        for last_key in range((start // PAD + 1) * PAD, end + PAD, PAD) if attends else ():
+            first, last = max(start, last_key - PAD), min(end, last_key)
             sizes.append(last - first)
-            calls.append(_plan_attention(block[..., :num_keys, :], first, last))
-    return Plan(rotary(rows), rows.counts, writes, sizes, calls)
+            for window, its_calls in calls.items():
+                first_key = 0 if window is None else max(0, last_key - PAD - window + 1) // PAD * PAD
+                keys = _Keys(block[..., first_key:last_key, :], first_key, window)
+                its_calls.append(_plan_attention(keys, first, last))
+    rotations_NR = torch.cat([turns[0] if len(turns) == 1 else torch.cat(turns)] * num_heads, dim=1)
+    return Plan(rotations_NR, rows.counts, writes, sizes, calls)
 
 
-def _plan_attention(block_L2GSE: Tensor, first: int, last: int) -> _Attention:
-    """The call of the queries at positions first..last-1 over the keys of a block."""
-    num_queries, (_, _, num_kv_heads, num_keys, _) = last - first, block_L2GSE.shape
-    mask_NS = block_L2GSE.new_full((num_queries, num_keys), float("-inf")).triu_(first + 1)
+class _Keys(NamedTuple):
+    """Consecutive keys and values of a request, and how far back its queries see."""
+
+    block_L2GSE: Tensor
+    first: int  # their first position
+    window: int | None
+
+
+def _plan_attention(keys: _Keys, first: int, last: int) -> _Attention:
+    """The call of the queries at positions first..last-1 over some keys."""
+    num_queries, (_, _, num_kv_heads, num_keys, _) = last - first, keys.block_L2GSE.shape
+    hidden_NS = keys.block_L2GSE.new_full((num_queries, num_keys), float("-inf"))
+    mask_NS = hidden_NS.triu(first - keys.first + 1)
+    if keys.window is not None:
+        mask_NS += hidden_NS.tril(first - keys.first - keys.window)
     if num_queries == PAD:
-        keys, values = block_L2GSE[:, :, :, None].unbind(1)
-        return _Attention(keys.unbind(), values.unbind(), mask_NS, is_block=True)
+        k, v = keys.block_L2GSE[:, :, :, None].unbind(1)
+        return _Attention(k.unbind(), v.unbind(), mask_NS, is_block=True)
     if num_queries * num_kv_heads == 1:  # alone, its products would be shared by threads: other bits
         num_queries = 2
-    keys, values = block_L2GSE[:, :, None].expand(-1, -1, num_queries, -1, -1, -1).unbind(1)
-    return _Attention(keys.unbind(), values.unbind(), mask_NS[:, None, None], is_block=False)
+    k, v = keys.block_L2GSE[:, :, None].expand(-1, -1, num_queries, -1, -1, -1).unbind(1)
+    return _Attention(k.unbind(), v.unbind(), mask_NS[:, None, None], is_block=False)
 
 
 class _Unit:
@@ -244,10 +263,11 @@ def _for_unit(norm: Tensor) -> Tensor:
     return norm * norm.shape[-1] ** 0.5
 
 
-def _interleave(weight: Tensor, num_heads: int) -> Tensor:
-    """Reorders each head's rows (0, E/2, 1, E/2 + 1, ...), so that rotary pairs lie side by side."""
-    halves = weight.unflatten(0, (num_heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
+def _interleave(weight: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
+    """Reorders each head's rows (0, R, 1, R + 1, ...) among those that turn, so that rotary pairs lie side by side."""
+    heads = weight.unflatten(0, (num_heads, -1))
+    pairs = heads[:, :rotary_dim].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([pairs, heads[:, rotary_dim:]], dim=1).flatten(0, 1)
 
 
 def _by_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -268,21 +288,31 @@ class FastLayer:
     A norm's weight is multiplied into the product behind it. Takes the same named weights as `plain_layer`.
     """
 
-    def __init__(self, config: LayerConfig, weights: Mapping[str, Tensor], make_linear: MakeLinear) -> None:
-        self._config = config
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+    def __init__(
+        self,
+        config: LayerConfig,
+        weights: Mapping[str, Tensor],
+        make_linear: MakeLinear,
+        window: int | None = None,
+    ) -> None:
+        self._config, self._window = config, window
+        heads, kv_heads, turning = config.num_heads, config.num_kv_heads, config.rotary_dim
         norm = weights.get("input_layernorm.weight")
         self._has_input_norm = norm is not None
-        q, k = (_interleave(weights[f"self_attn.{n}_proj.weight"], h) for n, h in (("q", heads), ("k", kv_heads)))
+        q, k = (
+            _interleave(weights[f"self_attn.{n}_proj.weight"], h, turning) for n, h in (("q", heads), ("k", kv_heads))
+        )
         qkv = torch.cat([q, k, weights["self_attn.v_proj.weight"]])
         bias = None
         if "self_attn.q_proj.bias" in weights:
-            q, k = (_interleave(weights[f"self_attn.{n}_proj.bias"], h) for n, h in (("q", heads), ("k", kv_heads)))
+            q, k = (
+                _interleave(weights[f"self_attn.{n}_proj.bias"], h, turning) for n, h in (("q", heads), ("k", kv_heads))
+            )
             bias = torch.cat([q, k, weights["self_attn.v_proj.bias"]])
         self._qkv = make_linear(qkv if norm is None else qkv * _for_unit(norm), bias)
         self._head_norm_HE = None
         if "self_attn.q_norm.weight" in weights:
-            norms = [_interleave(weights[f"self_attn.{n}_norm.weight"], 1) for n in ("q", "k")]
+            norms = [_interleave(weights[f"self_attn.{n}_norm.weight"], 1, turning) for n in ("q", "k")]
             self._head_unit = _Unit(norms[0], config.rms_norm_eps)
             self._head_norm_HE = _for_unit(torch.stack([norms[0]] * heads + [norms[1]] * kv_heads))
         self._o = make_linear(weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias"))
@@ -320,7 +350,7 @@ class FastLayer:
 
     def _attend(self, q_NHE: Tensor, plan: Plan, index: int) -> Tensor:
         q_NGME = q_NHE.unflatten(1, (self._config.num_kv_heads, -1))
-        pairs = zip(q_NGME.split(plan.sizes), plan.calls, strict=True)
+        pairs = zip(q_NGME.split(plan.sizes), plan.calls[self._window], strict=True)
         mixed = [(_attend_block if call.is_block else _attend_alone)(q, call, index) for q, call in pairs]
         return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).flatten(1)
 

@@ -18,7 +18,7 @@ from onlinespec.config import SamplingParams
 from onlinespec.models.base import Model, ModelConfig
 from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, read_weights
 from onlinespec.models.decoder import Decoder
-from onlinespec.models.families import ARCHITECTURES, check_weights, decoder_config
+from onlinespec.models.families import FAMILIES, checked_weights, decoder_config
 from onlinespec.models.linear import MakeLinear
 
 if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, so each is, where it is first needed
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, s
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _GENERATION_CONFIG = "generation_config.json"
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # as transformers'
 
@@ -75,8 +76,7 @@ def load_target(
     generation = read_generation_config(folder)
     end_token_ids = _end_token_ids(config, generation, folder)
     sampling = _default_sampling(generation, folder / _GENERATION_CONFIG)
-    weights = read_weights(folder, device, dtype)
-    check_weights(weights, config, shape, folder)
+    weights = checked_weights(read_weights(folder, device, dtype), config, shape, folder)
     decoder = Decoder(shape, weights, make_linear)
     return Target(
         name=str(path_or_hub_id),
@@ -98,8 +98,7 @@ def read_model(
     """
     config = read_config(folder)
     shape = decoder_config(config, folder)
-    stored = read_weights(folder, device, dtype=None)
-    check_weights(stored, config, shape, folder)
+    stored = checked_weights(read_weights(folder, device, dtype=None), config, shape, folder)
     weights = {name: t.float() for name, t in stored.items()}
     return read_json(folder / "config.json"), shape, weights, stored["model.embed_tokens.weight"].dtype
 
@@ -143,13 +142,11 @@ def read_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     raw = read_json(path)
     architecture = architecture_of(raw, path)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{folder}: architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
-        )
+    if architecture not in FAMILIES:
+        raise ValueError(f"{folder}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}")
     _token_ids(raw.get("eos_token_id"), path)
     try:
-        return CONFIG_MAPPING[architecture.removesuffix("ForCausalLM").lower()].from_dict(raw)
+        return CONFIG_MAPPING[FAMILIES[architecture].model_type].from_dict(raw)
     except Exception as error:  # whatever transformers finds wrong with the file, the user should read it as such
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
@@ -158,10 +155,15 @@ def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.
 
     Raises:
-        ValueError: if there is none, or it has more tokens than the model.
+        FileNotFoundError: if there is none.
+        ValueError: if it can't be read, or has more tokens than the model.
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):  # transformers would make one up
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy these files of the model into it, too"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in many ways; all of them are the checkpoint's

@@ -1,0 +1,180 @@
+"""A target's own answers on disk, with the hidden states of the pass that made them: what distilling learns from.
+
+Answers are made several at a time and written shard by shard, each aside and then renamed: whoever is killed loses at
+most the shard under way, and goes on behind the last one that is there. A prompt's answer depends on the prompt, its
+place in the stream and the seed, not on what ran beside it.
+
+Axis letters: S positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.core import Feedback, Trace
+from onlinespec.decode import ContextOverflow, DecodeLoop, Request
+from onlinespec.models.loading import Target
+from onlinespec.recording import Recorded
+from onlinespec.workloads import Prompt
+
+_AT_ONCE = 8  # answers of a shard: they run as one batch
+_DELETE = "delete it and those behind it, and their prompts are asked again"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an answer lies, and what is known of it without reading its states."""
+
+    shard: Path
+    index: int
+    id: str
+    domain: str
+    num_prompt_tokens: int
+    num_tokens: int
+    max_tokens: int
+    temperature: float
+
+
+class Answers:
+    """The answers in a folder. Nothing but their lengths is held in memory; states are read when asked for.
+
+    Args:
+        target: Whose answers they are; those of another are refused.
+    """
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        self.folder, self._target = folder, target
+        folder.mkdir(parents=True, exist_ok=True)
+        self._places: list[_Place] = []
+        self.num_prompts = 0  # asked so far, those that were too long included
+        self.num_skipped = 0
+        for shard in sorted(folder.glob("*.safetensors")):
+            self._take(shard)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all answers, prompts left out."""
+        return sum(place.num_tokens - place.num_prompt_tokens for place in self._places)
+
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        params_of: Callable[[int], GenerationParams],
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Has the target answer the prompts that it has not answered yet, in their order.
+
+        Args:
+            params_of: How to answer the prompt at a place of the stream.
+        """
+        while self.num_prompts < len(prompts):
+            first = self.num_prompts
+            chosen = prompts[first : first + _AT_ONCE]
+            requests = list(self._answered(chosen, [params_of(first + i) for i in range(len(chosen))]))
+            self._write(first, len(chosen), requests)
+            on_progress()
+
+    def recorded(self, index: int) -> Recorded:
+        """An answer, with its states."""
+        place = self._places[index]
+        try:
+            with safe_open(place.shard, framework="pt", device=str(self._target.decoder.device)) as shard:
+                ids, states = shard.get_tensor(f"ids.{place.index}"), shard.get_tensor(f"states.{place.index}")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{place.shard} can't be read ({error}); {_DELETE}") from error
+        return Recorded(
+            id=place.id,
+            domain=place.domain,
+            token_ids=tuple(ids.tolist()),
+            num_prompt_tokens=place.num_prompt_tokens,
+            hidden_states_SD=states,
+            max_tokens=place.max_tokens,
+            sampling=SamplingParams(place.temperature),
+            target_fingerprint=self._target.fingerprint,
+        )
+
+    def feedback(self, index: int) -> Feedback:
+        """An answer as one run of verified rows."""
+        recorded = self.recorded(index)
+        trace = Trace(list(recorded.token_ids), recorded.hidden_states_SD, len(recorded.hidden_states_SD))
+        start = recorded.num_prompt_tokens - 1
+        return Feedback(
+            trace=trace,
+            start=start,
+            num_rows=len(recorded.token_ids) - recorded.num_prompt_tokens,
+            num_draft_tokens=0,
+            num_accepted=0,
+            weights_version=0,
+            request_id=recorded.id,
+            domain=recorded.domain,
+            target_fingerprint=recorded.target_fingerprint,
+            temperature=recorded.sampling.temperature,
+            is_last=True,
+        )
+
+    def _answered(self, prompts: Sequence[Prompt], params: Sequence[GenerationParams]) -> Iterator[Request]:
+        loop = DecodeLoop(self._target)
+        requests = []
+        for prompt, its_params in zip(prompts, params, strict=True):
+            try:
+                ids = self._target.encode(prompt.text)
+                requests.append(loop.start(ids, its_params, request_id=prompt.id, domain=prompt.domain))
+            except ContextOverflow:
+                continue
+        while running := [request for request in requests if not request.finish_reason]:
+            loop.step(running)
+        for request in requests:
+            loop.finish(request)
+            yield request
+
+    def _write(self, first: int, num_prompts: int, requests: Sequence[Request]) -> None:
+        tensors, known = {}, []
+        for i, request in enumerate(requests):
+            trace = request.trace
+            tensors[f"ids.{i}"] = trace.hidden_states_SD.new_tensor(trace.token_ids, dtype=torch.int64)
+            tensors[f"states.{i}"] = trace.hidden_states_SD[: trace.num_features].contiguous()
+            known.append(
+                {
+                    "id": request.request_id,
+                    "domain": request.domain,
+                    "num_prompt_tokens": request.num_prompt_tokens,
+                    "num_tokens": len(trace.token_ids),
+                    "max_tokens": request.max_tokens,
+                    "temperature": request.params.sampling.temperature,
+                }
+            )
+        facts = {"target": self._target.fingerprint, "num_prompts": num_prompts, "answers": known}
+        shard = self.folder / f"{first:08d}.safetensors"
+        partial = shard.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"onlinespec": json.dumps(facts)})
+        os.replace(partial, shard)
+        self._take(shard)
+
+    def _take(self, shard: Path) -> None:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                facts = json.loads(file.metadata()["onlinespec"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{shard} can't be read ({error}); {_DELETE}") from error
+        if facts["target"] != self._target.fingerprint:
+            raise ValueError(
+                f"{shard} holds answers of target {facts['target']}, this target is {self._target.fingerprint}; "
+                "choose another --out"
+            )
+        if int(shard.stem) != self.num_prompts:
+            raise ValueError(f"{self.folder} lacks the shard before {shard.name}; of {shard.name}: {_DELETE}")
+        self._places += [_Place(shard, i, **known) for i, known in enumerate(facts["answers"])]
+        self.num_prompts += facts["num_prompts"]
+        self.num_skipped += facts["num_prompts"] - len(facts["answers"])

@@ -1,0 +1,368 @@
+"""Positions in this file are those of tokens in a request's text, counted from 0."""
+
+import json
+import re
+import shutil
+
+import peft
+import pytest
+import rigs
+import torch
+from checkpoints import save_tiny, tiny_model
+from rigs import hidden_states, other_weights, run_together
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
+from onlinespec.core import DrafterWeights, Feedback, Trace
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import load_drafter
+from onlinespec.drafters.small_lm import SmallLM
+from onlinespec.learn import InlineLearning
+from onlinespec.losses import auto, soft_cross_entropy
+from onlinespec.methods import parse
+from onlinespec.models.linear import PlainLinear, plain_product
+from onlinespec.models.loading import load_target
+
+TARGET = rigs.random_target()
+TUNINGS = {"layers": Tuning("layers"), "all": Tuning("all"), "adapters": Tuning("adapters", rank=3, alpha=5.0)}
+FLAT = SamplingParams(temperature=20.0)  # so that every token can be drawn
+
+
+def random_text(count, seed=0):
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def trace_of(token_ids, target=TARGET):
+    """All but the last token with their true states."""
+    states = hidden_states(target, token_ids[:-1])
+    return Trace(list(token_ids), states, len(states))
+
+
+def record(trace, start, num_rows, num_accepted=None):
+    kept = num_rows - 1 if num_accepted is None else num_accepted
+    return Feedback(trace, start, num_rows, num_draft_tokens=4, num_accepted=kept, weights_version=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A target's checkpoint and draft models of its tokenizer, as transformers writes them."""
+    root = tmp_path_factory.mktemp("small_lm")
+    save_tiny(root / "target", "qwen3", seed=1)
+    save_tiny(root / "qwen2", "qwen2", num_hidden_layers=1)
+    save_tiny(root / "tied", "llama", tie_word_embeddings=True, hidden_size=32)
+    save_tiny(root / "narrow", "llama", vocab_size=260)  # a row for each of the tokenizer's tokens, and no padding
+    save_tiny(root / "wide", "llama", vocab_size=320)
+    return root
+
+
+@pytest.fixture(scope="module")
+def target(folders):
+    return load_target(folders / "target")
+
+
+def plain_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def drafted_rows(drafter, text, sampling=FLAT, num_draft_tokens=1):
+    """The rows [K, V] that tokens behind the text are drafted from, and the tokens."""
+    drafter.start(0, text, torch.empty(len(text) - 1, 0), len(text) + 16)
+    numbers = torch.full((1, num_draft_tokens), 0.5, dtype=torch.float64)
+    draft = drafter.propose([0], [text[-1]], [num_draft_tokens], [sampling], numbers)
+    drafter.release(0)
+    return draft.probs_BKV[0], draft.token_ids_BK[0].tolist()
+
+
+# Drafts are the model's own
+
+
+@pytest.mark.parametrize("name", ["qwen2", "tied", "narrow", "wide"])
+def test_drafts_follow_the_law_that_transformers_gives_the_model(folders, target, name):
+    drafter = load_drafter(folders / name, target)
+    rows, token_ids = drafted_rows(drafter, random_text(30), num_draft_tokens=4)
+    with torch.no_grad():
+        logits = plain_model(folders / name)(torch.tensor([random_text(30) + token_ids[:3]])).logits[0, -4:]
+    width = min(logits.shape[-1], 288)
+    expected = (logits[:, :width] / FLAT.temperature).softmax(-1)
+    torch.testing.assert_close(rows[:, :width] / rows[:, :width].sum(-1, keepdim=True), expected, atol=2e-3, rtol=0.05)
+    assert rows.shape[-1] == 288
+
+
+def test_in_full_precision_drafts_are_transformers_to_the_fifth_decimal(folders, target, monkeypatch):
+    monkeypatch.setattr("onlinespec.drafters.small_lm.draft_linear_for", lambda *_: PlainLinear)
+    rows, token_ids = drafted_rows(load_drafter(folders / "qwen2", target), random_text(30), num_draft_tokens=4)
+    with torch.no_grad():
+        logits = plain_model(folders / "qwen2")(torch.tensor([random_text(30) + token_ids[:3]])).logits[0, -4:]
+    torch.testing.assert_close(rows, (logits / FLAT.temperature).softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_long_prompt_read_in_pieces_is_read_as_a_whole(target, folders):
+    drafter, text = load_drafter(folders / "qwen2", target), random_text(1000)
+    in_pieces, _ = drafted_rows(drafter, text[:901])
+    cold = load_drafter(folders / "qwen2", target)
+    cold._remember = lambda slot: None
+    whole, _ = drafted_rows(cold, text[:901])
+    torch.testing.assert_close(in_pieces, whole, atol=1e-4, rtol=1e-2)
+
+
+def test_beyond_its_own_context_a_drafter_drafts_no_more_and_the_answer_goes_on(folders, tmp_path):
+    target = load_target(folders / "target")
+    short = load_drafter(save_tiny(tmp_path / "short", "llama", max_position_embeddings=64), target)
+    params = GenerationParams(max_new_tokens=80, num_draft_tokens=4)
+    for num_prompt_tokens in (20, 64, 200):
+        prompt = random_text(num_prompt_tokens)
+        request = DecodeLoop(target, short).complete(prompt, params)
+        assert request.output_ids == rigs.plain(target, prompt, params).output_ids
+        assert (request.stats.drafted > 0) == (num_prompt_tokens == 20)
+
+
+def test_the_targets_own_model_as_a_drafter_is_always_right(folders, target):
+    same = load_drafter(folders / "target", target)
+    for sampling in (SamplingParams(), SamplingParams(temperature=0.8)):
+        params = GenerationParams(max_new_tokens=40, num_draft_tokens=3, sampling=sampling)
+        stats = DecodeLoop(target, same).complete(random_text(12), params).stats
+        assert stats.acceptance_rate > 0.9, "bfloat16 drafts may miss a near tie, no more"
+
+
+# Learning sees what drafting saw
+
+
+def make(tuning="layers", seed=3, target=TARGET):
+    fresh = SmallLM.fresh(target)
+    weights = {n: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)) for n, t in
+               fresh._weights.items()}  # fmt: skip
+    drafter = SmallLM(target, fresh.config, fresh.shape, weights, base="beneath", make_linear=PlainLinear)
+    drafter.tune(TUNINGS[tuning])
+    if tuning == "adapters":
+        drafter.swap(other_weights(drafter.weights, seed=1, scale=0.1))
+    return drafter
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_every_training_row_is_the_row_that_drafting_would_use(tuning):
+    drafter, text, first, num_rows = make(tuning), random_text(22), 12, 9
+    batch = drafter.batch([record(trace_of(text), first, num_rows)])
+    ((logits, _),) = drafter.rows([drafter.weights.params], batch)
+    for i in range(num_rows):
+        drafted, _ = drafted_rows(drafter, text[: first + i + 1])
+        trained = (logits[0, i] / FLAT.temperature).softmax(-1)
+        torch.testing.assert_close(trained, drafted[0], atol=1e-5, rtol=1e-3)
+
+
+def test_deeper_rows_are_those_of_drafts_that_came_so_far():
+    drafter, text = make(), random_text(22)
+    batch = drafter.batch([record(trace_of(text), 5, 4), record(trace_of(random_text(22, 1)), 12, 2)])
+    first, second, third, fourth = drafter.rows([drafter.weights.params], batch, num_depths=4)
+    assert [rows.probs_NV.shape[0] for _, rows in (first, second, third, fourth)] == [6, 4, 2, 1]
+    torch.testing.assert_close(second[0][0], first[0][0][[1, 2, 3, 5]])
+    torch.testing.assert_close(fourth[0][0], first[0][0][[3]])
+
+
+def test_a_label_is_the_targets_row_and_the_token_that_came_next():
+    drafter, text = make(), random_text(14)
+    trace = trace_of(text)
+    ((_, rows),) = drafter.rows([drafter.weights.params], drafter.batch([record(trace, 0, 5)]))
+    torch.testing.assert_close(rows.probs_NV, TARGET.decoder.head(trace.hidden_states_SD[:5]).softmax(-1))
+    assert rows.token_ids_N.tolist() == text[1:6], "the first token of a text has a row too"
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("row_loss", [soft_cross_entropy, auto])
+def test_losses_and_gradients_together_are_those_of_each_alone(tuning, row_loss):
+    drafter = make(tuning)
+    candidates = [other_weights(drafter.weights, seed=seed, scale=0.05).params for seed in range(3)]
+    leaves = [{n: p.clone().requires_grad_() for n, p in params.items()} for params in candidates]
+    batch = drafter.batch([record(trace_of(random_text(20)), 8, 4), record(trace_of(random_text(9, 1)), 0, 3)])
+    together = drafter.losses(leaves, batch, row_loss)
+    torch.stack([loss.total for loss in together]).sum().backward()
+    for params, loss in zip(leaves, together, strict=True):
+        alone = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
+        one = drafter.loss(alone, batch, row_loss)
+        one.total.backward()
+        torch.testing.assert_close(loss.total, one.total)
+        assert loss.fresh == pytest.approx(one.fresh)
+        for name in alone:
+            torch.testing.assert_close(params[name].grad, alone[name].grad, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_gradients_are_those_of_autograd_through_transformers(tuning, folders, target, monkeypatch):
+    """The rows' own gradient: keys of the context lend none, and here there is no context."""
+    monkeypatch.setattr("onlinespec.drafters.small_lm.draft_linear_for", lambda *_: PlainLinear)
+    monkeypatch.setattr("onlinespec.drafters.small_lm.learn_product_for", lambda *_: plain_product)
+    drafter = load_drafter(folders / "qwen2", target)
+    drafter.tune(TUNINGS[tuning])
+    text = random_text(12)
+    batch = list(drafter.batch([record(trace_of(text, target), 0, 11)]))  # over the whole vocabulary
+    params = {n: p.clone().requires_grad_() for n, p in drafter.weights.params.items()}
+    drafter.loss(params, batch).total.backward()
+
+    model = plain_model(folders / "qwen2")
+    labels = target.decoder.head(hidden_states(target, text[:11])).softmax(-1)
+    logits = model(torch.tensor([text[:11]])).logits[0]
+    (-(labels * logits.log_softmax(-1)).sum(-1).mean()).backward()
+    theirs = {n: p.grad for n, p in model.named_parameters()}
+    if tuning == "adapters":
+        module, scale = "model.layers.0.self_attn.q_proj", 5.0 / 3
+        b_grad = scale * theirs[f"{module}.weight"] @ params[f"{module}.lora_A.weight"].detach().mT
+        torch.testing.assert_close(params[f"{module}.lora_B.weight"].grad, b_grad, atol=1e-6, rtol=1e-3)
+    else:
+        for name, p in params.items():
+            torch.testing.assert_close(p.grad, theirs[name], atol=1e-6, rtol=1e-3)
+
+
+def test_what_is_not_tuned_never_moves():
+    for name, still in {"layers": ["model.embed_tokens.weight", "lm_head.weight"], "all": []}.items():
+        drafter = make(name)
+        before = {n: t.clone() for n, t in drafter._effective(drafter.weights.params).items()}
+        learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=4/budget=inf"))
+        DecodeLoop(TARGET, drafter, learning).complete(random_text(9), GenerationParams(max_new_tokens=40))
+        assert learning.num_rounds > 3
+        after = drafter._effective(drafter.weights.params)
+        moved = {n for n in after if not torch.equal(after[n], before[n])}
+        assert moved == set(after) - set(still)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize(
+    "method", ["online_gradient/min_interval=8", "osd/requests_per_round=1/step_size=3e-3/min_interval=8"]
+)
+def test_it_learns_a_target_online_until_most_drafts_are_kept(tuning, method):
+    target = rigs.counting_target()
+    drafter = SmallLM.fresh(target)
+    drafter = SmallLM(target, drafter.config, drafter.shape, dict(drafter._weights), base="beneath")
+    drafter.tune(TUNINGS[tuning])
+    blank = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3 if p.dim() > 1 else p
+             for i, (n, p) in enumerate(drafter.weights.params.items())}  # fmt: skip
+    drafter.swap(DrafterWeights(blank, 0))
+    learning = InlineLearning(drafter, config=parse(f"{method}/budget=inf/max_interval=8", LearnConfig(step_size=3e-3)))
+    loop = DecodeLoop(target, drafter, learning)
+    params = GenerationParams(max_new_tokens=48, num_draft_tokens=3)
+    lengths = []
+    for i in range(120):
+        (request,) = run_together(loop, [([i % 12, (i + 1) % 12], params)])
+        lengths.append(request.stats.acceptance_length)
+    assert not learning.is_frozen
+    assert sum(lengths[-10:]) / 10 > 3.5 > 2.5 > lengths[0]
+
+
+# On disk
+
+
+def test_transformers_reads_what_was_saved_and_gives_its_logits(folders, target, tmp_path):
+    drafter = load_drafter(folders / "qwen2", target)
+    drafter.tune(TUNINGS["all"])
+    drafter.swap(other_weights(drafter.weights, seed=1, scale=0.05))
+    drafter.save(tmp_path / "saved")
+    model, ids = plain_model(tmp_path / "saved"), torch.tensor([random_text(20)])
+    other = plain_model(folders / "qwen2")
+    other.load_state_dict(drafter.weights.params)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, other(ids).logits)
+    vocab = AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab()
+    assert target.tokenizer.get_vocab().items() <= vocab.items()  # the family's class adds a token
+
+
+def test_a_published_model_keeps_its_dtype_and_every_field_of_its_config(folders, target, tmp_path):
+    tiny_model("qwen2", num_hidden_layers=1).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders / "qwen2" / name, tmp_path / "half")
+    config = json.loads((tmp_path / "half" / "config.json").read_text()) | {"unheard_of": 7}
+    (tmp_path / "half" / "config.json").write_text(json.dumps(config))
+    load_drafter(tmp_path / "half", target).save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == config
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "saved"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_adapters_come_back_as_they_were_and_leave_the_model_beneath_alone(folders, target, tmp_path):
+    beneath = (folders / "qwen2" / "model.safetensors").read_bytes()
+    drafter = load_drafter(folders / "qwen2", target, tuning=TUNINGS["adapters"])
+    drafter.swap(other_weights(drafter.weights, seed=1, scale=0.1))
+    drafter.save(tmp_path / "adapters")
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "onlinespec.json",
+    ]
+    loaded = load_drafter(tmp_path / "adapters", target)
+    assert loaded.weights.version == 1
+    assert loaded.weights.params.keys() == drafter.weights.params.keys()
+    rows = [drafted_rows(one, random_text(9))[0] for one in (drafter, loaded)]
+    torch.testing.assert_close(*rows, atol=0, rtol=0)
+    assert (folders / "qwen2" / "model.safetensors").read_bytes() == beneath
+    loaded.save(tmp_path / "again")
+    assert load_drafter(tmp_path / "again", target).weights.version == 1
+
+
+def test_peft_reads_our_adapters_and_we_read_pefts(folders, target, tmp_path):
+    drafter = load_drafter(folders / "qwen2", target, tuning=TUNINGS["adapters"])
+    drafter.swap(other_weights(drafter.weights, seed=1, scale=0.1))
+    drafter.save(tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(plain_model(folders / "qwen2"), tmp_path / "ours").eval()
+    whole = plain_model(folders / "qwen2")
+    whole.load_state_dict(drafter._effective(drafter.weights.params))
+    ids = torch.tensor([random_text(20)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
+
+    some = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(plain_model(folders / "qwen2"), some).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    (tmp_path / "theirs" / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(folders / "qwen2")})
+    )
+    loaded = load_drafter(tmp_path / "theirs", target)
+    whole.load_state_dict(loaded._effective(loaded.weights.params))
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only 'LORA'"),
+        ({"use_dora": True}, "use_dora is True, which is not supported"),
+        ({"r": "x"}, "r and lora_alpha must be numbers"),
+        ({"r": 4}, r"lora_[AB].weight has shape"),
+        ({"base_model_name_or_path": None}, "must name the model underneath"),
+        ({"base_model_name_or_path": "./gone"}, "no directory gone"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_by_what_is_wrong(folders, target, tmp_path, change, message):
+    load_drafter(folders / "qwen2", target, tuning=TUNINGS["adapters"]).save(tmp_path / "adapters")
+    path = tmp_path / "adapters" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_drafter(tmp_path / "adapters", target)
+
+
+def test_adapters_for_a_model_that_changed_are_refused_with_both_fingerprints(folders, target, tmp_path):
+    base = shutil.copytree(folders / "qwen2", tmp_path / "base")
+    load_drafter(base, target, tuning=TUNINGS["adapters"]).save(tmp_path / "adapters")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"adapters for a model with fingerprint \w+, .*base has \w+"):
+        load_drafter(tmp_path / "adapters", target)
+
+
+def test_a_tokenizer_that_differs_is_refused_by_its_first_difference(folders, target, tmp_path):
+    other = shutil.copytree(folders / "qwen2", tmp_path / "other")
+    text = json.loads((other / "tokenizer.json").read_text())
+    vocab = text["model"]["vocab"]
+    one, two = sorted(vocab, key=vocab.get)[7:9]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=re.escape(f"token 7 is '{one}' for the target and '{two}' for the drafter")):
+        load_drafter(other, target)
+
+
+def test_a_model_without_a_tokenizer_is_refused(folders, target, tmp_path):
+    other = shutil.copytree(folders / "qwen2", tmp_path / "other")
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer \(tokenizer.json"):
+        load_drafter(other, target)
