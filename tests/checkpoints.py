@@ -11,12 +11,24 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -32,6 +44,24 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+_WINDOWS = {  # narrower than the texts of the tests, and mixed with layers that see everything
+    "num_hidden_layers": 3,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 16,
+}
+THROUGH_TRANSFORMERS: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel], dict[str, object]]] = {
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"tie_word_embeddings": True}),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        _WINDOWS | {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 3.0},
+    ),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, _WINDOWS),
+    "phi": (PhiConfig, PhiForCausalLM, {}),  # its head has a bias
 }
 SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>")
 END_TOKEN_ID = 256
@@ -57,23 +87,28 @@ def tiny_config(family: str = "llama", **overrides: object) -> PretrainedConfig:
         "eos_token_id": END_TOKEN_ID,
         "pad_token_id": None,
     }
-    return FAMILIES[family][0](**(sizes | overrides))
+    if family in FAMILIES:
+        return FAMILIES[family][0](**(sizes | overrides))
+    config_class, _, settings = THROUGH_TRANSFORMERS[family]
+    names = {config_class.attribute_map.get(name, name): value for name, value in sizes.items()}
+    return config_class(**(names | settings | overrides))
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **config_overrides: object) -> PreTrainedModel:
     """A random float32 model whose logits have a standard deviation of a few units."""
     with torch.random.fork_rng():
-        model = FAMILIES[family][1](tiny_config(family, **config_overrides))
+        table = FAMILIES if family in FAMILIES else THROUGH_TRANSFORMERS
+        model = table[family][1](tiny_config(family, **config_overrides))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
+            elif parameter.dim() == 1:  # of a norm
+                parameter.copy_(1 + 0.3 * noise)
             else:
-                scale = 1 if "proj" in name else 2  # embedding and head
+                scale = 2 if "emb" in name or "head" in name or "wte" in name else 1
                 parameter.copy_(noise * scale / parameter.shape[-1] ** 0.5)
     return model.eval()
 
@@ -99,7 +134,7 @@ def save_tiny(
     max_shard_size: str = "5GB",
     **config_overrides: object,
 ) -> Path:
-    """Writes a tiny random checkpoint of a family of FAMILIES and gives its folder back."""
+    """Writes a tiny random checkpoint of a family of either table and gives its folder back."""
     model = tiny_model(family, seed=seed, **config_overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer(chat_template).save_pretrained(folder)

@@ -22,6 +22,7 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Verdict
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
+from onlinespec.models import linear
 from onlinespec.models.loading import load_target
 from onlinespec.records import read_report
 
@@ -41,6 +42,7 @@ def files(tmp_path_factory):
         "twin": {"seed": 1},  # fits in every shape, but is another model
     }.items():
         load_drafter("eagle", load_target(save_tiny(root / name, **options))).save(root / f"for_{name}")
+    save_tiny(root / "gpt2", "gpt2", n_positions=CONTEXT)
     load_drafter("eagle", load_target(root / "target")).save(root / "drafter")
     cut = shutil.copytree(root / "target", root / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:5000])
@@ -341,6 +343,49 @@ def test_compare_writes_its_files_and_shows_the_table(run, tmp_path):
     assert all(name in shown for name in ("none", "frozen", "online_gradient", "4 of 4"))
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["frozen", "online_gradient"]
     assert_refused(run(*COMPARE, "--out", out), "results of another run")
+
+
+@pytest.fixture
+def without_packing(monkeypatch):
+    """A processor whose products have other bits for other numbers of rows."""
+    monkeypatch.setattr(linear, "can_pack", lambda: False)
+    assert linear.linear_for(torch.device("cpu"), torch.float32) is linear.PlainLinear
+
+
+LEARNS_OFTEN = ("--learn-costs", 1, 0.01, "--learn-budget", "inf", "--min-interval", 4, "--max-interval", 4)
+
+
+@pytest.mark.parametrize("target", ["target", "gpt2"], ids=["own", "transformers"])
+def test_comparing_without_packing_or_through_transformers_gives_plain_answers_up_to_ties(
+    run, tmp_path, without_packing, target
+):
+    options = ("--drafter", "eagle", "--out", tmp_path / "out", "--max-new-tokens", 60, "--num-requests", 0)
+    status, _, err = run("compare", target, *COMPARE[2:], *options, *LEARNS_OFTEN)
+    assert status == 0, err
+    for one in read_report(tmp_path / "out" / "report.json").runs:
+        lines = [json.loads(line) for line in (tmp_path / "out" / "requests.jsonl").read_text().splitlines()]
+        differing = [row for row in lines if row["learner"] == one.learner and not row["identical_to_plain"]]
+        assert len(differing) == one.totals.ties
+        assert one.totals.identical_to_plain
+    learned = read_report(tmp_path / "out" / "report.json").runs[-1]
+    assert learned.totals.learn_seconds > 0
+
+
+@pytest.mark.parametrize("target", ["target", "gpt2"], ids=["own", "transformers"])
+def test_generating_without_packing_or_through_transformers_answers_as_without_a_drafter(run, without_packing, target):
+    command = ("generate", target, "-p", "a b a b", "--drafter", "eagle", "--max-new-tokens", 40)
+    plain = run(*command, "--num-draft-tokens", 0)
+    learned = run(*command, "--learner", "online_gradient", *LEARNS_OFTEN)
+    assert plain[0] == learned[0] == 0
+    assert learned[1] == plain[1]
+
+
+@pytest.mark.parametrize("target", ["target", "gpt2"], ids=["own", "transformers"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_types_are_served_by_either_path(run, target, dtype):
+    status, _, err = run("generate", target, "-p", "hi", "--drafter", "eagle", "--dtype", dtype, "--max-new-tokens", 8)
+    assert status == 0
+    assert "8 tokens" in err
 
 
 def accepts_everything(draft, target_probs_BLV, uniforms_BL3):

@@ -80,7 +80,8 @@ def test_a_drafter_of_another_package_is_found_by_its_path():
 
 
 def test_ours_stands_apart_from_the_published_files(tmp_path):
-    write_drafter(tmp_path / "drafter", {"theirs": 1}, {"t": torch.ones(2)}, version=3, target_fingerprint="abc")
+    side = {"target_fingerprint": "abc"}
+    write_drafter(tmp_path / "drafter", {"theirs": 1}, {"t": torch.ones(2)}, version=3, side=side)
     assert json.loads((tmp_path / "drafter" / "config.json").read_text()) == {"theirs": 1}
     assert read_side(tmp_path / "drafter") == {"weights_version": 3, "target_fingerprint": "abc"}
     assert set(load_file(tmp_path / "drafter" / "model.safetensors")) == {"t"}

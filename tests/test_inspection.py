@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from checkpoints import save_tiny
+from checkpoints import THROUGH_TRANSFORMERS, save_tiny
 from safetensors.torch import load_file, save_file
 
 from onlinespec.drafters import load_drafter
@@ -42,8 +42,35 @@ def test_a_target_is_told_with_its_shape_and_fingerprint(folders):
     assert (facts["hidden_size"], facts["vocab_size"], facts["num_hidden_layers"]) == (64, 288, 2)
     assert facts["fingerprint"] == load_target(folders / "target").fingerprint
     assert facts["parameters"] == f"{number_of_parameters(folders / 'target'):,}"
+    assert facts["runs through"] == "own"
     assert facts["stored as"] == "F32"
     assert "history" not in facts
+
+
+@pytest.mark.parametrize("family", THROUGH_TRANSFORMERS)
+def test_a_target_of_another_family_is_told_with_what_runs_it(tmp_path, family):
+    facts = describe(save_tiny(tmp_path, family))
+    assert facts["kind"] == "target"
+    assert facts["architecture"] == THROUGH_TRANSFORMERS[family][1].__name__
+    assert facts["runs through"] == "transformers"
+
+
+def test_a_known_family_with_what_our_decoder_lacks_runs_through_transformers(copy_of):
+    folder = copy_of("target")
+    set_config(folder, hidden_act="gelu")
+    assert describe(folder)["runs through"] == "transformers"
+
+
+def test_a_target_that_nothing_runs_is_told_with_the_reason(copy_of):
+    folder = copy_of("target")
+    set_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantized (gptq)" in describe(folder)["runs through"]
+
+
+def test_a_head_that_calls_itself_by_another_familys_architecture_is_a_drafter(copy_of):
+    folder = copy_of("eagle")
+    set_config(folder, architectures=["MixtralForCausalLM"], model_type="mixtral")
+    assert describe(folder)["kind"] == "drafter (eagle)"
 
 
 def test_shards_are_counted_together(tmp_path):

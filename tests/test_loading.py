@@ -173,7 +173,16 @@ BROKEN = {
     "no config": (remove("config.json"), FileNotFoundError, r"config\.json is missing"),
     "config no JSON": (rewrite("config.json", "{"), ValueError, r"config\.json is not valid JSON"),
     "config a list": (rewrite("config.json", "[]"), ValueError, "holds a list, expected an object"),
-    "architecture": (config(architectures=["GPT2LMHeadModel"]), ValueError, "GPT2LMHeadModel is not supported.*Qwen3"),
+    "architecture": (
+        config(architectures=["GPT2LMHeadModel"]),
+        ValueError,
+        "GPT2LMHeadModel is not supported: the causal language model .* for model_type 'llama' is LlamaForCausalLM",
+    ),
+    "unknown architecture": (
+        config(architectures=["TheirForCausalLM"], model_type="their"),
+        ValueError,
+        "TheirForCausalLM is not supported: transformers has no model_type 'their', and code in a checkpoint is not",
+    ),
     "architecture as text": (
         config(architectures="LlamaForCausalLM"),
         ValueError,
@@ -181,6 +190,11 @@ BROKEN = {
     ),
     "architecture a number": (config(architectures=[3]), ValueError, r"/config\.json: architectures is \[3\]; .* list"),
     "no architecture": (config(architectures=None), ValueError, r"\(none\) is not supported"),
+    "model_type a list": (
+        config(architectures=["TheirForCausalLM"], model_type=["their"]),
+        ValueError,
+        "TheirForCausalLM is not supported: transformers has no model_type",
+    ),
     "rope scaling": (
         config(rope_parameters={"rope_type": "spiral", "factor": 2.0, "rope_theta": 1e4}),
         ValueError,
@@ -196,7 +210,6 @@ BROKEN = {
         ValueError,
         r"/config\.json: 3 of 16 elements of a head turn; it must be an even number",
     ),
-    "activation": (config(hidden_act="gelu"), ValueError, "activation 'gelu' is not supported"),
     "no weights": (remove("model.safetensors"), FileNotFoundError, "neither model.safetensors nor"),
     "cut short": (cut, ValueError, r"model\.safetensors can't be read .* cut short"),
     "tensor missing": (drop_tensor, ValueError, r"1 tensors are missing, the first is model\.layers\.1\.mlp\.up_proj"),
@@ -205,6 +218,7 @@ BROKEN = {
     "sizes as text": (config(hidden_size="64"), ValueError, r"/config\.json: Validation error.* int, got str.*'64'\)$"),
     "no size": (config(num_key_value_heads=0), ValueError, r"/config\.json: num_key_value_heads is 0; .* at least 1"),
     "uneven heads": (config(num_key_value_heads=3), ValueError, r"/config\.json: 4 heads can't share 3 key-value"),
+    "neither": (config(hidden_act="warp"), ValueError, r"transformers can't load it \(.*warp"),
     "NaN": (add_nan, ValueError, r"layers\.0\.mlp\.up_proj\.weight holds values that are not finite"),
     "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ValueError, r"quantized \(gptq\)"),
     "end token as text": (config(eos_token_id="</s>"), ValueError, r"/config\.json: eos_token_id is '</s>'; .*number"),

@@ -37,8 +37,21 @@ class Answer:
 
     token_ids: list[int]  # an end token included
     seconds: float  # by the clock on the wall, learning included
+    cpu_seconds: float  # of this process: what a busy machine leaves of them
     learn_seconds: float
     steps: int  # forward passes of the target, without ours that only reads the prompt
+
+
+class Stopwatch:
+    """Started when made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds by the wall and of this process."""
+        wall, cpu = self._began
+        return time.perf_counter() - wall, time.process_time() - cpu
 
 
 class Arm(Protocol):
@@ -111,12 +124,12 @@ class Generate:
     def answer(self, prompt_ids: Sequence[int]) -> Answer:
         self._steps = 0
         with self._model.register_forward_hook(self._count):
-            began = time.perf_counter()
+            stopwatch = Stopwatch()
             ids = torch.tensor([prompt_ids])
             given = {"attention_mask": torch.ones_like(ids), "generation_config": self._config}
             out = self._model.generate(ids, **given, **self._assistant)[0, len(prompt_ids) :].tolist()
-            seconds = time.perf_counter() - began
-        return Answer(out, seconds, 0.0, self._steps)
+            taken = stopwatch.read()
+        return Answer(out, *taken, 0.0, self._steps)
 
     def _count(self, *_: Any) -> None:
         self._steps += 1
@@ -157,10 +170,9 @@ class Ours:
         self._loop, self._params = loop, params
 
     def answer(self, prompt_ids: Sequence[int]) -> Answer:
-        began = time.perf_counter()
+        stopwatch = Stopwatch()
         request = self._loop.complete(prompt_ids, self._params)
-        seconds = time.perf_counter() - began
-        return Answer(request.output_ids, seconds, request.stats.learn_seconds, request.stats.steps)
+        return Answer(request.output_ids, *stopwatch.read(), request.stats.learn_seconds, request.stats.steps)
 
 
 def _none(models: Models) -> Ours:

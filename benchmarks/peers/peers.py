@@ -25,8 +25,8 @@ import torch
 import transformers
 import tyro
 from arms import ARMS, NONE, Answer, Arm, Models, Pair, folder_of, read_models
+from ratios import Tables, run_tables
 from rich.progress import track
-from tables import Tables, run_tables
 
 from onlinespec.compare import TIE_GAP
 from onlinespec.config import GenerationParams
@@ -54,7 +54,7 @@ class Run:
 
     work: Path
     data: tuple[str, ...] = BUILT_IN
-    num_requests: int = 120
+    num_requests: int = 60
     warm_up: int = 3
     repeats: int = 3
     max_new_tokens: int = 96
@@ -83,6 +83,7 @@ class Column:
     tokens: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     learn_seconds: list[float] = field(default_factory=list)
     identical: int = 0  # answers that are `none`'s, token for token
     ties: int = 0  # that part from it where the target's two best logits lie within TIE_GAP
@@ -92,6 +93,7 @@ class Column:
         self.tokens.append(len(answer.token_ids))
         self.steps.append(answer.steps)
         self.seconds.append(round(answer.seconds, 5))
+        self.cpu_seconds.append(round(answer.cpu_seconds, 5))
         self.learn_seconds.append(round(answer.learn_seconds, 5))
 
 
@@ -268,11 +270,11 @@ def join(options: Join) -> None:
         column = Column()
         for line in lines:
             prompt = prompts[data][line["id"]]
-            column.add(Answer(line["token_ids"], line["seconds"], 0.0, line["steps"]))
+            column.add(Answer(line["token_ids"], line["seconds"], line["cpu_seconds"], 0.0, line["steps"]))
             judge(target, column, line["id"], prompt["token_ids"], line["token_ids"], prompt["reference"])
         row = {"data": data, "arm": arm, "repeat": repeat, "warm_up": exported["warm_up"], **asdict(column)}
-        row["control_seconds"] = [line["control_seconds"] for line in lines]
-        row["control_tokens"] = [line["control_tokens"] for line in lines]
+        for name in ("seconds", "cpu_seconds", "tokens"):
+            row[f"control_{name}"] = [line[f"control_{name}"] for line in lines]
         joined.append(row | {"provenance": lines[0]["provenance"]})
     (options.work / ROWS).write_text("".join(json.dumps(row) + "\n" for row in joined))
 

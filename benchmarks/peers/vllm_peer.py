@@ -1,4 +1,4 @@
-"""vLLM's answers to the prompts of peers.py, with the same pair: runs in vLLM's own environment, imports nothing of ours.
+"""vLLM's answers to the prompts of peers.py, with the same pair. Runs in its own environment, imports nothing of ours.
 
     VLLM_ENV/bin/python benchmarks/peers/vllm_peer.py DIR [--methods plain draft_model eagle] [--repeats 3]
 
@@ -31,7 +31,7 @@ OFFLINE = {  # read by vLLM when it is imported, and by its worker
 }
 METHODS: dict[str, str | None] = {"plain": None, "draft_model": "small_lm", "eagle": "eagle"}  # and whose model drafts
 
-Timed = tuple[list[int], float]  # token ids and seconds
+Timed = tuple[list[int], float, float]  # token ids, seconds on the wall, and processor seconds of all processes
 
 
 def main() -> None:
@@ -91,9 +91,10 @@ class Engine:
 
     def answer(self, prompt_ids: Sequence[int]) -> Timed:
         """One request, from call to answer."""
-        began = time.perf_counter()
+        began, used = time.perf_counter(), cpu_seconds()
         (request,) = self._llm.generate({"prompt_token_ids": list(prompt_ids)}, self._params, use_tqdm=False)
-        return list(request.outputs[0].token_ids), time.perf_counter() - began
+        taken = time.perf_counter() - began
+        return list(request.outputs[0].token_ids), taken, cpu_seconds() - used
 
     def num_drafts(self) -> int | None:
         """How many drafts were verified so far; None where nothing drafts."""
@@ -104,6 +105,15 @@ class Engine:
     def close(self) -> None:
         """Ends the engine's process, so that the next method has the core."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of the engine's, so far."""
+    import psutil
+
+    process = psutil.Process()
+    times = (one.cpu_times() for one in (process, *process.children(recursive=True)))
+    return sum(one.user + one.system for one in times)
 
 
 def plain_generate(asked: dict[str, Any]) -> Callable[[Sequence[int]], Timed]:
@@ -123,10 +133,11 @@ def plain_generate(asked: dict[str, Any]) -> Callable[[Sequence[int]], Timed]:
     )
 
     def answer(prompt_ids: Sequence[int]) -> Timed:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         ids = torch.tensor([prompt_ids])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return out[0, len(prompt_ids) :].tolist(), time.perf_counter() - began
+        taken, cpu = time.perf_counter() - began, time.process_time() - used
+        return out[0, len(prompt_ids) :].tolist(), taken, cpu
 
     return answer
 
@@ -146,7 +157,7 @@ def answers(
                 before = engine.num_drafts()
                 turns = [engine.answer, control] if index % 2 else [control, engine.answer]
                 timed = {turn: turn(prompt["token_ids"]) for turn in turns}
-                (token_ids, seconds), (plain_ids, plain_seconds) = timed[engine.answer], timed[control]
+                (token_ids, seconds, cpu), (plain_ids, *plain_seconds) = timed[engine.answer], timed[control]
                 after = engine.num_drafts()
                 yield {
                     "data": data,
@@ -155,9 +166,11 @@ def answers(
                     "id": prompt["id"],
                     "token_ids": token_ids,
                     "seconds": round(seconds, 5),
+                    "cpu_seconds": round(cpu, 5),
                     # the first token comes from reading the prompt, every other one from a verified draft
                     "steps": len(token_ids) if after is None else 1 + after - (before or 0),
-                    "control_seconds": round(plain_seconds, 5),
+                    "control_seconds": round(plain_seconds[0], 5),
+                    "control_cpu_seconds": round(plain_seconds[1], 5),
                     "control_tokens": len(plain_ids),
                     "provenance": origin,
                 }

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from onlinespec import demo
-from onlinespec.drafters.formats import SIDE_FILE, read_drafter_config, read_format, read_side, tensor_names
+from onlinespec.drafters.formats import (
+    SIDE_FILE,
+    looks_like_drafter,
+    read_drafter_config,
+    read_format,
+    read_side,
+    tensor_names,
+)
 from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, weight_files
 from onlinespec.models.families import ARCHITECTURES
+from onlinespec.models.loading import path_of
 
 _SHAPE_KEYS = (
     "hidden_size",
@@ -39,13 +48,12 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     config = read_drafter_config(folder)
     architecture = architecture_of(config, folder / "config.json")
-    # published EAGLE heads call themselves by their target's architecture, so the tensors decide
-    is_target = architecture in ARCHITECTURES and "model.embed_tokens.weight" in tensor_names(folder)
+    is_target = _is_target(config, architecture, folder)
     kind = "target" if is_target else read_format(folder)
     facts: dict[str, Any] = {"kind": kind if is_target else f"drafter ({kind})", "path": folder}
     facts |= {"architecture": architecture} | {key: config[key] for key in _SHAPE_KEYS if key in config}
     if is_target:
-        facts["fingerprint"] = fingerprint(folder)
+        facts |= {"runs through": path_of(folder), "fingerprint": fingerprint(folder)}
     if kind != "ngram":
         facts |= _tensor_facts(folder)
     side = read_side(folder)
@@ -55,6 +63,18 @@ def describe(folder: Path) -> dict[str, Any]:
     elif not is_target:
         facts["history"] = f"none: no {SIDE_FILE}, so it was written by another program"
     return facts
+
+
+def _is_target(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
+    """Published EAGLE heads call themselves by their target's architecture, so the tensors decide."""
+    if architecture in ARCHITECTURES:
+        return "model.embed_tokens.weight" in tensor_names(folder)
+    if looks_like_drafter(config, architecture, folder):
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")), ())
+    return architecture in ((known,) if isinstance(known, str) else known)
 
 
 def _tensor_facts(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@
     torchrun --nproc-per-node 2 -m onlinespec.demo.recipe target ...    # two processes share each batch
     python -m onlinespec.demo.recipe export --work DIR --out src/onlinespec/demo/target
     python -m onlinespec.demo.recipe drafter --target src/onlinespec/demo/target --out src/onlinespec/demo/drafter
+    python -m onlinespec.demo.recipe drafter --family small_lm --num-requests 1000 --epochs 6 --target ... --out D
+    python -m onlinespec.demo.recipe half --drafter D --out src/onlinespec/demo/small_lm
 
 `target` makes the tokenizer, then trains; stop it at any time and start it again with the same arguments, it goes on
 where its last checkpoint was. A larger `--tokens` on a finished run trains further.
@@ -27,6 +29,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from onlinespec.demo.corpus import Corpus, Document, packed_rows
 from onlinespec.distill import Distillation, Distilling, schedule
+from onlinespec.drafters.formats import read_side, write_drafter
+from onlinespec.models.checkpoint import read_json, read_weights
 from onlinespec.models.linear import has_bfloat16_units
 from onlinespec.models.loading import load_target
 
@@ -286,14 +290,36 @@ def train_drafter(recipe: DrafterRecipe) -> None:
         log.info("epoch %d: acceptance length %.2f, loss %.2f", score.epoch, score.acceptance_length, score.loss)
 
 
+@dataclass
+class Half:
+    """Write a distilled small_lm again in bf16: half the bytes in the package."""
+
+    drafter: Path
+    out: Path
+
+
+def halve(options: Half) -> None:
+    """Weights, config and notes; the tokenizer's files as they are."""
+    config, side = read_json(options.drafter / "config.json"), read_side(options.drafter)
+    tensors = read_weights(options.drafter, torch.device("cpu"), torch.bfloat16)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.drafter)
+    version = side.pop("weights_version")
+    config["torch_dtype"] = "bfloat16"
+    write_drafter(options.out, config, tensors, version, side, also=tokenizer.save_pretrained)
+
+
 def main() -> None:
     """The recipe's own command line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    step = tyro.extras.subcommand_cli_from_dict({"target": TargetRecipe, "export": Export, "drafter": DrafterRecipe})
+    step = tyro.extras.subcommand_cli_from_dict(
+        {"target": TargetRecipe, "export": Export, "drafter": DrafterRecipe, "half": Half}
+    )
     if isinstance(step, TargetRecipe):
         train_target(step)
     elif isinstance(step, Export):
         export(step)
+    elif isinstance(step, Half):
+        halve(step)
     else:
         train_drafter(step)
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,30 @@ def read_format(folder: Path) -> str:
     architecture = architecture_of(config, folder / "config.json")
     if architecture == "NgramDrafter":
         return "ngram"
-    family = _KNOWN_ELSEWHERE.get(architecture) or next((f for key, f in _KEY_MARKS.items() if key in config), None)
+    family = _family_elsewhere(config, architecture)
     if family:
         raise ValueError(f"{folder} is a drafter of the family {family}, which this version does not run yet")
     names = tensor_names(folder)
-    if "fc.weight" in names and "lm_head.weight" not in names and "layers.0.self_attn.q_proj.weight" in names:
+    if _is_eagle(names):
         return "eagle"
     if "model.embed_tokens.weight" in names:
         return "small_lm"
     raise ValueError(f"{folder} is no drafter we know: architecture {architecture}, tensors {sorted(names)[:4]}")
+
+
+def looks_like_drafter(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
+    """Whether a directory holds a drafter of a family that we run or know of."""
+    if architecture == "NgramDrafter" or _family_elsewhere(config, architecture):
+        return True
+    return _is_eagle(tensor_names(folder))
+
+
+def _family_elsewhere(config: Mapping[str, Any], architecture: str) -> str | None:
+    return _KNOWN_ELSEWHERE.get(architecture) or next((f for key, f in _KEY_MARKS.items() if key in config), None)
+
+
+def _is_eagle(names: Collection[str]) -> bool:
+    return "fc.weight" in names and "lm_head.weight" not in names and "layers.0.self_attn.q_proj.weight" in names
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -125,6 +140,7 @@ def write_drafter(
         _write_json(partial / SIDE_FILE, {"weights_version": version, **(side or {})})
         if tensors:
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / names[1])
+            (partial / names[1]).chmod((partial / names[0]).stat().st_mode)  # others may read it as they may the config
         if also:
             also(partial)
         partial.chmod(0o755)

@@ -245,8 +245,14 @@ class Headed(Drafter):
         columns_N = listed.columns(layout.token_ids_N) if listed else None
         if listed is None or columns_N is None:
             return None, self._target_rows(layout)
-        probs_NS = listed.target_logits(layout.target_states_ND).softmax(-1)
-        return listed, TargetRows(probs_NS, columns_N, layout.temperatures_N)
+        logits_NS = self._target_logits(listed, layout.target_states_ND)
+        return listed, TargetRows(logits_NS.softmax(-1), columns_N, layout.temperatures_N)
+
+    def _target_logits(self, listed: Listed, states_ND: Tensor) -> Tensor:
+        """The target's own, of the listed tokens: the short product will do where its head is nothing else."""
+        if self._decoder.has_plain_head:
+            return listed.target_logits(states_ND)
+        return self._decoder.head(states_ND)[:, listed.token_ids_S]
 
     def _target_rows(self, layout: Layout) -> TargetRows:
         probs_NV = self._decoder.head(layout.target_states_ND).softmax(-1)

@@ -66,6 +66,8 @@ class Model(ABC, Generic[C]):
     dtype: torch.dtype
     embedding_VD: Tensor
     head_VD: Tensor  # a drafter's head, and a label's rows; `head` may do more than multiply by it
+    has_plain_head: bool = True  # whether `head` is the product with head_VD and nothing more
+    path: str = "own"  # which code runs it: ours, or "transformers"
     num_forwards: int  # calls of `forward` so far; learning must not add any
 
     @abstractmethod

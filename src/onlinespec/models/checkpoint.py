@@ -65,7 +65,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors of a single or sharded safetensors checkpoint, in one dtype, or as stored if that is None."""
+    """All tensors of a single or sharded safetensors checkpoint, in one dtype, or as stored if that is None.
+
+    They are copies: a tensor of an open file is a view that keeps all of the file in memory, so each gets its own.
+    """
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         weights |= read_tensors(path, device, dtype)
@@ -81,9 +84,31 @@ def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None) ->
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    tensors = {}
+    for name in _names_in(path):
+        with safe_open(path, framework="pt") as file:
+            tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    return tensors
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors by name, from the files' headers alone.
+
+    Raises:
+        ValueError: naming a file that can't be read.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        names = _names_in(path)
+        with safe_open(path, framework="pt") as shard:
+            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in names}
+    return shapes
+
+
+def _names_in(path: Path) -> list[str]:
     try:
-        with safe_open(path, framework="pt", device=str(device)) as shard:
-            return {name: shard.get_tensor(name).to(dtype=dtype) for name in shard.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as shard:
+            return list(shard.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} can't be read ({error}); it may be cut short: copy or download it again") from error
 

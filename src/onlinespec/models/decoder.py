@@ -6,7 +6,7 @@ other), M rows whose logits are wanted, V vocabulary, D hidden size, G key-value
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,19 +34,19 @@ class Decoder(Model[KVCache]):
 
     Args:
         weights: A checkpoint's tensors under their published names (`model.layers.0...`); a tied model has no
-            `lm_head.weight`.
+            `lm_head.weight`. Each layer's are taken out as it is made, so that no second copy of all is ever held.
         make_linear: How products are computed; by default the fastest exact way for the weights' device and dtype.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], make_linear: MakeLinear | None = None
+        self, config: ModelConfig, weights: MutableMapping[str, Tensor], make_linear: MakeLinear | None = None
     ) -> None:
         self.config = config
         self.embedding_VD = weights["model.embed_tokens.weight"]
         self.device, self.dtype = self.embedding_VD.device, self.embedding_VD.dtype
         self.make_linear = make_linear or linear_for(self.device, self.dtype)
         self._layers = [
-            FastLayer(config.layer, layer_weights(weights, i), self.make_linear, config.window(i))
+            FastLayer(config.layer, _taken(weights, i), self.make_linear, config.window(i))
             for i in range(config.num_layers)
         ]
         self._norm = weights["model.norm.weight"]
@@ -138,5 +138,15 @@ def _within(window: int | None, positions_N: Tensor, positions_S: Tensor, is_vis
 
 def layer_weights(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
     """One layer's tensors, by their names inside it."""
-    prefix = f"model.layers.{index}."
+    prefix = _prefix(index)
     return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+
+
+def _taken(weights: MutableMapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The same, and they are no longer in `weights`."""
+    names = [name for name in weights if name.startswith(_prefix(index))]
+    return {name.removeprefix(_prefix(index)): weights.pop(name) for name in names}
+
+
+def _prefix(index: int) -> str:
+    return f"model.layers.{index}."

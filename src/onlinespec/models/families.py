@@ -69,13 +69,19 @@ _SIZES = (
 # --- config.json --------------------------------------------------------------------------------------------------
 
 
+class NotOurs(ValueError):
+    """A sound config that asks for what our forward does not compute; transformers may."""
+
+
 def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
-    """The sizes our forward needs, refusing by name what it does not compute."""
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{folder}: its weights are quantized ({method}), which is not supported; give the original")
+    """The sizes our forward needs.
+
+    Raises:
+        NotOurs: naming what it does not compute.
+        ValueError: naming what is wrong with the config.
+    """
     if config.hidden_act != "silu":
-        raise ValueError(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
+        raise NotOurs(f"{folder}: activation {config.hidden_act!r} is not supported; only 'silu' is")
     for name in _SIZES:
         if getattr(config, name) < 1:
             raise ValueError(f"{folder / 'config.json'}: {name} is {getattr(config, name)}; it must be at least 1")

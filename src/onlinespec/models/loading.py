@@ -16,10 +16,18 @@ from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.models.base import Model, ModelConfig
-from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, read_weights
+from onlinespec.models.checkpoint import (
+    architecture_of,
+    find_folder,
+    fingerprint,
+    read_json,
+    read_weights,
+    tensor_shapes,
+)
 from onlinespec.models.decoder import Decoder
-from onlinespec.models.families import FAMILIES, checked_weights, decoder_config
-from onlinespec.models.linear import MakeLinear
+from onlinespec.models.families import ARCHITECTURES, FAMILIES, NotOurs, checked_weights, decoder_config
+from onlinespec.models.linear import MakeLinear, PackedLinear, linear_for
+from onlinespec.models.memory import check_memory, estimate
 
 if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, so each is, where it is first needed
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -43,6 +51,11 @@ class Target:
     sampling: SamplingParams  # what the checkpoint itself recommends; greedy where it says nothing
     fingerprint: str  # of weights, config and tokenizer
 
+    @property
+    def path(self) -> str:
+        """Which code runs it: `own` or `transformers`."""
+        return self.decoder.path
+
     def encode(self, text: str, is_chat: bool = True) -> list[int]:
         """Token ids of a prompt: as a user's turn where the checkpoint has a chat template, else as it stands."""
         if is_chat and self.tokenizer.chat_template:
@@ -64,28 +77,48 @@ def load_target(
 
     Args:
         path_or_hub_id: A directory, a Hub id, or `demo` for the pair that ships with the package.
+        make_linear: How our decoder computes products; transformers takes its own.
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id, or a file of it is missing.
-        ValueError: if the checkpoint is of a kind that is not supported, broken, or incomplete.
+        ValueError: if the checkpoint is of a kind that is not supported, broken or incomplete, or does not fit into
+            memory.
     """
     folder = find_folder(path_or_hub_id)
     device, dtype = as_device(device), as_dtype(dtype)
     config = read_config(folder)
-    shape = decoder_config(config, folder)
+    shape = own_shape(config, folder)
     generation = read_generation_config(folder)
     end_token_ids = _end_token_ids(config, generation, folder)
     sampling = _default_sampling(generation, folder / _GENERATION_CONFIG)
-    weights = checked_weights(read_weights(folder, device, dtype), config, shape, folder)
-    decoder = Decoder(shape, weights, make_linear)
+    decoder: Model[Any]
+    if shape:
+        make_linear = make_linear or linear_for(device, dtype)
+        need = estimate(tensor_shapes(folder), shape, dtype, keeps_second_head=make_linear is PackedLinear)
+        check_memory(need, device, folder)
+        weights = checked_weights(read_weights(folder, device, dtype), config, shape, folder)
+        decoder = Decoder(shape, weights, make_linear)
+    else:
+        decoder = _load_through_transformers(folder, config, device, dtype)
     return Target(
         name=str(path_or_hub_id),
         decoder=decoder,
-        tokenizer=read_tokenizer(folder, shape),
+        tokenizer=read_tokenizer(folder, decoder.config),
         end_token_ids=end_token_ids,
         sampling=sampling,
         fingerprint=fingerprint(folder),
     )
+
+
+def _load_through_transformers(
+    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> Model[Any]:
+    from onlinespec.models.hf import load_hf, model_config
+
+    need = estimate(tensor_shapes(folder), model_config(config, str(folder)), dtype)
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # it is read there first
+        check_memory(need, place, folder)
+    return load_hf(folder, config, device, dtype)
 
 
 def read_model(
@@ -94,10 +127,15 @@ def read_model(
     """A language model of a family that our decoder runs: config.json, shape, float32 weights, dtype as stored.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_target`.
+        FileNotFoundError, ValueError: as `load_target`; also for what only transformers runs.
     """
     config = read_config(folder)
-    shape = decoder_config(config, folder)
+    shape = own_shape(config, folder)
+    if shape is None:
+        raise ValueError(
+            f"{folder} can't draft: our decoder does not run its architecture or settings; it runs "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     stored = checked_weights(read_weights(folder, device, dtype=None), config, shape, folder)
     weights = {name: t.float() for name, t in stored.items()}
     return read_json(folder / "config.json"), shape, weights, stored["model.embed_tokens.weight"].dtype
@@ -136,19 +174,59 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The checkpoint's config.json as transformers reads it, if its architecture is one we run."""
+    """The checkpoint's config.json as transformers reads it, if its architecture is one that can be run.
+
+    Raises:
+        ValueError: naming what is wrong with the file, or the architecture.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = folder / "config.json"
     raw = read_json(path)
     architecture = architecture_of(raw, path)
-    if architecture not in FAMILIES:
-        raise ValueError(f"{folder}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}")
+    is_known = architecture in FAMILIES
+    model_type = FAMILIES[architecture].model_type if is_known else str(raw.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder}: architecture {architecture} is not supported: transformers has no model_type {model_type!r}, "
+            "and code in a checkpoint is not run"
+        )
     _token_ids(raw.get("eos_token_id"), path)
     try:
-        return CONFIG_MAPPING[FAMILIES[architecture].model_type].from_dict(raw)
+        config = CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # whatever transformers finds wrong with the file, the user should read it as such
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{folder}: its weights are quantized ({method}), which is not supported; give the original")
+    if not is_known:
+        from onlinespec.models.hf import check_architecture
+
+        check_architecture(config, architecture, folder)
+    return config
+
+
+def own_shape(config: PretrainedConfig, folder: Path) -> ModelConfig | None:
+    """The sizes for our decoder; None for what it does not run and transformers does.
+
+    Raises:
+        ValueError: naming what is wrong with the config.
+    """
+    if architecture_of(config.to_dict(), folder / "config.json") not in ARCHITECTURES:
+        return None
+    try:
+        return decoder_config(config, folder)
+    except NotOurs as error:
+        log.info("not for our decoder (%s); transformers runs it", error)
+        return None
+
+
+def path_of(folder: Path) -> str:
+    """Which code runs a target directory: own, transformers, or none and why."""
+    try:
+        return "own" if own_shape(read_config(folder), folder) else "transformers"
+    except ValueError as error:
+        return f"none ({error})"
 
 
 def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
