@@ -60,7 +60,9 @@ def run_tables(options: Tables) -> None:
 
 
 def _on(clock: str, row: Row) -> Row:
-    """A row whose seconds are of the clock asked for."""
+    """A row whose seconds are of the clock asked for. Learning was timed on the wall: its share is of that alone."""
+    if clock != "seconds":
+        row = row | {"learn_seconds": [0.0] * len(row["seconds"])}
     return row | {
         f"{prefix}seconds": row[f"{prefix}{clock}"] for prefix in ("", "control_") if f"{prefix}{clock}" in row
     }
