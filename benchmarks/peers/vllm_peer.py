@@ -57,9 +57,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--in-process", action="store_true", help="the engine in this process, without messages")
     options = parser.parse_args()
-    os.environ.update(OFFLINE, VLLM_ENABLE_V1_MULTIPROCESSING="0" if options.in_process else "1")
+    os.environ.update(OFFLINE)
     return options
 
 
@@ -161,7 +160,7 @@ def answers(
                 after = engine.num_drafts()
                 yield {
                     "data": data,
-                    "arm": f"vllm/{method}" + ("/in_process" if options.in_process else ""),
+                    "arm": f"vllm/{method}",
                     "repeat": repeat,
                     "id": prompt["id"],
                     "token_ids": token_ids,
