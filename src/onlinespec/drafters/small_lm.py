@@ -66,6 +66,7 @@ class SmallLM(Headed):
         self.config, self._dtype, self._base = dict(config), dtype, base
         self._tokenizer: PreTrainedTokenizerBase = target.tokenizer
         self._model, self._cache = model, model.cache
+        self.max_context = model.max_context
         self._weights = weights  # what does not learn among them stays
         self._tuning = Tuning()
         self._num_tokens = self._decoder.config.vocab_size
