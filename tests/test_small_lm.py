@@ -499,3 +499,14 @@ def test_fused_products_are_saved_as_the_family_publishes_them(target, tmp_path)
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "saved"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "olmo2"])
+def test_a_fresh_one_for_a_target_that_transformers_runs_is_saved_and_read_back(family, tmp_path):
+    """GPT-2 uses its embedding as its head: one tensor, to be written once."""
+    target = load_target(save_tiny(tmp_path / "target", family))
+    fresh = SmallLM.fresh(target)
+    assert ("lm_head.weight" in fresh._weights) == (family == "olmo2")
+    fresh.save(tmp_path / "saved")
+    rows = [drafted_rows(one, random_text(9))[0] for one in (fresh, load_drafter(tmp_path / "saved", target))]
+    torch.testing.assert_close(*rows)
