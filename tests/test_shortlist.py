@@ -6,6 +6,7 @@ from rigs import SOFT, hidden_states, other_weights, plain
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Feedback, Trace
 from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import shortlist as shortlist_module
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.shortlist import Shortlist
 from onlinespec.losses import soft_cross_entropy
@@ -147,11 +148,26 @@ def proposals(size, sampling):
     return drafts
 
 
-def test_greedy_drafts_are_of_listed_tokens_only():
+def test_greedy_drafts_are_of_listed_tokens_only(monkeypatch):
+    monkeypatch.setattr(shortlist_module, "_COLD", 0)
     drafts = proposals(len(PROMPTS[0]) + 1, SamplingParams())
     first = {i for draft in drafts[:5] for i in draft.token_ids_BK.flatten().tolist()}
     assert first <= {*PROMPTS[0], 0, 1}  # its distinct tokens, and unseen ones from below
     assert all(draft.probs_BKV is None for draft in drafts)
+
+
+def test_while_little_was_seen_greedy_drafts_are_of_all_tokens():
+    """A list of what one prompt holds would leave out most of what its answer needs."""
+    for some, whole in zip(proposals(30, SamplingParams())[:5], proposals(None, SamplingParams())[:5], strict=True):
+        assert torch.equal(some.token_ids_BK, whole.token_ids_BK)
+
+
+def test_a_list_is_cold_until_twice_as_many_tokens_were_seen_as_it_holds():
+    some = shortlist(4)
+    see(some, [1, 2, 3], [4, 5, 6, 7])
+    assert some.is_cold
+    some.note([8])
+    assert not some.is_cold
 
 
 def test_sampled_drafts_are_over_the_whole_vocabulary_so_that_a_seed_gives_the_same_tokens():

@@ -466,3 +466,47 @@ def test_a_model_that_caps_its_logits_is_refused_as_a_drafter(target, tmp_path):
     folder = save_tiny(tmp_path / "gemma2", "gemma2")
     with pytest.raises(ValueError, match="Gemma2ForCausalLM does more to its logits than multiply by its head"):
         load_drafter(folder, target)
+
+
+# What learning reads
+
+
+def test_rows_see_the_newest_context_only_as_far_as_it_is_kept(folders, target, plain_products):
+    drafter, text = load_drafter(folders / "qwen2", target), random_text(40)
+    drafter.max_context = 7
+    batch = drafter.batch([record(trace_of(text, target), 20, 5), record(trace_of(text[:12], target), 3, 2)])
+    ((logits, _),) = drafter.rows([drafter.weights.params], batch)
+    model = plain_model(folders / "qwen2")
+    with torch.no_grad():
+        far, near = (model(torch.tensor([ids])).logits[0] for ids in (text[13:25], text[:5]))
+    torch.testing.assert_close(logits[0], torch.cat([far[-5:], near[-2:]]), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_a_drafter_with_windows_learns_the_rows_that_it_drafts_from(name, target, tmp_path, plain_products):
+    folder = save_tiny(tmp_path / name, name, sliding_window=6)
+    drafter, text = load_drafter(folder, target), random_text(30)
+    ((logits, _),) = drafter.rows([drafter.weights.params], drafter.batch([record(trace_of(text, target), 18, 8)]))
+    for i in range(8):
+        drafted, _ = drafted_rows(drafter, text[: 18 + i + 1])
+        torch.testing.assert_close((logits[0, i] / FLAT.temperature).softmax(-1), drafted[0], atol=1e-5, rtol=1e-3)
+
+
+def test_fused_products_are_saved_as_the_family_publishes_them(target, tmp_path):
+    folder = save_tiny(tmp_path / "phi3", "phi3")
+    drafter = load_drafter(folder, target)
+    drafter.save(tmp_path / "saved")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "saved"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "olmo2"])
+def test_a_fresh_one_for_a_target_that_transformers_runs_is_saved_and_read_back(family, tmp_path):
+    """GPT-2 uses its embedding as its head: one tensor, to be written once."""
+    target = load_target(save_tiny(tmp_path / "target", family))
+    fresh = SmallLM.fresh(target)
+    assert ("lm_head.weight" in fresh._weights) == (family == "olmo2")
+    fresh.save(tmp_path / "saved")
+    rows = [drafted_rows(one, random_text(9))[0] for one in (fresh, load_drafter(tmp_path / "saved", target))]
+    torch.testing.assert_close(*rows)

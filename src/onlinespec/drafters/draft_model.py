@@ -18,7 +18,7 @@ from torch import Tensor
 from onlinespec.core import Params
 from onlinespec.drafters.spans import Layout
 from onlinespec.models.base import Cache, ModelConfig
-from onlinespec.models.decoder import Decoder, Past, plain_states
+from onlinespec.models.decoder import Decoder, Past, plain_keys_values_by_layer, plain_states
 from onlinespec.models.families import published_weights
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
@@ -34,6 +34,7 @@ class DraftModel(ABC):
     cache: Cache
     embedding_name: str
     head_name: str  # the embedding's, where they are one
+    max_context: int | None = None  # newest rows before the trained ones that learning needs; None for all
     can_adapt: bool  # whether its products have the names and the layout that adapters are made for
 
     @abstractmethod
@@ -66,6 +67,7 @@ class OwnDraftModel(DraftModel):
     """
 
     embedding_name = "model.embed_tokens.weight"
+    max_context = 256  # a long prompt read again is most of a round; as good as all of it on Spider (480 tokens)
     can_adapt = True
 
     def __init__(
@@ -108,14 +110,20 @@ class OwnDraftModel(DraftModel):
 
     @torch.no_grad()
     def _context(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Past | None:
-        positions_C, length = rows.context_positions_C, self._scaling_length(rows)
-        if not len(positions_C):
+        sizes, length = [size for size in rows.context_sizes if size], self._scaling_length(rows)
+        if not sizes:
             return None
         x_CD = self._embedded(weights, rows.context_ids_C, sets)
-        _, keys_values = plain_states(
-            self.config, weights, x_CD, positions_C, rows.is_visible_CC, product=self._product, length=length
-        )
-        return Past(keys_values, positions_C, rows.is_visible_NC)
+        texts = zip(x_CD.split(sizes, dim=-2), rows.context_positions_C.split(sizes), strict=True)
+        by_text = [
+            plain_keys_values_by_layer(self.config, weights, x_SD, positions_S, self._product, length)
+            for x_SD, positions_S in texts
+        ]
+        keys_values = [
+            (torch.cat([k for k, _ in layers], dim=-3), torch.cat([v for _, v in layers], dim=-3))
+            for layers in zip(*by_text, strict=True)
+        ]
+        return Past(keys_values, rows.context_positions_C, rows.is_visible_NC)
 
     def _scaling_length(self, rows: Layout) -> int:
         """For all spans alike, by the longest; only models whose scaling follows the length can tell."""

@@ -58,6 +58,7 @@ class Headed(Drafter):
     unroll = 1  # drafting depths a training row goes through
     num_before = 0  # tokens of a request before the first that has a row; 1 where a row needs the state before it
     reads_features = False  # whether rows read the target's states
+    max_context: int | None = None  # newest rows of context that learning sees; None for all
     _cache: Cache
     _shortlist: Shortlist
 
@@ -162,11 +163,14 @@ class Headed(Drafter):
     def _draw(
         self, states_RD: Tensor, sampling: Sequence[SamplingParams], uniforms_R: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """A token per state, and the row it was drawn from; where all are greedy, a point mass of a listed token.
+        """A token per state, and the row it was drawn from; where all are greedy, a point mass of a listed token,
+        or of any while the list has seen little.
 
         Penalties are the target's.
         """
         if all(params.is_greedy for params in sampling):
+            if self._shortlist.is_cold:
+                return self._logits(states_RD, self._shortlist.whole).argmax(-1), None
             listed = self._shortlist.now
             return listed.token_ids_S[self._logits(states_RD, listed.head).argmax(-1)], None
         plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
@@ -192,7 +196,7 @@ class Headed(Drafter):
         return Batch(spans, listed)
 
     def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
-        return spans_of(feedback, self.num_before, rejected_only, is_fresh, self.reads_features)
+        return spans_of(feedback, self.num_before, rejected_only, is_fresh, self.reads_features, self.max_context)
 
     def losses(
         self, candidates: Sequence[Params], batch: Sequence[Span], row_loss: RowLoss = soft_cross_entropy

@@ -25,6 +25,7 @@ from onlinespec.models.linear import FrozenProduct, MakeLinear
 
 _LEAST_SIZE = 1024
 _SHARE = 16  # of the vocabulary one token in so many, once that is more
+_COLD = 2  # times as many tokens as the list holds must have been seen
 _DECAY = 0.95  # of counts, from one request to the next
 
 
@@ -67,6 +68,7 @@ class Shortlist:
         # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
         self._unseen_V = torch.linspace(1e-6, 0, V, dtype=torch.float64)
         self._counts_V = torch.zeros(V, dtype=torch.float64)
+        self._num_seen = 0
         self._chosen: Listed | None = None
         self._is_stale = True
 
@@ -86,6 +88,11 @@ class Shortlist:
         self.__dict__.pop("whole", None)
 
     @property
+    def is_cold(self) -> bool:
+        """Whether too little was seen for a list to stand for the traffic: drafts had better choose from all tokens."""
+        return self._num_seen < _COLD * self._size
+
+    @property
     def now(self) -> Listed:
         """What to draft from: chosen as the newest request began. Work is done only when asked for."""
         if self._is_stale or self._chosen is None:
@@ -101,6 +108,7 @@ class Shortlist:
     def note(self, token_ids: Sequence[int]) -> None:
         """These tokens were seen."""
         ids = torch.tensor(token_ids, dtype=torch.int64)
+        self._num_seen += len(ids)
         self._counts_V.index_put_((ids,), torch.ones((), dtype=torch.float64), accumulate=True)
 
     def holding(self, token_ids_N: Tensor) -> Listed:

@@ -66,6 +66,7 @@ class SmallLM(Headed):
         self.config, self._dtype, self._base = dict(config), dtype, base
         self._tokenizer: PreTrainedTokenizerBase = target.tokenizer
         self._model, self._cache = model, model.cache
+        self.max_context = model.max_context
         self._weights = weights  # what does not learn among them stays
         self._tuning = Tuning()
         self._num_tokens = self._decoder.config.vocab_size
@@ -82,7 +83,7 @@ class SmallLM(Headed):
     def fresh(cls, target: Target, seed: int = 0, make_linear: MakeLinear | None = None) -> Self:
         """The target's own embedding and head around two untrained layers of its size."""
         model = target.decoder
-        is_tied = model.head_VD is model.embedding_VD
+        is_tied = model.head_VD.data_ptr() == model.embedding_VD.data_ptr()
         layer = replace(model.config.layer, rope=Rope(model.config.layer.rope.theta))  # it learns unscaled positions
         shape = ModelConfig(layer, _FRESH_LAYERS, model.config.vocab_size, model.config.max_positions)
         generator = torch.Generator().manual_seed(seed)
@@ -91,9 +92,9 @@ class SmallLM(Headed):
             for name, dims in _fresh_shapes(shape).items()
         }
         weights = {name: t.to(model.device) for name, t in weights.items()}
-        weights["model.embed_tokens.weight"] = model.embedding_VD.float()
+        weights["model.embed_tokens.weight"] = model.embedding_VD.float().clone()
         if not is_tied:
-            weights["lm_head.weight"] = model.head_VD.float()
+            weights["lm_head.weight"] = model.head_VD.float().clone()
         config = _fresh_config(shape, is_tied)
         draft_model = OwnDraftModel(shape, config, weights, make_linear)
         return cls(target, config, draft_model, weights, make_linear=make_linear)

@@ -27,6 +27,7 @@ class Span(NamedTuple):
     counts_N: Tensor  # bool: which of the rows the loss counts
     temperature: float  # at which the request decodes
     is_fresh: bool  # of this round, not replayed
+    first_position: int = 0  # of its first row; rows before it are left out
 
     @property
     def num_context(self) -> int:
@@ -49,21 +50,30 @@ class Layout(NamedTuple):
     counts_N: Tensor
     temperatures_N: Tensor
     is_fresh_N: Tensor
-    is_visible_CC: Tensor  # of the same span and no later
+    context_sizes: tuple[int, ...]  # by span
     is_visible_NC: Tensor  # of the same span
     is_visible_NN: Tensor  # of the same span and no later
 
 
 def spans_of(
-    feedback: Sequence[Feedback], num_before: int, rejected_only: bool, is_fresh: bool, has_features: bool
+    feedback: Sequence[Feedback],
+    num_before: int,
+    rejected_only: bool,
+    is_fresh: bool,
+    has_features: bool,
+    max_context: int | None = None,
 ) -> list[Span]:
-    """A span for every run of records that continue each other side by side and have a row to learn from."""
-    runs = _runs(feedback)
-    return [
+    """A span for every run of records that continue each other side by side and have a row to learn from.
+
+    Args:
+        max_context: Newest rows of context that are kept; None for all.
+    """
+    spans = [
         _span(run, num_before, rejected_only, is_fresh, has_features)
-        for run in runs
+        for run in _runs(feedback)
         if run[-1].start + run[-1].num_rows > max(num_before, run[0].start)
     ]
+    return spans if max_context is None else [_shortened(span, max_context) for span in spans]
 
 
 def lay_out(spans: Sequence[Span]) -> Layout:
@@ -71,11 +81,13 @@ def lay_out(spans: Sequence[Span]) -> Layout:
     device = spans[0].read_ids_S.device
     contexts = [span.num_context for span in spans]
     sizes = [len(span.target_states_ND) for span in spans]
-    positions_C = torch.cat([torch.arange(c) for c in contexts])
-    positions_N = torch.cat([torch.arange(c, c + n) for c, n in zip(contexts, sizes, strict=True)])
+    starts = [span.first_position for span in spans]
+    positions_C = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, contexts, strict=True)])
+    ends = [s + c + n for s, c, n in zip(starts, contexts, sizes, strict=True)]
+    positions_N = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, sizes, strict=True)])
     span_C = torch.arange(len(spans)).repeat_interleave(torch.tensor(contexts))
     span_N = _per_row(range(len(spans)), spans)
-    ends_N = _per_row([c + n for c, n in zip(contexts, sizes, strict=True)], spans)
+    ends_N = _per_row(ends, spans)
     return Layout(
         context_ids_C=torch.cat([span.read_ids_S[: span.num_context] for span in spans]),
         context_positions_C=positions_C.to(device),
@@ -89,7 +101,7 @@ def lay_out(spans: Sequence[Span]) -> Layout:
         counts_N=torch.cat([span.counts_N for span in spans]),
         temperatures_N=_per_row([span.temperature for span in spans], spans).to(device),
         is_fresh_N=_per_row([span.is_fresh for span in spans], spans).to(device),
-        is_visible_CC=((span_C[:, None] == span_C) & (positions_C[:, None] >= positions_C)).to(device),
+        context_sizes=tuple(contexts),
         is_visible_NC=(span_N[:, None] == span_C).to(device),
         is_visible_NN=((span_N[:, None] == span_N) & (positions_N[:, None] >= positions_N)).to(device),
     )
@@ -126,6 +138,15 @@ def _span(
         counts_N=torch.tensor(counts[first - records[0].start :], device=states.device),
         temperature=records[0].temperature,
         is_fresh=is_fresh,
+    )
+
+
+def _shortened(span: Span, max_context: int) -> Span:
+    left_out = max(0, span.num_context - max_context)
+    return span._replace(
+        read_ids_S=span.read_ids_S[left_out:],
+        features_SD=span.features_SD[left_out:],
+        first_position=span.first_position + left_out,
     )
 
 

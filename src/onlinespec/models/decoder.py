@@ -7,6 +7,7 @@ other), M rows whose logits are wanted, V vocabulary, D hidden size, G key-value
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,6 @@ class Decoder(Model[KVCache]):
         ]
         self._norm = weights["model.norm.weight"]
         self.head_VD = weights.get("lm_head.weight", self.embedding_VD)
-        self._head: Linear = self.make_linear(self.head_VD, None)
         self._rotary = RotaryTables(config.layer.rope, config.layer.head_dim, self.device)
         self._windows = set(config.windows) or {None}
         self.num_forwards = 0
@@ -86,7 +86,14 @@ class Decoder(Model[KVCache]):
         for slot, count in zip(slots, counts, strict=True):
             cache.extend(slot, count)
         hidden_ND = F.rms_norm(x_ND, (x_ND.shape[-1],), self._norm, self.config.layer.rms_norm_eps)
-        return Output(self.head(last_rows(hidden_ND, counts, num_logits)), hidden_ND, aux)
+        rows_MD = last_rows(hidden_ND, counts, num_logits)
+        logits_MV = self.head(rows_MD) if len(rows_MD) else rows_MD.new_empty(0, len(self.head_VD), dtype=torch.float32)
+        return Output(logits_MV, hidden_ND, aux)
+
+    @cached_property
+    def _head(self) -> Linear:
+        """Laid out when logits are first asked for: a drafter's states go through a head of its own."""
+        return self.make_linear(self.head_VD, None)
 
     def head(self, hidden_states_MD: Tensor) -> Tensor:
         return self._head(hidden_states_MD).float()
@@ -129,6 +136,26 @@ def plain_states(
             seen.insert(0, Seen(*past.keys_values[index], is_visible_NC))
         x_ND = plain_layer(config.layer, layer, x_ND, turns_NR, seen, product)
     return rms_norm(x_ND, weights["model.norm.weight"], config.layer.rms_norm_eps), keys_values
+
+
+def plain_keys_values_by_layer(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    x_SD: Tensor,
+    positions_S: Tensor,
+    product: Product = plain_product,
+    length: int = 0,
+) -> list[tuple[Tensor, Tensor]]:
+    """What one text leaves for rows after it, as in `plain_states`, without what only its own end would need."""
+    turns_SR, keys_values = turns_at(positions_S, config.layer, length), []
+    is_before_SS = positions_S[:, None] >= positions_S
+    for index in range(config.num_layers):
+        layer = layer_weights(weights, index)
+        keys_values.append(plain_keys_values(config.layer, layer, x_SD, turns_SR, product))
+        if index + 1 < config.num_layers:
+            is_visible_SS = _within(config.window(index), positions_S, positions_S, is_before_SS)
+            x_SD = plain_layer(config.layer, layer, x_SD, turns_SR, [Seen(*keys_values[-1], is_visible_SS)], product)
+    return keys_values
 
 
 def _within(window: int | None, positions_N: Tensor, positions_S: Tensor, is_visible_NS: Tensor) -> Tensor:
