@@ -254,14 +254,14 @@ def test_stopped_between_saving_and_clearing_up_it_only_clears_up(whole, target,
 
 def test_stopped_while_clearing_up_it_is_finished(target, data, tmp_path, monkeypatch):
     def torn(folder):
-        folder.rename(folder.with_name(folder.name + ".old"))
+        folder.rename(module._removed(folder))
         raise Stop
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_discard", torn)
         with pytest.raises(Stop):
             Distilling(target, settings_for(data, epochs=1), tmp_path / "d").run()
-    assert (tmp_path / "d.work.old").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"d", ".d.work.removed"}
     with pytest.raises(ValueError, match="holds a drafter already"):
         Distilling(target, settings_for(data, epochs=1), tmp_path / "d")
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
@@ -328,10 +328,11 @@ def by_command(folder, data, tmp_path_factory):
     ("how", "status", "sign"),
     [
         (signal.SIGKILL, -9, "answers/00000000.safetensors"),
+        (signal.SIGINT, 130, "answers/00000008.safetensors"),
         (signal.SIGKILL, -9, "training/checkpoint.pt"),
         (signal.SIGINT, 130, "training/checkpoint.pt"),
     ],
-    ids=["killed while answering", "killed while training", "Ctrl-C while training"],
+    ids=["killed while answering", "Ctrl-C while answering", "killed while training", "Ctrl-C while training"],
 )
 def test_a_process_stopped_at_work_ends_as_if_nothing_had_been(how, status, sign, folder, data, by_command, tmp_path):
     out, work = tmp_path / "stopped", tmp_path / "stopped.work"
@@ -489,6 +490,15 @@ def test_a_folder_of_someone_else_is_left_alone(target, data, tmp_path):
         with pytest.raises(ValueError, match="no drafter of ours; choose another --out"):
             Distilling(target, settings_for(data), tmp_path / "d", restart)
     assert (tmp_path / "d" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_work_folder_of_someone_else_is_left_alone(target, data, tmp_path):
+    (tmp_path / "d.work").mkdir()
+    (tmp_path / "d.work" / "thesis.txt").write_text("precious")
+    for restart in (False, True):
+        with pytest.raises(ValueError, match=r"d\.work, where the work would lie, holds something else"):
+            Distilling(target, settings_for(data), tmp_path / "d", restart)
+    assert (tmp_path / "d.work" / "thesis.txt").read_text() == "precious"
 
 
 def test_too_few_prompts_and_drafters_that_do_not_learn_are_refused(target, data, tmp_path):

@@ -213,7 +213,7 @@ def told_if_full(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
             f"{path} can't be written ({reason}); make room, then the same command goes on with what was written before"
         ) from error

@@ -44,6 +44,8 @@ _CHECKPOINT_SHARE = 0.1  # most of the time that writing them may take
 _ANSWERING_SHARE = 0.6  # of a time limit: what the target may take for its answers
 _FULL_STEP_SIZE = 2e-3  # up to so many weights that learn; above, it falls with the square root of their number
 _FULL_STEP_WEIGHTS = 2e6
+# In the work folder:
+_OURS = {"settings.json", "settings.partial", "finished.json", "finished.partial", "answers", "training"}
 _DECIDE_ANSWERS = ("target", "dtype", "prompts", "temperature", "max_new_tokens", "seed")  # and nothing else
 
 
@@ -270,8 +272,10 @@ class Distilling:
         tuning, is_same_place = self.settings.tuning, Path(self.settings.drafter).absolute() == self.out
         if tuning and tuning.what == "adapters" and is_same_place:
             raise ValueError(f"adapters refer to {self.out}, so they can't be written over it; choose another --out")
-        for left in (self.work / "training.old", self.work.with_name(self.work.name + ".old")):
-            shutil.rmtree(left, ignore_errors=True)  # a kill stopped its removal
+        for place in (self.work / "training", self.work):
+            shutil.rmtree(_removed(place), ignore_errors=True)  # whose removal a kill stopped
+        if self.work.exists() and not (self.work.is_dir() and {path.name for path in self.work.iterdir()} <= _OURS):
+            raise ValueError(f"{self.work}, where the work would lie, holds something else; choose another --out")
         is_finished = not self.work.exists() or (self.work / "finished.json").is_file()
         if (self.out / SIDE_FILE).is_file() and is_finished and not restart:
             raise ValueError(f"{self.out} holds a drafter already; choose another --out, or --restart to make it anew")
@@ -548,7 +552,10 @@ def _write(path: Path, text: str) -> None:
 
 def _discard(folder: Path) -> None:
     """Removes a folder. It is gone from its place at once, whatever stops the removal."""
-    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(_removed(folder))
+        shutil.rmtree(_removed(folder), ignore_errors=True)
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.removed")
