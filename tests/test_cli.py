@@ -16,7 +16,7 @@ from rich.console import Console
 
 import onlinespec.decode
 from onlinespec import demo
-from onlinespec.cli import checks, compare, dispatch, progress
+from onlinespec.cli import checks, compare, dispatch, distill, progress
 from onlinespec.compare import Comparing, Comparison, Progress
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Verdict
@@ -230,7 +230,7 @@ def test_the_missing_package_for_hub_data_is_named(run, monkeypatch):
     assert_refused(run("compare", "target", "--data", "hf:some/thing"), 'pip install "onlinespec[hub]"')
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "compare", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "generate", "compare", "distill", "inspect"])
 def test_help_names_every_choice_and_no_python(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0
@@ -509,6 +509,94 @@ def test_inspect_shows_target_and_drafter(run):
     status, out, err = run("inspect", "drafter")
     assert (status, err) == (0, "")
     assert "drafter (eagle)" in out
+
+
+# --- distill ---
+
+
+@pytest.fixture
+def prompts(files):
+    path = files / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"count {i % 20}"}) + "\n" for i in range(25)))
+    return ("distill", "target", "--data", "prompts.jsonl", "--num-requests", "0", "--max-new-tokens", "12")
+
+
+def test_distilling_tells_what_it_brought_and_leaves_a_drafter_with_its_history(run, prompts, tmp_path):
+    out = tmp_path / "d"
+    status, shown, err = run(*prompts, "--out", out, "--epochs", "3", "--step-size", "1e-2")
+    assert status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    for words in (
+        "before",
+        "after epoch 3",
+        "20 prompts in 240 tokens",
+        "5 left out as repetitions",
+        "9 steps",
+        "0.01",
+    ):
+        assert words in shown
+    assert f"onlinespec compare target --drafter {out} --data prompts.jsonl" in shown
+    lines = [line.partition(" ")[0] for line in err.splitlines()]
+    assert lines[0] == "answering"
+    assert lines[-1] == "training"
+    assert "20/20" in err
+    assert "9/9" in err
+    assert "240 tokens of the target's answers to 20" in " ".join(run("inspect", out)[1].split())
+    assert_refused(run(*prompts, "--out", out), "holds a drafter already", "--restart")
+    assert run("generate", "target", "-p", "hi", "--drafter", out, "--max-new-tokens", "4")[0] == 0
+
+
+def test_a_stopped_distillation_says_how_to_go_on(run, prompts, tmp_path, monkeypatch):
+    def interrupted(self, requests):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeLoop, "step", interrupted)
+        status, shown, err = run(*prompts, "--out", tmp_path / "d", "--restart")
+    assert (status, shown) == (130, "")
+    assert f"the same command without --restart goes on with what is in {tmp_path / 'd.work'}" in err
+    assert run(*prompts, "--out", tmp_path / "d", "--epochs", "1")[0] == 2, "another command"
+    assert run(*prompts, "--out", tmp_path / "d")[0] == 0
+
+
+def test_training_that_brings_nothing_says_so(run, prompts, tmp_path):
+    status, _, err = run(*prompts, "--out", tmp_path / "d", "--step-size", "1e-30", "--epochs", "1")
+    assert status == 0
+    assert "training brought nothing" in " ".join(err.split())
+
+
+def distill_event(phase, done, rate, *scores):
+    return distill.Progress(phase, done, 400, rate, tuple(distill.Score(1.5, 3.2, i, i) for i in range(len(scores))))
+
+
+def test_a_log_of_distilling_gets_a_line_per_phase_score_and_quarter_minute(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(distill, "monotonic", lambda: now[0])
+    with distill.shown() as on_progress:
+        for done in (0, 8, 16, 24):
+            on_progress(distill_event("answering", done, "70 tokens/s"))
+            now[0] += 10.0
+        on_progress(distill_event("scoring", 3, ""))
+        for done, scores in ((1, "a"), (2, "a"), (100, "ab"), (101, "ab")):
+            on_progress(distill_event("training", done, "500 rows/s", *scores))
+    assert capsys.readouterr().err.splitlines() == [
+        "answering 0/400 70 tokens/s",
+        "answering 16/400 70 tokens/s, 0:08:00 left",
+        "training 1/400 500 rows/s, acceptance length 1.50 before",
+        "training 100/400 500 rows/s, acceptance length 1.50 after epoch 1, 0:00:00 left",
+    ]
+
+
+def test_the_bars_of_distilling_fit_in_80_columns(monkeypatch):
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, force_terminal=True, force_interactive=True, color_system=None)
+    monkeypatch.setattr(distill, "err", console)
+    with distill.shown() as on_progress:
+        on_progress(distill_event("answering", 400, "1234 tokens/s"))
+        on_progress(distill_event("training", 399, "12345 rows/s", "a", "b"))
+    last = shown.getvalue().split("\x1b[2K")[-1]
+    assert "12345 rows/s, 1.50 after epoch 1" in last
+    assert "…" not in last
 
 
 # --- as a process ---

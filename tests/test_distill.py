@@ -12,8 +12,10 @@ import pytest
 import rigs
 import torch
 from checkpoints import save_tiny
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import onlinespec.answers
 from onlinespec import distill as module
 from onlinespec.answers import Answers
 from onlinespec.config import GenerationParams, SamplingParams, Tuning
@@ -109,7 +111,7 @@ def test_training_never_runs_the_target(target, data, tmp_path, monkeypatch):
 def test_prompts_longer_than_the_context_are_skipped_and_counted(tmp_path):
     small = load_target(save_tiny(tmp_path / "target", max_position_embeddings=64))
     path = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "x" * (100 if i % 3 == 0 else 20)} for i in range(30)]
+    rows = [{"prompt": f"{i} " + "x" * (100 if i % 3 == 0 else 20)} for i in range(30)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     outcome = Distilling(small, settings_for(str(path)), tmp_path / "d").run()
     assert (outcome.num_prompts, outcome.num_skipped) == (20, 10)
@@ -156,14 +158,30 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+def halt(*_):
+    raise Stop
+
+
+@pytest.fixture(scope="module", params=TRAINABLE)
+def whole(request, target, data, tmp_path_factory):
+    """A run that no one disturbed, of each family."""
+    settings = settings_for(data, request.param)
+    return settings, Distilling(target, settings, tmp_path_factory.mktemp("whole") / "d").run()
+
+
+def assert_same_weights(folder, other):
+    expected, found = weights_of(other), weights_of(folder)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize(
     "moment", [("answering", 8), ("answering", 24), ("training", 1), ("training", 5), ("training", 9)]
 )
-def test_stopped_anywhere_it_ends_with_the_same_weights(name, moment, target, data, tmp_path, monkeypatch):
+def test_stopped_anywhere_it_ends_with_the_same_weights(whole, moment, target, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", 0.0)
-    settings = settings_for(data, name)
-    whole = Distilling(target, settings, tmp_path / "whole").run()
+    monkeypatch.setattr(module, "_CHECKPOINT_SHARE", 1e9)
+    settings, undisturbed = whole
 
     def stop(event):
         if (event.phase, event.done) == moment:
@@ -175,11 +193,104 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(name, moment, target, da
     assert again.is_resumed
     seen = []
     resumed = again.run(lambda event: seen.append((event.phase, event.done)))
-    assert resumed.scores == whole.scores
-    expected, found = weights_of(whole.folder), weights_of(tmp_path / "stopped")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert resumed.scores == undisturbed.scores
+    assert_same_weights(tmp_path / "stopped", undisturbed.folder)
     first_step = min((done for phase, done in seen if phase == "training"), default=0)
     assert first_step == (moment[1] + 1 if moment[0] == "training" else 1), "training goes on behind its checkpoint"
+
+
+@pytest.mark.parametrize("moment", [("training", 3), ("scoring", 4), ("training", 7)])
+def test_ctrl_c_keeps_the_step_that_was_reached_without_waiting_for_a_checkpoint(whole, moment, target, tmp_path):
+    settings, undisturbed = whole
+    seen = []
+
+    def stop(event):
+        seen.append((event.phase, event.done))
+        if seen[-1] == moment:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Distilling(target, settings, tmp_path / "d").run(stop)
+    reached = max((done for phase, done in seen if phase == "training"), default=0)
+    again = []
+    Distilling(target, settings, tmp_path / "d").run(lambda event: again.append((event.phase, event.done)))
+    assert min(done for phase, done in again if phase == "training") == reached + 1
+    assert_same_weights(tmp_path / "d", undisturbed.folder)
+
+
+def test_ctrl_c_amid_a_move_of_the_weights_goes_back_to_the_last_checkpoint(whole, target, tmp_path, monkeypatch):
+    settings, undisturbed = whole
+    step, count = torch.optim.AdamW.step, []
+
+    def torn(optimizer):
+        step(optimizer)
+        count.append(1)
+        if len(count) == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", torn)
+        with pytest.raises(KeyboardInterrupt):
+            Distilling(target, settings, tmp_path / "d").run()
+    again = []
+    Distilling(target, settings, tmp_path / "d").run(lambda event: again.append((event.phase, event.done)))
+    assert min(done for phase, done in again if phase == "training") == 6, "behind the checkpoint of the first epoch"
+    assert_same_weights(tmp_path / "d", undisturbed.folder)
+
+
+def test_stopped_between_saving_and_clearing_up_it_only_clears_up(whole, target, tmp_path, monkeypatch):
+    settings, undisturbed = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_discard", halt)
+        with pytest.raises(Stop):
+            Distilling(target, settings, tmp_path / "d").run()
+    seen = []
+    outcome = Distilling(target, settings, tmp_path / "d").run(lambda event: seen.append((event.phase, event.done)))
+    assert seen == [("answering", 30)]
+    assert outcome.scores == undisturbed.scores
+    assert_same_weights(tmp_path / "d", undisturbed.folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_stopped_while_clearing_up_it_is_finished(target, data, tmp_path, monkeypatch):
+    def torn(folder):
+        folder.rename(folder.with_name(folder.name + ".old"))
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_discard", torn)
+        with pytest.raises(Stop):
+            Distilling(target, settings_for(data, epochs=1), tmp_path / "d").run()
+    assert (tmp_path / "d.work.old").exists()
+    with pytest.raises(ValueError, match="holds a drafter already"):
+        Distilling(target, settings_for(data, epochs=1), tmp_path / "d")
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("writer", ["save_file", "save"], ids=["answers", "checkpoint"])
+def test_a_full_disk_loses_nothing_that_was_written(writer, whole, target, tmp_path, monkeypatch):
+    settings, undisturbed = whole
+    place = onlinespec.answers if writer == "save_file" else torch
+    write, count = getattr(place, writer), []
+
+    def full(content, path, **more):
+        count.append(1)
+        if len(count) == 2:
+            path.write_bytes(b"half of it")
+            raise (
+                SafetensorError("I/O error: no space left") if writer == "save_file" else RuntimeError("failed writing")
+            )
+        write(content, path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, writer, full)
+        with pytest.raises(OSError, match=r"can't be written .*; make room, then the same command goes on"):
+            Distilling(target, settings, tmp_path / "d").run()
+    assert not list(tmp_path.rglob("*.partial"))
+    resumed = Distilling(target, settings, tmp_path / "d")
+    assert len(resumed._answers) == (8 if writer == "save_file" else 30)
+    resumed.run()
+    assert_same_weights(tmp_path / "d", undisturbed.folder)
 
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -188,7 +299,7 @@ import sys, time, torch
 from onlinespec import distill as module
 from onlinespec.cli import main
 torch.set_num_threads(1)
-module._CHECKPOINT_SECONDS = 0.0
+module._CHECKPOINT_SECONDS, module._CHECKPOINT_SHARE = 0.0, 1e9
 step = module.Distilling._step
 def slowly(self, *args):
     time.sleep(0.02)
@@ -240,6 +351,46 @@ def test_a_process_stopped_at_work_ends_as_if_nothing_had_been(how, status, sign
     assert all(torch.equal(found[key], by_command[key]) for key in by_command)
 
 
+# A time limit
+
+
+def test_out_of_time_it_answers_and_trains_on_fewer_and_saves(target, data, tmp_path):
+    outcome = Distilling(target, settings_for(data, minutes=1e-6), tmp_path / "d").run()
+    assert (outcome.num_prompts, outcome.num_steps, outcome.ended_by) == (16, 1, "minutes")
+    assert load_drafter(tmp_path / "d", target).is_trainable
+
+
+def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, data, tmp_path, monkeypatch):
+    class Clock(module._Clock):
+        ticks = 0
+
+        @property
+        def now(self):
+            Clock.ticks += 1
+            return float(Clock.ticks)
+
+    step, step_sizes = Distilling._step, []
+
+    def seen(self, state, optimizer, chosen):
+        step_sizes.append(optimizer.param_groups[0]["lr"])
+        step(self, state, optimizer, chosen)
+
+    monkeypatch.setattr(module, "_Clock", Clock)
+    monkeypatch.setattr(Distilling, "_step", seen)
+    outcome = Distilling(target, settings_for(data, epochs=100, patience=99, minutes=2.0), tmp_path / "d").run()
+    assert outcome.ended_by == "minutes"
+    assert 50 < outcome.num_steps == len(step_sizes) < 120
+    assert outcome.scores[-1].step == outcome.num_steps, "the last weights are measured too"
+    assert max(step_sizes) == 5e-3
+    assert step_sizes[-1] < 0.02 * max(step_sizes)
+
+
+@pytest.mark.parametrize(("num_weights", "step_size"), [(900_000, 2e-3), (2_000_000, 2e-3), (200_000_000, 2e-4)])
+def test_the_step_size_follows_the_drafters_size(num_weights, step_size):
+    weights = {"one": torch.empty(num_weights // 2), "other": torch.empty(num_weights // 2)}
+    assert module._step_size_for(weights) == pytest.approx(step_size)
+
+
 # Refusals
 
 
@@ -256,7 +407,66 @@ def test_work_of_other_settings_is_not_gone_on_with(target, data, tmp_path, chan
     with pytest.raises(ValueError, match=rf"{message}; choose another --out, or --restart"):
         Distilling(target, settings_for(data, **changes), tmp_path / "d")
     fresh = Distilling(target, settings_for(data, **changes), tmp_path / "d", restart=True)
-    assert not fresh.is_resumed
+    assert fresh.is_resumed == ("seed" not in changes), "answers that would come out the same are kept"
+
+
+def test_prompts_that_changed_in_their_file_are_not_gone_on_with(target, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    Distilling(target, settings_for(str(path)), tmp_path / "d")._answer()
+    path.write_text("".join(json.dumps({"prompt": prompt + "!"}) + "\n" for prompt in PROMPTS))
+    with pytest.raises(ValueError, match=r"is of a run with prompts .*, or --restart"):
+        Distilling(target, settings_for(str(path)), tmp_path / "d")
+    assert not Distilling(target, settings_for(str(path)), tmp_path / "d", restart=True).is_resumed
+
+
+def test_a_drafter_that_changed_in_its_folder_is_not_gone_on_with(target, data, tmp_path):
+    settings = settings_for(data, str(tmp_path / "saved"))
+    load_drafter("eagle", target).save(tmp_path / "saved")
+    Distilling(target, settings, tmp_path / "d")._answer()
+    load_drafter("eagle", target, seed=1).save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is of a run with drafter_weights"):
+        Distilling(target, settings, tmp_path / "d")
+
+
+def test_a_drafter_may_be_trained_on_in_its_own_folder(target, data, tmp_path, monkeypatch):
+    folder = tmp_path / "d"
+    settings = settings_for(data, str(folder), epochs=1)
+    load_drafter("eagle", target).save(folder)
+    with pytest.raises(ValueError, match="holds a drafter already"):
+        Distilling(target, settings, folder)
+    stopped = Distilling(target, settings, folder, restart=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_discard", halt)
+        with pytest.raises(Stop):
+            stopped.run()
+    saved = weights_of(folder)
+    Distilling(target, settings, folder).run()
+    assert all(torch.equal(saved[name], p) for name, p in weights_of(folder).items())
+    drafter = load_drafter(folder, target)
+    assert drafter.weights.version == 1
+    assert "d, weights version" in drafter.notes["distilled_from"]
+
+
+def test_text_that_was_kept_serves_another_training_without_the_target(target, data, tmp_path, monkeypatch):
+    settings = settings_for(data, epochs=1)
+    Distilling(target, settings, tmp_path / "d").run(keep_text=True)
+    assert not (tmp_path / "d.work" / "training").exists()
+    with pytest.raises(ValueError, match="holds a drafter already"):
+        Distilling(target, settings, tmp_path / "d")
+    monkeypatch.setattr(Answers, "_started", lambda *_: pytest.fail("the target was asked"))
+    other = Distilling(target, replace(settings, drafter="small_lm", epochs=2), tmp_path / "d", restart=True).run()
+    assert other.num_prompts == 30
+    assert not (tmp_path / "d.work").exists()
+
+
+def test_no_prompt_is_both_trained_on_and_left_out(target, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS[:15] * 2))
+    outcome = Distilling(target, settings_for(str(path), epochs=1), tmp_path / "d").run()
+    assert (outcome.num_prompts, outcome.num_repeated) == (15, 15)
+    with pytest.raises(ValueError, match=r"hold 9 prompts \(9 more repeat one\), at least 12"):
+        Distilling(target, replace(settings_for(str(path)), data=(str(path),) * 2, num_requests=(9,)), tmp_path / "few")
 
 
 def test_work_on_another_target_is_not_gone_on_with(target, data, tmp_path):
@@ -302,9 +512,20 @@ def test_a_damaged_shard_is_named_with_the_way_out(target, data, tmp_path):
 
 def test_weights_that_blow_up_end_the_run_with_the_way_out(target, data, tmp_path):
     with pytest.raises(
-        FloatingPointError, match=r"not finite after \d+ steps; choose a smaller --step-size than 1e\+30"
+        FloatingPointError, match=r"not finite after \d+ steps; choose a smaller --step-size than 1e\+30, and --restart"
     ):
         Distilling(target, settings_for(data, step_size=1e30), tmp_path / "d").run()
+    again = Distilling(target, settings_for(data, step_size=1e-3), tmp_path / "d", restart=True)
+    assert len(again._answers) == 30
+
+
+def test_equal_acceptance_is_decided_by_the_loss(target, data, tmp_path, monkeypatch):
+    """A drafter that is still cold learns for a while before any of its drafts is kept."""
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.6, 1.0])
+    monkeypatch.setattr(Distilling, "_score", lambda self, state, *_: Score(1.0, next(losses), 0, state.step))
+    outcome = Distilling(target, settings_for(data, epochs=9, patience=2), tmp_path / "d").run()
+    assert [score.loss for score in outcome.scores] == [5.0, 4.0, 3.0, 3.5, 3.6]
+    assert (outcome.best.loss, outcome.ended_by) == (3.0, "patience")
 
 
 @pytest.mark.parametrize(

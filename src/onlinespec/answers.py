@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,7 @@ class Answers:
         self._places: list[_Place] = []
         self.num_prompts = 0  # asked so far, those that were too long included
         self.num_skipped = 0
+        self.seconds = 0.0  # that the answers took, whichever process made them
         for shard in sorted(folder.glob("*.safetensors")):
             self._take(shard)
 
@@ -72,19 +75,29 @@ class Answers:
         self,
         prompts: Sequence[Prompt],
         params_of: Callable[[int], GenerationParams],
-        on_progress: Callable[[], None] = lambda: None,
+        on_progress: Callable[[int], None] = lambda num_tokens: None,
+        has_time: Callable[[], bool] = lambda: True,
     ) -> None:
         """Has the target answer the prompts that it has not answered yet, in their order.
 
         Args:
             params_of: How to answer the prompt at a place of the stream.
+            on_progress: Told after every step how many tokens this call has had answered, those under way included.
+            has_time: Asked before every shard.
         """
-        while self.num_prompts < len(prompts):
-            first = self.num_prompts
+        num_tokens = 0
+        on_progress(num_tokens)
+        while self.num_prompts < len(prompts) and has_time():
+            first, began, before = self.num_prompts, time.monotonic(), num_tokens
             chosen = prompts[first : first + _AT_ONCE]
-            requests = list(self._answered(chosen, [params_of(first + i) for i in range(len(chosen))]))
-            self._write(first, len(chosen), requests)
-            on_progress()
+            loop = DecodeLoop(self._target)  # of its own: a shard depends on nothing that ran before
+            requests = self._started(loop, chosen, [params_of(first + i) for i in range(len(chosen))])
+            while running := [request for request in requests if not request.finish_reason]:
+                loop.step(running)
+                num_tokens = before + sum(len(request.output_ids) for request in requests)
+                on_progress(num_tokens)
+            self._write(first, len(chosen), requests, time.monotonic() - began)
+            on_progress(num_tokens)
 
     def recorded(self, index: int) -> Recorded:
         """An answer, with its states."""
@@ -124,8 +137,10 @@ class Answers:
             is_last=True,
         )
 
-    def _answered(self, prompts: Sequence[Prompt], params: Sequence[GenerationParams]) -> Iterator[Request]:
-        loop = DecodeLoop(self._target)
+    def _started(
+        self, loop: DecodeLoop, prompts: Sequence[Prompt], params: Sequence[GenerationParams]
+    ) -> list[Request]:
+        """Requests of a shard; prompts without room for an answer are left out."""
         requests = []
         for prompt, its_params in zip(prompts, params, strict=True):
             try:
@@ -133,13 +148,9 @@ class Answers:
                 requests.append(loop.start(ids, its_params, request_id=prompt.id, domain=prompt.domain))
             except ContextOverflow:
                 continue
-        while running := [request for request in requests if not request.finish_reason]:
-            loop.step(running)
-        for request in requests:
-            loop.finish(request)
-            yield request
+        return requests
 
-    def _write(self, first: int, num_prompts: int, requests: Sequence[Request]) -> None:
+    def _write(self, first: int, num_prompts: int, requests: Sequence[Request], seconds: float) -> None:
         tensors, known = {}, []
         for i, request in enumerate(requests):
             trace = request.trace
@@ -155,11 +166,10 @@ class Answers:
                     "temperature": request.params.sampling.temperature,
                 }
             )
-        facts = {"target": self._target.fingerprint, "num_prompts": num_prompts, "answers": known}
+        facts = {"target": self._target.fingerprint, "num_prompts": num_prompts, "seconds": seconds, "answers": known}
         shard = self.folder / f"{first:08d}.safetensors"
-        partial = shard.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"onlinespec": json.dumps(facts)})
-        os.replace(partial, shard)
+        with written(shard) as partial:
+            save_file(tensors, partial, metadata={"onlinespec": json.dumps(facts)})
         self._take(shard)
 
     def _take(self, shard: Path) -> None:
@@ -177,4 +187,33 @@ class Answers:
             raise ValueError(f"{self.folder} lacks the shard before {shard.name}; of {shard.name}: {_DELETE}")
         self._places += [_Place(shard, i, **known) for i, known in enumerate(facts["answers"])]
         self.num_prompts += facts["num_prompts"]
+        self.seconds += facts.get("seconds", 0.0)
         self.num_skipped += facts["num_prompts"] - len(facts["answers"])
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Gives a place beside a file, which takes the file's place when all is written: it is there whole or not at all.
+
+    Raises:
+        OSError: saying what to do, if it can't be written.
+    """
+    partial = path.with_suffix(".partial")
+    with told_if_full(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def told_if_full(path: Path) -> Iterator[None]:
+    """Turns what the writers of tensors raise where a disk is full into an OSError with the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"{path} can't be written ({reason}); make room, then the same command goes on with what was written before"
+        ) from error

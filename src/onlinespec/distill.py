@@ -10,12 +10,12 @@ Reference: text of the target itself as training text, as in Online Speculative 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,14 +24,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from onlinespec.answers import Answers
+from onlinespec.answers import Answers, told_if_full, written
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats, DrafterWeights, Params
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
-from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
 from onlinespec.models.loading import Target
 from onlinespec.recording import Replaying
@@ -40,6 +40,11 @@ from onlinespec.workloads import Prompt, load_workload
 
 _LEAST_HELD_OUT = 8
 _CHECKPOINT_SECONDS = 20.0
+_CHECKPOINT_SHARE = 0.1  # most of the time that writing them may take
+_ANSWERING_SHARE = 0.6  # of a time limit: what the target may take for its answers
+_FULL_STEP_SIZE = 2e-3  # up to so many weights that learn; above, it falls with the square root of their number
+_FULL_STEP_WEIGHTS = 2e6
+_DECIDE_ANSWERS = ("target", "dtype", "prompts", "temperature", "max_new_tokens", "seed")  # and nothing else
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ class Distillation:
     epochs: int = 4
     patience: int = 2  # epochs without a longer acceptance before it stops
     batch_requests: int = 4
-    step_size: float = 2e-3
+    step_size: float | None = None  # None: by the drafter's size, 2e-3 for a million weights, 3e-4 for a hundred
     loss: str = "soft_cross_entropy"
+    minutes: float = 0.0  # for the whole, about: answers and then the epochs are cut to it; 0 for no limit
     tuning: Tuning | None = None
     seed: int = 0
 
@@ -83,8 +89,10 @@ class Distillation:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {at_least}")
         if self.num_draft_tokens > MAX_DRAFT_TOKENS:
             raise ValueError(f"num_draft_tokens is {self.num_draft_tokens}; it must be at most {MAX_DRAFT_TOKENS}")
-        if not 0 < self.step_size < math.inf:
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise ValueError(f"step_size is {self.step_size}; it must be positive")
+        if not 0 <= self.minutes < math.inf:
+            raise ValueError(f"minutes is {self.minutes}; it must be 0 (no limit) or a positive number")
         if min(self.num_requests) < 0:
             raise ValueError(f"num_requests is {min(self.num_requests)}; it must be at least 0")
         for spec, count in self.parts:
@@ -112,7 +120,12 @@ class Score:
 
     acceptance_length: float
     loss: float  # nats per row, at the first depth
-    epoch: int  # 0 is before
+    epoch: int  # after which, or in which if time ran out; 0 is before
+    step: int = 0  # of training, after which
+
+    def beats(self, other: Score) -> bool:
+        """Longer acceptance; of equal ones the smaller loss: a cold drafter learns before it shows."""
+        return (self.acceptance_length, -self.loss) > (other.acceptance_length, -other.loss)
 
 
 @dataclass(frozen=True)
@@ -134,11 +147,14 @@ class Outcome:
     scores: tuple[Score, ...]  # before, and after every epoch
     best: Score
     num_prompts: int
-    num_skipped: int
+    num_skipped: int  # longer than the context
+    num_repeated: int  # word for word as an earlier one
     num_tokens: int  # of all answers
     num_held_out: int
     num_steps: int
-    seconds: dict[str, float]  # by phase, of this and of interrupted runs as far as they were noted
+    step_size: float
+    ended_by: str  # "epochs", "patience" or "minutes"
+    seconds: dict[str, float]  # by phase, interrupted runs included as far as what they did was kept
 
 
 @dataclass
@@ -150,6 +166,16 @@ class _State:
     best: Params
     scores: list[Score]
     seconds: float
+    is_whole: bool = True  # false while a step or a score is being taken over
+    num_rows: int = 0  # trained by this process
+
+    @property
+    def best_score(self) -> Score:
+        """The first that no other beats."""
+        best = self.scores[0]
+        for score in self.scores[1:]:
+            best = score if score.beats(best) else best
+        return best
 
     @property
     def played(self) -> Params:
@@ -162,7 +188,7 @@ class Distilling:
 
     Args:
         out: The drafter's folder. Work lies beside it, in one of the same name and `.work`.
-        restart: Begin anew, whatever is there.
+        restart: Train anew, whatever is there. Answers are kept if they would come out the same.
 
     Raises:
         ValueError: if the drafter can't learn, `out` holds something else, or the work there is of other settings.
@@ -174,16 +200,19 @@ class Distilling:
         self._drafter = self._load()
         if not self._drafter.is_trainable:
             raise ValueError(f"drafter {distillation.drafter} does not learn; choose another, eagle say")
+        self.step_size = distillation.step_size or _step_size_for(self._drafter.weights.params)
         self._row_loss: RowLoss = resolve(LOSSES, distillation.loss, "loss")
         self._on_progress: Callable[[Progress], None] = lambda progress: None
-        self._prompts = list(self._stream())
+        self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
+        self._prompts, self.num_repeated = self._stream()
         needed = _LEAST_HELD_OUT + distillation.batch_requests
         if len(self._prompts) < needed:
+            told = f" ({self.num_repeated} more repeat one)" if self.num_repeated else ""
             raise ValueError(
-                f"{', '.join(distillation.data)} hold {len(self._prompts)} prompts, at least {needed} are needed, "
-                f"{_LEAST_HELD_OUT} of them to measure on; give more data, or a larger --num-requests"
+                f"{', '.join(distillation.data)} hold {len(self._prompts)} prompts{told}, at least {needed} are "
+                f"needed, {_LEAST_HELD_OUT} of them to measure on; give more data, or a larger --num-requests"
             )
-        self._claim(restart)
+        self._version = self._claim(restart)
         self._answers = Answers(self.work / "answers", target)
 
     @property
@@ -196,25 +225,33 @@ class Distilling:
 
         Raises:
             ValueError: if too few prompts were answered.
+            FloatingPointError: if training left the numbers.
+            OSError: if the disk is full, say; what was written before is kept.
         """
         self._on_progress = on_progress
-        answering = self._answer()
+        self._answer()
         trained, held_out = self._split()
-        state = self._train(trained, held_out)
-        best = max(state.scores, key=lambda score: score.acceptance_length)
+        state, ended_by = self._train(trained, held_out)
         outcome = Outcome(
             folder=self.out,
             scores=tuple(state.scores),
-            best=best,
+            best=state.best_score,
             num_prompts=len(self._answers),
             num_skipped=self._answers.num_skipped,
+            num_repeated=self.num_repeated,
             num_tokens=self._answers.num_tokens,
             num_held_out=len(held_out),
             num_steps=state.step,
-            seconds={"answering": answering, "training": state.seconds},
+            step_size=self.step_size,
+            ended_by=ended_by,
+            seconds={"answering": self._answers.seconds, "training": state.seconds},
         )
         self._save(state, outcome)
-        shutil.rmtree(self.work if not keep_text else self.work / "training", ignore_errors=True)
+        if keep_text:
+            _write(self.work / "finished.json", json.dumps(asdict(outcome.best), indent=2))
+            _discard(self.work / "training")
+        else:
+            _discard(self.work)
         return outcome
 
     # --- before it begins ---------------------------------------------------------------------------------------
@@ -222,53 +259,84 @@ class Distilling:
     def _load(self) -> Drafter:
         return load_drafter(self.settings.drafter, self.target, self.settings.seed, self.settings.tuning)
 
-    def _claim(self, restart: bool) -> None:
-        """Makes the work folder, or finds one of the same settings."""
+    def _claim(self, restart: bool) -> int:
+        """Makes the work folder, or finds one of the same settings; the version that the drafter will have."""
         if (
             self.out.exists()
             and not (self.out / SIDE_FILE).is_file()
             and (self.out.is_file() or any(self.out.iterdir()))
         ):
             raise ValueError(f"{self.out} holds something that is no drafter of ours; choose another --out")
-        if restart:
-            shutil.rmtree(self.work, ignore_errors=True)
-        elif (self.out / SIDE_FILE).is_file() and not self.work.exists():
+        tuning, is_same_place = self.settings.tuning, Path(self.settings.drafter).absolute() == self.out
+        if tuning and tuning.what == "adapters" and is_same_place:
+            raise ValueError(f"adapters refer to {self.out}, so they can't be written over it; choose another --out")
+        for left in (self.work / "training.old", self.work.with_name(self.work.name + ".old")):
+            shutil.rmtree(left, ignore_errors=True)  # a kill stopped its removal
+        is_finished = not self.work.exists() or (self.work / "finished.json").is_file()
+        if (self.out / SIDE_FILE).is_file() and is_finished and not restart:
             raise ValueError(f"{self.out} holds a drafter already; choose another --out, or --restart to make it anew")
-        noted, path = self._noted(), self.work / "settings.json"
-        if not path.is_file():
-            _write(path, json.dumps(noted, indent=2))
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        path = self.work / "settings.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        noted = self._noted()
+        if restart:
+            has_answers = before and all(before.get(name) == noted[name] for name in _DECIDE_ANSWERS)
+            for place in (self.work / "training",) if has_answers else (self.work,):
+                _discard(place)
+            (self.work / "finished.json").unlink(missing_ok=True)
+            before = {}
+        if not before:
+            version = self._drafter.weights.version + (self.settings.drafter not in DRAFTERS)
+            _write(path, json.dumps(noted | {"version": version}, indent=2))
+            return version
+        if (self.work / "training").exists():  # then weights come from there, and the drafter may be replaced already
+            noted["drafter_weights"] = before.get("drafter_weights")
         for name, value in noted.items():
             if before.get(name) != value:
                 raise ValueError(
                     f"{self.work} is of a run with {name} {before.get(name)!r}, this one has {value!r}; "
                     "choose another --out, or --restart to begin anew"
                 )
+        return int(before["version"])
 
     def _noted(self) -> dict[str, Any]:
         """All that decides how a run goes, as JSON gives it back."""
-        noted = asdict(self.settings) | {"target": self.target.fingerprint}
+        noted = asdict(self.settings) | {
+            "target": self.target.fingerprint,
+            "dtype": str(self.target.decoder.dtype),
+            "prompts": _digest(f"{prompt.id}\n{prompt.text}\n".encode() for prompt in self._prompts),
+            "drafter_weights": _digest(_bytes_of(p) for p in self._drafter.weights.params.values()),
+        }
         content: dict[str, Any] = json.loads(json.dumps(noted))
         return content
 
-    def _stream(self) -> Iterator[Prompt]:
+    def _stream(self) -> tuple[list[Prompt], int]:
+        """The prompts, and how many were left out for saying what an earlier one says: none may be in both parts."""
+        prompts: dict[str, Prompt] = {}
+        num_read = 0
         for spec, count in self.settings.parts:
-            yield from islice(load_workload(spec).prompts(self.settings.seed, split="train"), count or None)
+            for prompt in islice(load_workload(spec).prompts(self.settings.seed, split="train"), count or None):
+                prompts.setdefault(prompt.text, prompt)
+                num_read += 1
+        return list(prompts.values()), num_read - len(prompts)
 
     # --- phases -------------------------------------------------------------------------------------------------
 
-    def _answer(self) -> float:
-        began, before = time.monotonic(), self._answers.num_tokens
-        total = len(self._prompts)
+    def _answer(self) -> None:
+        began, total = time.monotonic(), len(self._prompts)
 
-        def tell() -> None:
-            seconds = time.monotonic() - began
-            rate = f"{(self._answers.num_tokens - before) / max(seconds, 1e-3):.0f} tokens/s"
+        def tell(num_tokens: int) -> None:
+            rate = f"{num_tokens / max(time.monotonic() - began, 1e-3):.0f} tokens/s" if num_tokens else ""
             self._on_progress(Progress("answering", self._answers.num_prompts, total, rate))
 
-        self._answers.ask(self._prompts, self.settings.params_of, tell)
-        return time.monotonic() - began
+        def has_time() -> bool:
+            is_enough = len(self._answers) >= _LEAST_HELD_OUT + self.settings.batch_requests
+            return not (is_enough and self._answers.seconds > self._seconds_for_all * _ANSWERING_SHARE)
+
+        self._answers.ask(self._prompts, self.settings.params_of, tell, has_time)
+
+    @property
+    def _seconds_for_all(self) -> float:
+        return self.settings.minutes * 60 or math.inf
 
     def _split(self) -> tuple[list[int], list[int]]:
         """Answers to train on, and those left out."""
@@ -283,62 +351,87 @@ class Distilling:
         held_out = sorted(Random(f"holdout/{self.settings.seed}").sample(range(count), num_held_out))
         return sorted(set(range(count)) - set(held_out)), held_out
 
-    def _train(self, trained: Sequence[int], held_out: Sequence[int]) -> _State:
-        settings = self.settings
+    def _train(self, trained: Sequence[int], held_out: Sequence[int]) -> tuple[_State, str]:
+        """What is left of it; the state at its end, and what ended it."""
         state, optimizer = self._resumed() or self._begun()
-        if not state.scores:
-            state.scores.append(self._score(state, held_out, 0))
-        steps_per_epoch = len(trained) // settings.batch_requests
-        num_steps = settings.epochs * steps_per_epoch
-        began, saved = time.monotonic() - state.seconds, time.monotonic()
-        first = state.step
-        while state.step < num_steps and not self._has_stalled(state):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.step_size * schedule(state.step / num_steps)
-            self._step(state, optimizer, self._chosen(trained, state.step, steps_per_epoch))
-            state.step += 1
-            state.seconds = time.monotonic() - began
-            if state.step % steps_per_epoch == 0:
-                self._end_epoch(state, held_out, state.step // steps_per_epoch)
-            if state.step == num_steps or time.monotonic() - saved > _CHECKPOINT_SECONDS or self._has_stalled(state):
+        try:
+            return state, self._steps(state, optimizer, trained, held_out)
+        except KeyboardInterrupt:
+            if state.is_whole:
                 self._checkpoint(state, optimizer)
-                saved = time.monotonic()
-            rate = f"{(state.step - first) * settings.batch_requests / max(state.seconds, 1e-3):.1f} answers/s"
+            raise
+
+    def _steps(
+        self, state: _State, optimizer: torch.optim.Optimizer, trained: Sequence[int], held_out: Sequence[int]
+    ) -> str:
+        clock, steps_per_epoch = _Clock(state.seconds), len(trained) // self.settings.batch_requests
+        num_steps = self.settings.epochs * steps_per_epoch
+        seconds = max(self._seconds_for_all - self._answers.seconds, self._seconds_for_all * (1 - _ANSWERING_SHARE))
+        saved, pause = clock.now, _CHECKPOINT_SECONDS
+        while True:
+            ended_by = "epochs" if state.step >= num_steps else "minutes" if state.seconds >= seconds else ""
+            if ended_by or state.step % steps_per_epoch == 0:
+                if not state.scores or state.scores[-1].step != state.step:
+                    self._take_score(state, held_out, -(-state.step // steps_per_epoch))
+                    state.seconds = clock.now
+                    self._checkpoint(state, optimizer)
+                ended_by = ended_by or ("patience" if self._has_stalled(state) else "")
+            if ended_by:
+                return ended_by
+            for group in optimizer.param_groups:
+                group["lr"] = self.step_size * schedule(max(state.step / num_steps, state.seconds / seconds))
+            self._step(state, optimizer, self._chosen(trained, state.step, steps_per_epoch))
+            state.seconds = clock.now
+            if state.seconds - saved >= pause:
+                self._checkpoint(state, optimizer)
+                saved = clock.now
+                pause = max(_CHECKPOINT_SECONDS, (saved - state.seconds) / _CHECKPOINT_SHARE)
+            rate = f"{state.num_rows / max(clock.since_start, 1e-3):.0f} rows/s"
             self._on_progress(Progress("training", state.step, num_steps, rate, tuple(state.scores)))
-        return state
 
     def _chosen(self, trained: Sequence[int], step: int, steps_per_epoch: int) -> list[int]:
         """The answers of a step: every epoch all of them, in an order of its own."""
         epoch, place = divmod(step, steps_per_epoch)
-        order = Random(f"epoch/{self.settings.seed}/{epoch}").sample(list(trained), len(trained))
+        if self._order[0] != epoch:
+            self._order = epoch, Random(f"epoch/{self.settings.seed}/{epoch}").sample(list(trained), len(trained))
         size = self.settings.batch_requests
-        return order[place * size : (place + 1) * size]
+        return self._order[1][place * size : (place + 1) * size]
 
     def _step(self, state: _State, optimizer: torch.optim.Optimizer, chosen: Sequence[int]) -> None:
         batch = self._drafter.batch([self._answers.feedback(i) for i in chosen])
-        if not batch:
-            return
-        optimizer.zero_grad()
-        self._drafter.loss(state.params, batch, self._row_loss).total.backward()
-        torch.nn.utils.clip_grad_norm_(state.params.values(), 1.0)
-        optimizer.step()
+        loss = self._drafter.loss(state.params, batch, self._row_loss) if batch else None
+        if loss:
+            self._check_finite(loss.total.detach(), "loss", state.step)
+            optimizer.zero_grad()
+            loss.total.backward()
+            torch.nn.utils.clip_grad_norm_(state.params.values(), 1.0)
+        state.is_whole = False
+        if loss:
+            optimizer.step()
+            state.num_rows += loss.num_rows
+        state.step += 1
+        state.is_whole = True
 
-    def _end_epoch(self, state: _State, held_out: Sequence[int], epoch: int) -> None:
-        if not is_finite(state.played):
-            raise FloatingPointError(
-                f"the weights are not finite after {state.step} steps; choose a smaller --step-size than "
-                f"{self.settings.step_size} and --restart"
-            )
+    def _take_score(self, state: _State, held_out: Sequence[int], epoch: int) -> None:
+        for p in state.played.values():
+            self._check_finite(p, "weights", state.step)
         score = self._score(state, held_out, epoch)
-        if score.acceptance_length > max(one.acceptance_length for one in state.scores):
+        state.is_whole = False
+        if state.scores and score.beats(state.best_score):
             state.best = {name: p.clone() for name, p in state.played.items()}
         state.scores.append(score)
+        state.is_whole = True
+
+    def _check_finite(self, numbers: Tensor, name: str, num_steps: int) -> None:
+        if not torch.isfinite(numbers).all():
+            raise FloatingPointError(
+                f"the {name} {'is' if name == 'loss' else 'are'} not finite after {num_steps} steps; choose a smaller "
+                f"--step-size than {self.step_size:g}, and --restart (which keeps the answers)"
+            )
 
     def _has_stalled(self, state: _State) -> bool:
         """Whether so many epochs brought nothing."""
-        lengths = [score.acceptance_length for score in state.scores]
-        best = lengths.index(max(lengths))
-        return len(lengths) - 1 - best >= self.settings.patience and len(lengths) > 1
+        return len(state.scores) - 1 - state.scores.index(state.best_score) >= self.settings.patience
 
     def _score(self, state: _State, held_out: Sequence[int], epoch: int) -> Score:
         """On the answers left out, by a drafter of its own: what it sees while drafting must not reach training."""
@@ -352,14 +445,14 @@ class Distilling:
                 if batch := self._drafter.batch([self._answers.feedback(index)]):
                     losses.append(self._drafter.loss(drafter.weights.params, batch, self._row_loss).fresh)
             self._on_progress(Progress("scoring", done, len(held_out), scores=tuple(state.scores)))
-        return Score(stats.acceptance_length, fmean(losses) if losses else math.nan, epoch)
+        return Score(stats.acceptance_length, fmean(losses) if losses else math.inf, epoch, state.step)
 
     # --- on disk ------------------------------------------------------------------------------------------------
 
     def _begun(self) -> tuple[_State, torch.optim.Optimizer]:
         start = self._drafter.weights.params
         params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
-        return _State(params, 0, dict(start), [], 0.0), _optimizer(params, self.settings.step_size)
+        return _State(params, 0, dict(start), [], 0.0), _optimizer(params, self.step_size)
 
     def _resumed(self) -> tuple[_State, torch.optim.Optimizer] | None:
         path = self.work / "training" / "checkpoint.pt"
@@ -370,7 +463,7 @@ class Distilling:
         except Exception as error:  # a damaged file fails in many ways
             raise ValueError(f"{path} can't be read ({error}); delete it to train from the start") from error
         params = {name: p.requires_grad_() for name, p in kept["params"].items()}
-        optimizer = _optimizer(params, self.settings.step_size)
+        optimizer = _optimizer(params, self.step_size)
         optimizer.load_state_dict(kept["optimizer"])
         scores = [Score(*score) for score in kept["scores"]]
         return _State(params, kept["step"], kept["best"], scores, kept["seconds"]), optimizer
@@ -383,25 +476,42 @@ class Distilling:
             "optimizer": optimizer.state_dict(),
             "best": state.best,
             "step": state.step,
-            "scores": [(s.acceptance_length, s.loss, s.epoch) for s in state.scores],
+            "scores": [(s.acceptance_length, s.loss, s.epoch, s.step) for s in state.scores],
             "seconds": state.seconds,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(content, partial)
-        os.replace(partial, path)
+        with written(path) as partial:
+            torch.save(content, partial)
 
     def _save(self, state: _State, outcome: Outcome) -> None:
         drafter = self._load()
-        drafter.swap(DrafterWeights(state.best, drafter.weights.version))
-        drafter.notes = {
+        start = drafter.weights.version
+        drafter.swap(DrafterWeights(state.best, self._version))
+        came_from = {"distilled_from": f"{self.settings.drafter}, weights version {start}"}
+        drafter.notes = (came_from if self.settings.drafter not in DRAFTERS else {}) | {
             "distilled_on": f"{outcome.num_tokens} tokens of the target's answers to {outcome.num_prompts} prompts of "
             f"{', '.join(self.settings.data)}",
-            "distilled_in": f"{outcome.num_steps} steps, the best after epoch {outcome.best.epoch}",
+            "distilled_in": f"{outcome.num_steps} steps, the best after {outcome.best.step}",
             "acceptance_length": f"{outcome.scores[0].acceptance_length:.2f} before, "
             f"{outcome.best.acceptance_length:.2f} after, {self.settings.num_draft_tokens} drafted, "
             f"on {outcome.num_held_out} answers left out",
         }
-        drafter.save(self.out)
+        with told_if_full(self.out):
+            drafter.save(self.out)
+
+
+class _Clock:
+    """Seconds of training: those of earlier processes and of this one."""
+
+    def __init__(self, before: float) -> None:
+        self._before, self._began = before, time.monotonic()
+
+    @property
+    def since_start(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def now(self) -> float:
+        return self._before + self.since_start
 
 
 def schedule(progress: float) -> float:
@@ -413,8 +523,32 @@ def _optimizer(params: Params, step_size: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params.values(), lr=step_size, betas=(0.9, 0.99), weight_decay=0.0)
 
 
+def _step_size_for(params: Params) -> float:
+    """By how many weights learn: 2e-3 up to two million, 2.8e-4 for a hundred million."""
+    num_weights = sum(p.numel() for p in params.values())
+    return _FULL_STEP_SIZE / max(1.0, math.sqrt(num_weights / _FULL_STEP_WEIGHTS))
+
+
+def _digest(pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(weights: Tensor) -> memoryview:
+    return weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with written(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder. It is gone from its place at once, whatever stops the removal."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)

@@ -247,8 +247,14 @@ class Distill:
     """Epochs without longer acceptance after which it stops; the best weights are kept."""
     batch_requests: int = 4
     """Answers per training step."""
-    step_size: float = 2e-3
-    """Rate of learning; 2e-3 suits drafters of about a million parameters, 2e-4 of a hundred million."""
+    step_size: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: by the drafter's size)")] = (
+        None
+    )
+    """Rate of learning: 2e-3 up to two million parameters that learn, then falling with the square root of their number
+    (3e-4 for a hundred million)."""
+    minutes: float = 0.0
+    """Time for the whole, about; a slower machine answers fewer prompts and trains less on them, the step size still
+    falling to zero. 0 is no limit."""
     loss: str = "soft_cross_entropy"
     """What is learned: soft_cross_entropy, auto, cross_entropy, mix, reverse_kl, jsd, total_variation."""
     tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
@@ -256,9 +262,9 @@ class Distill:
     adapter_rank: int = Tuning.rank
     """Rank of those adapters."""
     restart: bool = False
-    """Begin anew, whatever is in DIR and DIR.work."""
+    """Train anew, whatever is in DIR and DIR.work. Answers there are kept if they would come out the same."""
     keep_text: bool = False
-    """Leave the answers in DIR.work when done."""
+    """Leave the answers in DIR.work when done: with --restart another training takes them as they are."""
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from time import monotonic
 
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -14,9 +15,14 @@ from onlinespec.cli.arguments import Distill
 from onlinespec.cli.checks import check_parent, load, use
 from onlinespec.cli.terminal import err, interrupts_raised, out
 from onlinespec.config import Tuning
-from onlinespec.distill import Distillation, Distilling, Outcome, Progress
+from onlinespec.distill import Distillation, Distilling, Outcome, Progress, Score
 
 _SECONDS_BETWEEN_LINES = 15.0
+_ENDS = {
+    "epochs": "",
+    "patience": ", ended early: the last epochs brought nothing",
+    "minutes": ", cut short by --minutes",
+}
 
 
 def distill(command: Distill) -> int:
@@ -34,6 +40,7 @@ def distill(command: Distill) -> int:
         patience=command.patience,
         batch_requests=command.batch_requests,
         step_size=command.step_size,
+        minutes=command.minutes,
         loss=command.loss,
         tuning=Tuning(command.tune, command.adapter_rank) if command.tune else None,
         seed=command.machine.seed,
@@ -47,10 +54,11 @@ def _run(command: Distill, distilling: Distilling) -> int:
     if distilling.is_resumed:
         err.print(f"going on with what is in {distilling.work}", highlight=False, soft_wrap=True)
     try:
-        with _shown() as on_progress:
+        with shown() as on_progress:
             outcome = distilling.run(on_progress, command.keep_text)
     except KeyboardInterrupt:
-        message = f"stopped; the same command goes on with what is in {distilling.work}"
+        without = " without --restart" * command.restart
+        message = f"stopped; the same command{without} goes on with what is in {distilling.work}"
         err.print(message, highlight=False, soft_wrap=True)
         return 130
     _show(command, outcome)
@@ -62,54 +70,79 @@ def _show(command: Distill, outcome: Outcome) -> None:
     for title in ("", "acceptance length", "loss, nats per token"):
         table.add_column(title, justify="right" if title else "left")
     for score in outcome.scores:
-        name = f"after epoch {score.epoch}" if score.epoch else "before"
         mark = " (saved)" if score == outcome.best else ""
-        table.add_row(name + mark, f"{score.acceptance_length:.2f}", f"{score.loss:.2f}")
+        table.add_row(_when(score) + mark, f"{score.acceptance_length:.2f}", f"{score.loss:.2f}")
     out.print(table)
-    skipped = f", {outcome.num_skipped} skipped as too long" if outcome.num_skipped else ""
-    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in outcome.seconds.items())
+    left_out = {"skipped as too long": outcome.num_skipped, "left out as repetitions": outcome.num_repeated}
+    told = "".join(f", {count} {why}" for why, count in left_out.items() if count)
+    answering, training = outcome.seconds["answering"], outcome.seconds["training"]
     for line in (
-        f"{outcome.num_prompts} prompts answered in {outcome.num_tokens} tokens{skipped}; {spent}",
+        f"answering: {outcome.num_prompts} prompts in {outcome.num_tokens} tokens, {answering:.0f} s{told}",
+        f"training:  {outcome.num_steps} steps, {training:.0f} s, step size {outcome.step_size:.2g}"
+        + _ENDS[outcome.ended_by],
         f"the drafter: {command.out}",
         f"to see it learn on: onlinespec compare {command.target} --drafter {command.out} --data {command.data[0]}",
     ):
         out.print(line, highlight=False, soft_wrap=True)
+    if outcome.best == outcome.scores[0]:
+        err.print(
+            "training brought nothing on the answers left out, so the weights are what they were; give more prompts or "
+            "--epochs, or another --step-size",
+            highlight=False,
+        )
+
+
+def _when(score: Score) -> str:
+    return f"after epoch {score.epoch}" if score.step else "before"
 
 
 @contextmanager
-def _shown() -> Iterator[Callable[[Progress], None]]:
-    """Gives what takes the events: a bar in a terminal, else a line now and then."""
+def shown() -> Iterator[Callable[[Progress], None]]:
+    """Gives what takes the events: bars in a terminal, else a line now and then."""
     if not err.is_interactive:
         yield _Lines().take
         return
+    err.print("acceptance length on answers left out, behind the rates", highlight=False)
     name, told = TextColumn("{task.description}"), TextColumn("{task.fields[told]}")
-    with Bar(name, BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), told, console=err) as bar:
+    with Bar(name, BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn(), told, console=err) as bar:
         tasks: dict[str, TaskID] = {}
 
         def take(event: Progress) -> None:
             if event.phase not in tasks:
-                tasks[event.phase] = bar.add_task(event.phase, total=event.total, told="")
-            bar.update(tasks[event.phase], completed=event.done, total=event.total, told=_told(event))
+                tasks[event.phase] = bar.add_task(event.phase, total=event.total, completed=event.done, told="")
+            bar.update(tasks[event.phase], completed=event.done, total=event.total, told=_told(event, ""))
 
         yield take
 
 
 class _Lines:
-    """For logs: a line when a phase begins to tell, when time has passed, and when it ends."""
+    """For logs: a line when a phase begins, when time has passed, when it ends, and for every score."""
 
     def __init__(self) -> None:
-        self._phase, self._told = "", 0.0
+        self._begun: dict[str, tuple[float, int]] = {}  # when each phase did, and how much had been done by then
+        self._said, self._num_scores = 0.0, -1
 
     def take(self, event: Progress) -> None:
-        is_due = event.phase != self._phase or monotonic() - self._told > _SECONDS_BETWEEN_LINES
-        if event.phase == "scoring" or not (is_due or event.done == event.total):
+        if event.phase == "scoring" or (event.done == event.total and event.phase not in self._begun):
+            return  # the latter: of an earlier run
+        now, is_new = monotonic(), event.phase not in self._begun
+        began, done_before = self._begun.setdefault(event.phase, (now, event.done))
+        is_scored = event.phase == "training" and len(event.scores) > self._num_scores
+        is_over = event.done == event.total
+        if not (is_new or is_scored or is_over or now - self._said > _SECONDS_BETWEEN_LINES):
             return
-        self._phase, self._told = event.phase, monotonic()
-        err.print(f"{event.phase} {event.done}/{event.total} {_told(event)}", highlight=False, soft_wrap=True)
+        self._said = now
+        if event.phase == "training":
+            self._num_scores = len(event.scores)
+        line = f"{event.phase} {event.done}/{event.total} {_told(event)}"
+        if event.done > done_before and not is_over:
+            seconds_left = (now - began) / (event.done - done_before) * (event.total - event.done)
+            line += f", {timedelta(seconds=round(seconds_left))} left"
+        err.print(line, highlight=False, soft_wrap=True)
 
 
-def _told(event: Progress) -> str:
+def _told(event: Progress, name: str = "acceptance length ") -> str:
     parts = [event.rate] if event.rate else []
     if event.scores:
-        parts.append(f"acceptance length {event.scores[-1].acceptance_length:.2f} ({len(event.scores) - 1} epochs)")
+        parts.append(f"{name}{event.scores[-1].acceptance_length:.2f} {_when(event.scores[-1])}")
     return ", ".join(parts)
