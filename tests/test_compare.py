@@ -276,8 +276,25 @@ def test_answers_of_different_length_are_no_tie():
 
 def answer_of(prompt, output):
     return SimpleNamespace(
-        output_ids=output, num_prompt_tokens=len(prompt), trace=SimpleNamespace(token_ids=prompt + output)
+        output_ids=output,
+        num_prompt_tokens=len(prompt),
+        max_tokens=len(prompt + output),
+        trace=SimpleNamespace(token_ids=prompt + output),
     )
+
+
+def test_a_tie_is_judged_by_the_positions_that_decoding_had(tmp_path, monkeypatch):
+    """A request that may grow beyond the trained length turns otherwise, from its first token on."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    target = load_target(save_tiny(tmp_path, max_position_embeddings=32, rope_parameters=rope))
+    plain = DecodeLoop(target).complete(target.encode("a b"), GenerationParams(max_new_tokens=100))
+    state = plain.trace.hidden_states_SD[plain.num_prompt_tokens + 2 : plain.num_prompt_tokens + 3]
+    best, second = target.decoder.head(state)[0].topk(2)[0].tolist()
+    other = int(target.decoder.head(state)[0].topk(2)[1][1])
+    answer = answer_of(plain.trace.token_ids[: plain.num_prompt_tokens], [*plain.output_ids[:3], other])
+    for share, is_near in ((1.01, True), (0.99, False)):
+        monkeypatch.setattr(onlinespec.compare, "TIE_GAP", share * (best - second))
+        assert is_tie(target, answer, plain) is is_near
 
 
 class FixedTarget:

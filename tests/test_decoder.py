@@ -53,6 +53,14 @@ SHAPES = {
     "yarn-scaling": ("qwen3", {"rope_parameters": YARN}),
     "dynamic-scaling": ("llama", {"rope_parameters": DYNAMIC}),
     "longrope-scaling": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}),
+    # What a family's own code does not look at must not count with us either.
+    "llama-told-of-windows": ("llama", {"sliding_window": 9, "layer_types": MIXED}),
+    "mistral-told-of-layers": ("mistral", {"sliding_window": 11, "layer_types": MIXED}),
+    "phi3-told-of-layers": ("phi3", {"sliding_window": 11, "layer_types": MIXED}),
+    "llama-told-to-turn-in-part": ("llama", {"rope_parameters": PARTIAL}),
+    "mistral-told-to-turn-in-part": ("mistral", {"sliding_window": None, "rope_parameters": PARTIAL}),
+    "qwen2-told-to-turn-in-part": ("qwen2", {"rope_parameters": PARTIAL}),
+    "qwen3-told-to-turn-in-part": ("qwen3", {"rope_parameters": PARTIAL}),
 }
 PLACES = (0, 15, 28, 31, 32, 186, 220, 508, 511, 690)  # around the borders of padding and of torch's blocks of keys
 

@@ -90,11 +90,13 @@ def uniform_that_draws(token_id, row):
     return float((cdf[token_id] - row[token_id].double() / 2) / cdf[-1])
 
 
-def forced_rows(drafter, text, position, depth):
+def forced_rows(drafter, text, position, depth, max_tokens=None):
     """The drafter's rows at drafting depths 0..depth behind text[: position + 1], the text's own tokens being drawn."""
     numbers = torch.zeros(1, depth + 1, dtype=torch.float64)
     for k in range(depth + 1):
-        drafter.start(0, text[: position + 1], hidden_states(TARGET, text[: position + 1])[:-1], len(text) + 16)
+        drafter.start(
+            0, text[: position + 1], hidden_states(TARGET, text[: position + 1])[:-1], max_tokens or len(text)
+        )
         draft = drafter.propose([0], [text[position]], [depth + 1], [FLAT], numbers)
         drafter.release(0)
         if k < depth:
@@ -116,6 +118,22 @@ def test_every_training_row_is_the_row_that_drafting_would_use(scored, has_bias)
         # row i's token is the anchor; the deeper rows of the same chain stand at the same index
         drafted = forced_rows(drafter, text, first + i, depths - 1)
         torch.testing.assert_close(trained, drafted, atol=1e-5, rtol=1e-3)
+
+
+def test_rows_of_requests_that_may_grow_long_turn_in_training_as_in_drafting(scored):
+    fresh, first, num_rows = make_eagle(), 12, 4
+    stretched = {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    drafter = Eagle(TARGET, fresh.config | stretched, fresh.weights.params, unroll=1, make_linear=PlainLinear)
+    for seed, longest in enumerate((40, 150)):
+        text = random_text(first + num_rows + 1, seed)
+        trace = replace(trace_of(text), max_tokens=longest)
+        others = record(trace_of(random_text(30, 7)), 20, 5)  # of another request, in the same round
+        scored.clear()
+        drafter.loss(leaves(drafter), drafter.batch([record(trace, first, num_rows), others]))
+        trained = process_logits(scored[0][0], FLAT)
+        for i in range(num_rows):
+            drafted = forced_rows(drafter, text, first + i, 0, longest)
+            torch.testing.assert_close(trained[i], drafted[0], atol=1e-5, rtol=1e-3)
 
 
 # Gradient where the target judged, and nowhere else
@@ -471,6 +489,33 @@ def test_a_drafter_for_another_shape_is_refused_with_both_values(saved, changes,
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match=message):
         load_drafter(saved, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": None}, "has no num_attention_heads"),
+        ({"num_attention_heads": 0}, r"config.json says \(0, 32\)"),
+        ({"num_attention_heads": "two"}, "config.json: .*'two'"),
+        ({"intermediate_size": [64]}, "config.json: .*list"),
+        ({"vocab_size": [288]}, r"drafter vocab_size \[288\] != target vocab_size 288"),
+        ({"rope_theta": "wide"}, "config.json: .*'wide'"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "config.json: rotary scaling 'spiral' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "config.json: .*factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, "config.json: .*'two'"),
+        ({"rope_scaling": 2.0}, "config.json: .*2.0"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_with_the_file_and_the_reason(saved, changes, message):
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_drafter(saved, TARGET)
+
+
+def test_heads_need_not_divide_the_hidden_size(tmp_path):
+    target = load_target(save_tiny(tmp_path / "target", "qwen3", num_attention_heads=6, head_dim=24))
+    Eagle.fresh(target).save(tmp_path / "eagle")
+    assert load_drafter(tmp_path / "eagle", target).weights.params["layers.0.self_attn.q_proj.weight"].shape[0] == 144
 
 
 def test_a_drafter_trained_for_another_target_is_refused_with_both_fingerprints(saved):

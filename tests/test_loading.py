@@ -205,11 +205,6 @@ BROKEN = {
         ValueError,
         r"/config\.json: .*Missing required keys .*'llama3'.*factor",
     ),
-    "an odd part of a head": (
-        config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}),
-        ValueError,
-        r"/config\.json: 3 of 16 elements of a head turn; it must be an even number",
-    ),
     "no weights": (remove("model.safetensors"), FileNotFoundError, "neither model.safetensors nor"),
     "cut short": (cut, ValueError, r"model\.safetensors can't be read .* cut short"),
     "tensor missing": (drop_tensor, ValueError, r"1 tensors are missing, the first is model\.layers\.1\.mlp\.up_proj"),
@@ -278,21 +273,52 @@ def test_a_missing_shard_is_named(tmp_path):
         load_target(folder)
 
 
+SLIDING = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("family", "fields", "message"),
     [
-        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ("qwen2", SLIDING | {"sliding_window": 0}, "sliding_window is 0 .*at least 1"),
+        ("qwen2", SLIDING | {"sliding_window": None}, "sliding_window is None .*at least 1"),
+        ("qwen3", SLIDING | {"use_sliding_window": False}, "sliding_window is None .*at least 1"),
+        ("qwen3", SLIDING | {"layer_types": ["sliding_attention"] * 3}, r"3.*num_hidden_layers|num_hidden_layers.*3"),
+        ("mistral", {"sliding_window": -3}, "sliding_window is -3 .*at least 1"),
+        ("mistral", {"sliding_window": "all"}, "sliding_window.*'all'"),
         (
-            {"use_sliding_window": True, "sliding_window": 0, "layer_types": ["sliding_attention"] * 2},
-            "sliding_window 0",
+            "phi3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}},
+            "3 of 16 elements of a head turn; it must be an even number",
+        ),
+        (
+            "llama",
+            {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": [1.0] * 5}},
+            "'longrope' can't be computed",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 8, "long_factor": [0.0] * 8}},
+            "'longrope' can't be computed from .*not finite",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "'linear' can't be computed from .*gives 4 frequencies; 16 elements of a head turn",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}},
+            "'linear' can't be computed|factor",
         ),
     ],
-    ids=["another kind", "nothing to see"],
+    ids=lambda value: value if isinstance(value, str) and value.isalnum() else "",
 )
-def test_windows_that_make_no_sense_are_refused_with_the_file_and_the_value(tmp_path, fields, message):
-    folder = save_tiny(tmp_path, "qwen2")
+def test_positions_that_make_no_sense_are_refused_with_the_file_and_the_value(tmp_path, family, fields, message):
+    folder = save_tiny(tmp_path, family)
     edit_json(folder / "config.json", **fields)
-    with pytest.raises(ValueError, match=rf"/config\.json: .*{message}"):
+    with pytest.raises(ValueError, match=rf"/config\.json: .*({message})"):
         load_target(folder)
 
 

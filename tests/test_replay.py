@@ -236,12 +236,13 @@ def test_the_same_stream_and_seed_give_the_same_draws():
 def test_what_becomes_of_a_live_trace_does_not_reach_the_stored_one():
     buffer, (record,) = ReplayBuffer(10_000), request(step_rows=(5,))
     token_ids, states = list(record.trace.token_ids), record.trace.hidden_states_SD[:5].clone()
+    record.trace.max_tokens = 70
     buffer.offer([record])
     record.trace.token_ids.append(99)
     record.trace.hidden_states_SD.zero_()
     record.trace.num_features = 40
     trace = buffer.draw(64)[0].trace
-    assert (trace.token_ids, trace.num_features) == (token_ids, 5)
+    assert (trace.token_ids, trace.num_features, trace.max_tokens) == (token_ids, 5, 70)
     assert torch.equal(trace.hidden_states_SD, states)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
@@ -66,9 +67,9 @@ def plain_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def drafted_rows(drafter, text, sampling=FLAT, num_draft_tokens=1):
+def drafted_rows(drafter, text, sampling=FLAT, num_draft_tokens=1, max_tokens=None):
     """The rows [K, V] that tokens behind the text are drafted from, and the tokens."""
-    drafter.start(0, text, torch.empty(len(text) - 1, 0), len(text) + 16)
+    drafter.start(0, text, torch.empty(len(text) - 1, 0), max_tokens or len(text) + 16)
     numbers = torch.full((1, num_draft_tokens), 0.5, dtype=torch.float64)
     draft = drafter.propose([0], [text[-1]], [num_draft_tokens], [sampling], numbers)
     drafter.release(0)
@@ -162,6 +163,38 @@ def test_every_training_row_is_the_row_that_drafting_would_use(tuning):
         drafted, _ = drafted_rows(drafter, text[: first + i + 1])
         trained = (logits[0, i] / FLAT.temperature).softmax(-1)
         torch.testing.assert_close(trained, drafted[0], atol=1e-5, rtol=1e-3)
+
+
+SCALINGS = {
+    "dynamic": ("llama", 64, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+    "longrope": (
+        "phi3",
+        256,
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 0.5 * i for i in range(8)],
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rows_of_requests_that_may_grow_long_turn_in_training_as_in_drafting(scaling, target, tmp_path, plain_products):
+    family, context, rope = SCALINGS[scaling]
+    folder = save_tiny(tmp_path, family, max_position_embeddings=context, rope_parameters=rope)
+    drafter, num_rows = load_drafter(folder, target), 4
+    for seed, longest in enumerate((40, 150, 1_000)):  # where nothing is stretched, where it is, beyond the context
+        text = random_text(22, seed)
+        trace = replace(trace_of(text, target), max_tokens=longest)
+        others = record(trace_of(random_text(30, 7), target), 20, 5)  # of another request, in the same round
+        ((logits, _),) = drafter.rows([drafter.weights.params], drafter.batch([record(trace, 12, num_rows), others]))
+        for i in range(num_rows):
+            drafted, _ = drafted_rows(drafter, text[: 13 + i], max_tokens=longest)
+            trained = (logits[0, i] / FLAT.temperature).softmax(-1)
+            torch.testing.assert_close(trained, drafted[0], atol=1e-5, rtol=1e-3)
 
 
 def test_deeper_rows_are_those_of_drafts_that_came_so_far():

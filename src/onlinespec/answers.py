@@ -121,7 +121,8 @@ class Answers:
     def feedback(self, index: int) -> Feedback:
         """An answer as one run of verified rows."""
         recorded = self.recorded(index)
-        trace = Trace(list(recorded.token_ids), recorded.hidden_states_SD, len(recorded.hidden_states_SD))
+        states = recorded.hidden_states_SD
+        trace = Trace(list(recorded.token_ids), states, len(states), recorded.max_tokens)
         start = recorded.num_prompt_tokens - 1
         return Feedback(
             trace=trace,

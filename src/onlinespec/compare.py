@@ -387,7 +387,7 @@ def is_tie(target: Target, answer: Request, plain: Request) -> bool:
         return False
     ids = plain.trace.token_ids[: plain.num_prompt_tokens + first]
     cache = target.decoder.new_cache()
-    cache.take(0, len(ids))
+    cache.take(0, plain.max_tokens)  # as when it was decoded: a scaling may go by it
     output = target.decoder.forward(torch.tensor(ids, device=target.decoder.device), [0], [len(ids)], cache, [1])
     logits_V = output.logits_MV[0].float()
     return bool(logits_V.max() - logits_V[list(pairs[first])].min() < TIE_GAP)

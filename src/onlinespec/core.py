@@ -49,6 +49,7 @@ class Trace:
     token_ids: list[int]
     hidden_states_SD: Tensor
     num_features: int = 0
+    max_tokens: int = 0  # the request can come to have; 0 for a text that is complete
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class DecodeLoop:
         hidden = torch.empty(max_tokens, decoder.config.layer.hidden_size, dtype=decoder.dtype, device=decoder.device)
         request = Request(
             params=params,
-            trace=Trace(list(prompt_ids), hidden),
+            trace=Trace(list(prompt_ids), hidden, max_tokens=max_tokens),
             num_prompt_tokens=len(prompt_ids),
             max_tokens=max_tokens,
             text=TextStream(self.target.tokenizer, params.stop_strings),

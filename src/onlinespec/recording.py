@@ -88,7 +88,7 @@ class Replaying:
                 f"this target is {self._target.fingerprint}; record it again"
             )
         n, states = recorded.num_prompt_tokens, recorded.hidden_states_SD
-        trace = Trace(list(recorded.token_ids), states, len(states))
+        trace = Trace(list(recorded.token_ids), states, len(states), recorded.max_tokens)
         self._drafter.start(0, recorded.token_ids[:n], states[: n - 1], recorded.max_tokens)
         anchor, stats = n - 1, DecodeStats(requests=1)
         while anchor < len(recorded.token_ids) - 1:

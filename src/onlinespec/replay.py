@@ -106,7 +106,7 @@ class ReplayBuffer:
 def _detached(whole: Trace, records: Sequence[Feedback]) -> Stored:
     """A request over a trace of its own: no memory beyond the rows it has, whatever becomes of the original."""
     states = whole.hidden_states_SD[: whole.num_features].clone()
-    trace = Trace(list(whole.token_ids), states, whole.num_features)
+    trace = Trace(list(whole.token_ids), states, whole.num_features, whole.max_tokens)
     num_bytes = states.numel() * states.element_size() + 8 * len(trace.token_ids)
     return Stored(tuple(replace(record, trace=trace) for record in records), num_bytes)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import Params
 from onlinespec.drafters.spans import Layout
 from onlinespec.models.base import Cache, ModelConfig
@@ -104,20 +105,23 @@ class OwnDraftModel(DraftModel):
             rows.is_visible_NN,
             self._context(weights, rows, sets),
             self._product,
-            self._scaling_length(rows),
+            self._capped(rows.capacities_N),
         )
         return states_ND
 
     @torch.no_grad()
     def _context(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Past | None:
-        sizes, length = [size for size in rows.context_sizes if size], self._scaling_length(rows)
+        sizes = [size for size in rows.context_sizes if size]
         if not sizes:
             return None
         x_CD = self._embedded(weights, rows.context_ids_C, sets)
-        texts = zip(x_CD.split(sizes, dim=-2), rows.context_positions_C.split(sizes), strict=True)
+        capacities_C = self._capped(rows.context_capacities_C)
+        texts = zip(
+            x_CD.split(sizes, dim=-2), rows.context_positions_C.split(sizes), capacities_C.split(sizes), strict=True
+        )
         by_text = [
-            plain_keys_values_by_layer(self.config, weights, x_SD, positions_S, self._product, length)
-            for x_SD, positions_S in texts
+            plain_keys_values_by_layer(self.config, weights, x_SD, positions_S, self._product, capacities_S)
+            for x_SD, positions_S, capacities_S in texts
         ]
         keys_values = [
             (torch.cat([k for k, _ in layers], dim=-3), torch.cat([v for _, v in layers], dim=-3))
@@ -125,9 +129,9 @@ class OwnDraftModel(DraftModel):
         ]
         return Past(keys_values, rows.context_positions_C, rows.is_visible_NC)
 
-    def _scaling_length(self, rows: Layout) -> int:
-        """For all spans alike, by the longest; only models whose scaling follows the length can tell."""
-        return self.config.layer.rope.length_of(int(rows.positions_N.max()) + 1)
+    def _capped(self, capacities_N: Tensor) -> Tensor:
+        """As drafting has them, which ends where the model's positions do."""
+        return capacities_N.clamp(max=self.config.max_positions + MAX_DRAFT_TOKENS)
 
     def _embedded(self, weights: Params, token_ids_N: Tensor, sets: tuple[int, ...]) -> Tensor:
         """Embedded tokens; for several sets of weights, once for each."""

@@ -134,7 +134,12 @@ class Eagle(Headed):
         config, side = read_drafter_config(folder), read_side(folder)
         _check_fits(config, target, folder)
         tensors = read_weights(folder, target.decoder.device, dtype=None)
-        shapes = _param_shapes(config, has_bias="fc.bias" in tensors)
+        try:
+            shapes = _param_shapes(config, has_bias="fc.bias" in tensors)
+        except KeyError as error:
+            raise ValueError(f"{folder / 'config.json'} has no {error.args[0]}") from error
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
         check_tensors(tensors, shapes, folder, may_have=("embed_tokens.weight",))
         made_for = side.get("target_fingerprint")
         if made_for and made_for != target.fingerprint:
@@ -193,7 +198,7 @@ class Eagle(Headed):
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, weights = self._layer_config, _layer_weights(params)
         embedded_ND = F.embedding(rows.read_ids_N, self._embedding_VD).float()
-        turns_NR = self._turns(rows.positions_N, rows)
+        turns_NR = turns_at(rows.positions_N, config, rows.capacities_N)
         sets = params["fc.weight"].shape[:-2]  # (), or how many
         states_MD, left_M = rows.features_ND.expand(*sets, *rows.features_ND.shape), rows.left_N
         is_kept_M = at_M = torch.arange(len(left_M), device=left_M.device)
@@ -212,18 +217,13 @@ class Eagle(Headed):
             states_MD = plain_layer(config, weights, inputs_MD, turns_NR[at_M], seen, self._product)
             yield at_M, states_MD
 
-    def _turns(self, positions_N: Tensor, rows: Layout) -> Tensor:
-        """Rotations; where a scaling follows the length of texts, all go by the longest."""
-        rope = self._layer_config.rope
-        return turns_at(positions_N, self._layer_config, rope.length_of(int(rows.positions_N.max()) + 1))
-
     @torch.no_grad()
     def _context(self, params: Params, weights: Params, rows: Layout, sets: Sequence[int]) -> Seen:
         """Keys and values of the context rows; their own gradient is left out."""
         embedded_CD = F.embedding(rows.context_ids_C, self._embedding_VD).float()
         features_CD = rows.context_features_CD.expand(*sets, *rows.context_features_CD.shape)
         inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)
-        turns_CR = self._turns(rows.context_positions_C, rows)
+        turns_CR = turns_at(rows.context_positions_C, self._layer_config, rows.context_capacities_C)
         keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, turns_CR, self._product)
         return Seen(*keys_values, rows.is_visible_NC)
 
@@ -238,14 +238,15 @@ def _layer_weights(params: Params) -> Params:
 
 def _layer_config(config: Mapping[str, Any]) -> LayerConfig:
     heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     return LayerConfig(
         hidden_size=int(config["hidden_size"]),
         intermediate_size=int(config["intermediate_size"]),
         num_heads=heads,
         num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        head_dim=head_dim,
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope=rope_in(config),
+        rope=rope_in(config, head_dim),
     )
 
 
@@ -272,7 +273,7 @@ def _check_fits(config: Mapping[str, Any], target: Target, folder: Path) -> None
     for key, expected in (("vocab_size", shape.vocab_size), ("hidden_size", shape.layer.hidden_size)):
         if key not in config:
             raise ValueError(f"{folder / 'config.json'} has no {key}; it can't be matched with the target")
-        if int(config[key]) != expected:
+        if config[key] != expected:
             raise ValueError(
                 f"drafter {key} {config[key]} != target {key} {expected}: {folder} was made for another target"
             )

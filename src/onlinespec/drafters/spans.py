@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import Feedback
 
 
@@ -27,6 +28,7 @@ class Span(NamedTuple):
     counts_N: Tensor  # bool: which of the rows the loss counts
     temperature: float  # at which the request decodes
     is_fresh: bool  # of this round, not replayed
+    capacity: int  # tokens of its request that drafters hold, at most
     first_position: int = 0  # of its first row; rows before it are left out
 
     @property
@@ -50,6 +52,8 @@ class Layout(NamedTuple):
     counts_N: Tensor
     temperatures_N: Tensor
     is_fresh_N: Tensor
+    capacities_N: Tensor  # of each row's request, as `Span.capacity`
+    context_capacities_C: Tensor
     context_sizes: tuple[int, ...]  # by span
     is_visible_NC: Tensor  # of the same span
     is_visible_NN: Tensor  # of the same span and no later
@@ -101,6 +105,8 @@ def lay_out(spans: Sequence[Span]) -> Layout:
         counts_N=torch.cat([span.counts_N for span in spans]),
         temperatures_N=_per_row([span.temperature for span in spans], spans).to(device),
         is_fresh_N=_per_row([span.is_fresh for span in spans], spans).to(device),
+        capacities_N=_per_row([span.capacity for span in spans], spans),
+        context_capacities_C=torch.tensor([s.capacity for s in spans]).repeat_interleave(torch.tensor(contexts)),
         context_sizes=tuple(contexts),
         is_visible_NC=(span_N[:, None] == span_C).to(device),
         is_visible_NN=((span_N[:, None] == span_N) & (positions_N[:, None] >= positions_N)).to(device),
@@ -138,6 +144,7 @@ def _span(
         counts_N=torch.tensor(counts[first - records[0].start :], device=states.device),
         temperature=records[0].temperature,
         is_fresh=is_fresh,
+        capacity=(trace.max_tokens or len(trace.token_ids)) + MAX_DRAFT_TOKENS,
     )
 
 

@@ -5,10 +5,11 @@ A family is a line in a table; what the decoder can't compute of one is refused 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,14 +32,17 @@ class Family:
     Args:
         has_qkv_bias: Always, whatever config.json says; else all four products have one if it says `attention_bias`.
         has_head_norms: Of queries and keys.
-        has_window: Every layer sees `sliding_window` positions, where config.json names no `layer_types`.
+        windowed: Layers that see `sliding_window` positions: those that `layer_types` calls "sliding_attention",
+            "all", or "none". A family's own code looks at nothing else, whatever config.json says.
+        has_partial_rotary: Whether `partial_rotary_factor` means something to it.
         fused: Published products that are several of ours, one above the other.
     """
 
     model_type: str  # as transformers names it
     has_qkv_bias: bool = False
     has_head_norms: bool = False
-    has_window: bool = False
+    windowed: Literal["none", "all", "by type"] = "none"
+    has_partial_rotary: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
@@ -48,10 +52,10 @@ _FUSED = (
 )
 FAMILIES = {
     "LlamaForCausalLM": Family("llama"),  # Llama 1 to 3, Vicuna, and what is shaped like them
-    "MistralForCausalLM": Family("mistral", has_window=True),
-    "Phi3ForCausalLM": Family("phi3", has_window=True, fused=_FUSED),
-    "Qwen2ForCausalLM": Family("qwen2", has_qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", has_head_norms=True),
+    "MistralForCausalLM": Family("mistral", windowed="all"),
+    "Phi3ForCausalLM": Family("phi3", windowed="all", has_partial_rotary=True, fused=_FUSED),
+    "Qwen2ForCausalLM": Family("qwen2", has_qkv_bias=True, windowed="by type"),
+    "Qwen3ForCausalLM": Family("qwen3", has_head_norms=True, windowed="by type"),
 }
 ARCHITECTURES = tuple(FAMILIES)
 _SCALINGS = ("linear", "dynamic", "yarn", "longrope", "llama3")
@@ -93,7 +97,7 @@ def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
             num_kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             rms_norm_eps=config.rms_norm_eps,
-            rope=rope_of(config),
+            rope=rope_of(config, FAMILIES[config.architectures[0]].has_partial_rotary),
         )
         windows = _windows(config)
     except ValueError as error:
@@ -102,15 +106,15 @@ def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
     return ModelConfig(layer, config.num_hidden_layers, config.vocab_size, max_positions, windows)
 
 
-def rope_of(config: PretrainedConfig) -> Rope:
+def rope_of(config: PretrainedConfig, has_partial_rotary: bool) -> Rope:
     """A model's rotary positions; transformers computes what scales them.
 
     Raises:
-        ValueError: for a scaling that is not known.
+        ValueError: for a scaling that is not known, or can't be computed.
     """
     rope = config.rope_parameters or {}
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
-    share = float(rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
+    share = float(rope.get("partial_rotary_factor") or 1.0) if has_partial_rotary else 1.0
     if kind == "default":
         return Rope(theta, share)
     if kind not in _SCALINGS:
@@ -124,20 +128,38 @@ def rope_of(config: PretrainedConfig) -> Rope:
         frequencies, scale = init(config, torch.device("cpu"), seq_len=length or None)
         return frequencies.float(), float(scale)
 
+    length_of = _LengthOf(kind, _original_length(config))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        scaled(0)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a setting is missing, or not what it must be
+        for length in {length_of(1), length_of(length_of.original + 1)}:  # where it scales, and where it doesn't
+            _check_frequencies(*scaled(length), int(head_dim * share))
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a setting is missing, or wrong
         raise ValueError(f"rotary scaling {kind!r} can't be computed from {rope} ({error!r})") from error
-    return Rope(theta, share, _LengthOf(kind, _original_length(config)), scaled)
+    return Rope(theta, share, length_of, scaled)
 
 
-def rope_in(config: Mapping[str, Any]) -> Rope:
-    """The same from a Llama-shaped config.json that transformers need not know, a drafter's."""
+def _check_frequencies(frequencies: Tensor, scale: float, rotary_dim: int) -> None:
+    if len(frequencies) != rotary_dim // 2:
+        raise ValueError(f"it gives {len(frequencies)} frequencies; {rotary_dim} elements of a head turn, in pairs")
+    if not (frequencies.isfinite().all() and math.isfinite(scale)):
+        raise ValueError("its frequencies are not finite")
+
+
+def rope_in(config: Mapping[str, Any], head_dim: int) -> Rope:
+    """The same from a Llama-shaped config.json that transformers need not know, a drafter's.
+
+    Raises:
+        ValueError: as `rope_of`.
+    """
     from transformers import LlamaConfig
 
-    keys = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "max_position_embeddings",
-            "head_dim", "hidden_size", "num_attention_heads", "original_max_position_embeddings")  # fmt: skip
-    return rope_of(LlamaConfig(**{key: config[key] for key in keys if config.get(key) is not None}))
+    keys = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings",
+            "original_max_position_embeddings")  # fmt: skip
+    try:
+        llama = LlamaConfig(head_dim=head_dim, **{key: config[key] for key in keys if config.get(key) is not None})
+    except Exception as error:  # as with a target's config: whatever transformers finds wrong, the user should read
+        raise ValueError(" ".join(str(error).split())) from error
+    return rope_of(llama, has_partial_rotary=False)
 
 
 @dataclass(frozen=True)
@@ -166,19 +188,21 @@ def _max_positions(config: PretrainedConfig) -> int:
 
 
 def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if kinds:
-        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"layer_types name {sorted(unknown)}, which are not supported")
-        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    else:
-        has_window = FAMILIES[config.architectures[0]].has_window
-        windows = ((window if has_window else None),) * config.num_hidden_layers
-    if all(w is None for w in windows):
+    """By layer; () where every layer sees all positions."""
+    windowed, count = FAMILIES[config.architectures[0]].windowed, config.num_hidden_layers
+    if windowed == "none":
         return ()
-    if len(windows) != config.num_hidden_layers or min(w for w in windows if w is not None) < 1:
-        raise ValueError(f"sliding_window {window} for layers {kinds} of {config.num_hidden_layers} makes no sense")
-    return windows
+    kinds = config.layer_types if windowed == "by type" else ["sliding_attention"] * count
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types name {sorted(unknown)}, which are not supported")
+    if len(kinds) != count:
+        raise ValueError(f"layer_types name {len(kinds)} layers, num_hidden_layers {count}")
+    window = config.sliding_window
+    if "sliding_attention" not in kinds or (window is None and windowed == "all"):
+        return ()
+    if window is None or window < 1:
+        raise ValueError(f"sliding_window is {window} where layers have one; it must be at least 1")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------

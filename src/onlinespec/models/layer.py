@@ -65,9 +65,20 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps) * weight.unflatten(0, (-1, *[1] * (x.dim() - 2)))
 
 
-def turns_at(positions_N: Tensor, config: LayerConfig, length: int = 0) -> Tensor:
-    """Rotations [N, R] of positions as complex numbers; `length` as `Rope.turns` has it."""
-    return config.rope.turns(positions_N, config.head_dim, length)
+def turns_at(positions_N: Tensor, config: LayerConfig, capacities_N: Tensor | None = None) -> Tensor:
+    """Rotations [N, R] of positions as complex numbers.
+
+    Args:
+        capacities_N: Most tokens of each row's request, on the CPU; only scalings that go by them look at it.
+    """
+    rope = config.rope
+    lengths = [rope.length_of(n) for n in capacities_N.tolist()] if capacities_N is not None else []
+    lengths = lengths or [0]
+    turns_NR = rope.turns(positions_N, config.head_dim, lengths[0])
+    for length in set(lengths[1:]) - {lengths[0]}:
+        at_N = torch.tensor(lengths, device=positions_N.device) == length
+        turns_NR[at_N] = rope.turns(positions_N[at_N], config.head_dim, length)
+    return turns_NR
 
 
 def rotate_half(x_NHE: Tensor, turns_NR: Tensor) -> Tensor:
