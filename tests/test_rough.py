@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import math
 import shutil
 from dataclasses import fields, replace
@@ -24,6 +25,7 @@ from onlinespec.drafters import load_drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.methods import learner_of, parse
 from onlinespec.models.loading import load_target
+from onlinespec.workloads import load_workload
 
 TARGET = rigs.random_target(context=16_384)
 
@@ -208,25 +210,86 @@ def checkpoint(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("rough"))
 
 
+def damage(folder, data):
+    """Cuts, flips or adds something in one file of a folder."""
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    path = folder / data.draw(st.sampled_from(files))
+    path.write_bytes(changed(path.read_bytes(), data))
+
+
+def changed(content, data):
+    at = data.draw(st.integers(0, max(0, len(content) - 1)))
+    how = data.draw(st.sampled_from(["cut", "flip", "insert"]))
+    if how == "cut":
+        return content[:at]
+    if how == "insert":
+        return content[:at] + b"\x00\xff{" + content[at:]
+    flipped = bytes(byte ^ data.draw(st.integers(1, 255)) for byte in content[at : at + 1])
+    return content[:at] + flipped + content[at + 1 :]
+
+
 @settings(steady, max_examples=60)
 @given(data=st.data())
 def test_a_checkpoint_damaged_anywhere_is_refused_by_file_or_reads_as_one(checkpoint, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("damaged") / "copy"
     shutil.copytree(checkpoint, folder)
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    path = folder / data.draw(st.sampled_from(files))
-    content = path.read_bytes()
-    at = data.draw(st.integers(0, len(content) - 1))
-    change = data.draw(st.sampled_from(["cut", "flip", "insert"]))
-    changed = {
-        "cut": content[:at],
-        "flip": content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :],
-        "insert": content[:at] + b"\x00\xff{" + content[at:],
-    }
-    path.write_bytes(changed[change])
+    damage(folder, data)
     words = refusal(lambda: load_target(folder))
     shutil.rmtree(folder)
     assert words is None or str(folder) in words
+
+
+@pytest.fixture(scope="module")
+def saved_drafters(checkpoint, tmp_path_factory):
+    """A target and a directory for every kind of drafter that can be saved."""
+    target, root = load_target(checkpoint), tmp_path_factory.mktemp("drafters")
+    for name in ("ngram", "eagle", "small_lm"):
+        load_drafter(name, target).save(root / name)
+    adapted = load_drafter(str(root / "small_lm"), target)
+    adapted.tune(Tuning("adapters", rank=2))
+    adapted.save(root / "adapters")
+    return target, root
+
+
+@pytest.mark.parametrize("name", ["ngram", "eagle", "small_lm", "adapters"])
+@settings(steady, max_examples=40)
+@given(data=st.data())
+def test_a_drafter_damaged_anywhere_is_refused_by_file_or_drafts(saved_drafters, tmp_path_factory, name, data):
+    target, root = saved_drafters
+    folder = tmp_path_factory.mktemp("damaged") / "copy"
+    shutil.copytree(root / name, folder)
+    damage(folder, data)
+    loaded = []
+    words = refusal(lambda: loaded.append(load_drafter(folder, target)))
+    shutil.rmtree(folder)
+    if words is None:
+        params = GenerationParams(max_new_tokens=6, num_draft_tokens=3)
+        ids = target.encode("a b a b")
+        assert DecodeLoop(target, loaded[0]).complete(ids, params).output_ids == plain(target, ids, params).output_ids
+    else:
+        assert str(folder) in words or str(root) in words
+
+
+# Data
+
+
+ROW = '{"prompt": "what is a b?", "id": "one"}'
+
+
+@settings(steady, max_examples=150)
+@given(data=st.data())
+def test_a_data_file_damaged_anywhere_is_refused_by_name_or_gives_prompts(tmp_path_factory, data):
+    ends = data.draw(st.sampled_from(["\n", "\r\n", "\n\n", "\r\n\n"]))
+    rows = data.draw(st.lists(st.sampled_from([ROW, ROW.replace("one", "two"), '{"prompt": "x"}']), max_size=4))
+    content = ends.join(rows).encode()
+    is_packed = data.draw(st.booleans())
+    content = gzip.compress(content, mtime=0) if is_packed else content
+    if data.draw(st.booleans()):
+        content = changed(content, data)
+    path = tmp_path_factory.mktemp("rows") / ("rows.jsonl.gz" if is_packed else "rows.jsonl")
+    path.write_bytes(content)
+    words = refusal(lambda: [prompt.text.encode() for prompt in load_workload(str(path)).prompts(0)])
+    assert words is None or path.name in words
 
 
 # Long runs

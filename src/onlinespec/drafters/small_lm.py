@@ -113,7 +113,11 @@ class SmallLM(Headed):
         config = read_json(folder / adapters.CONFIG)
         side = read_side(folder)
         place = adapters.base_of(config, folder)
-        base = find_folder(place)
+        try:
+            base = find_folder(place)
+        except (ValueError, FileNotFoundError) as error:
+            where = f"base_model_name_or_path in {folder / adapters.CONFIG}"
+            raise type(error)(f"the model beneath the adapters is not found: {error}; correct {where}") from error
         expected = side.get("base_fingerprint")
         if expected and expected != fingerprint(base):
             raise ValueError(
