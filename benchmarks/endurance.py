@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from random import Random
 
@@ -124,7 +124,8 @@ def served(loop: DecodeLoop, options: Endurance) -> Iterator[Request]:
 def drawn(options: Endurance) -> Iterator[tuple[str, GenerationParams, str]]:
     """Prompts of all built-in streams, each with a request's parameters."""
     rng = Random(options.seed)
-    streams = {name: load_workload(f"builtin:{name}").prompts(options.seed) for name in WORKLOADS}
+    workloads = {name: load_workload(f"builtin:{name}") for name in WORKLOADS}
+    streams = {name: chain.from_iterable(w.prompts(options.seed) for _ in count()) for name, w in workloads.items()}
     for number in count():
         prompt = next(streams[rng.choice(list(streams))])
         params = GenerationParams(

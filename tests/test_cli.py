@@ -311,6 +311,30 @@ def test_what_was_learned_is_saved_and_loaded_again(run, tmp_path):
     assert [path.name for path in saved.parent.iterdir()] == ["drafter"]
 
 
+def test_a_drafter_that_learned_nothing_is_not_written_over_one_that_did(run, tmp_path, monkeypatch):
+    saved = tmp_path / "saved"
+    learning = ("--max-new-tokens", "120", "--num-draft-tokens", "2")
+    assert run("generate", "target", "-p", PROMPT, "--drafter", "drafter", *learning, "--save", saved)[0] == 0
+    assert run(*COMPARE, "--drafter", "drafter", *learning, "--save", tmp_path / "all", "--out", tmp_path / "a")[0] == 0
+    places = (saved, tmp_path / "all" / "online_gradient")
+    learned = [(place / "model.safetensors").read_bytes() for place in places]
+
+    def interrupted(loop, *arguments, **tags):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DecodeLoop, "step", interrupted)
+    status, _, err = run("generate", "target", "-p", PROMPT, "--drafter", "drafter", "--save", saved)
+    assert (status, f"nothing was learned, so {saved} stays as it is" in err) == (130, True)
+    status, _, err = run(*COMPARE, "--drafter", "drafter", "--save", tmp_path / "all", "--out", tmp_path / "b")
+    assert (status, f"nothing was learned, so {places[1]} stays as it is" in err) == (130, True)
+    assert [(place / "model.safetensors").read_bytes() for place in places] == learned
+
+
+def test_an_empty_name_is_refused(run):
+    assert_refused(run("generate", "target", "-p", PROMPT, "--drafter", ""), "name is empty")
+    assert_refused(run(*COMPARE, "--drafter", ""), "name is empty")
+
+
 def test_an_interrupted_answer_keeps_what_was_learned(run, tmp_path, monkeypatch):
     step, count, whole = DecodeLoop.step, [], expected_text()
 

@@ -355,7 +355,7 @@ def test_each_request_is_answered_by_another_run_first(target, data, monkeypatch
     order, complete = [], DecodeLoop.complete
 
     def recording(loop, *arguments, **tags):
-        order.extend(name for name, own in comparing.drafters.items() if own is loop)  # warm-up has loops of its own
+        order.extend(one.learner for one in comparing._group if one.loop is loop)  # warm-up has loops of its own
         return complete(loop, *arguments, **tags)
 
     monkeypatch.setattr(DecodeLoop, "complete", recording)
@@ -475,11 +475,11 @@ def test_the_report_of_a_comparison_that_never_ran_is_empty(target, data):
         ({"repeats": 0}, "repeats is 0"),
         ({"window": 0}, "window is 0"),
         ({"learners": ()}, "no learners"),
-        ({"learners": ("none", "none")}, "none, none name one twice"),
+        ({"learners": ("none", "none")}, "none, none name one twice; leave it out once"),
         ({"temperatures": ()}, "no temperatures"),
         ({"temperatures": (0.0, -1.0)}, "temperature is -1"),
         ({"temperatures": (float("nan"),)}, "temperature is nan"),
-        ({"temperatures": (0.5, 0.5)}, "0.5, 0.5 name one twice"),
+        ({"temperatures": (0.5, 0.5)}, "0.5, 0.5 name one twice; leave it out once"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):

@@ -520,6 +520,25 @@ def test_a_damaged_shard_is_named_with_the_way_out(target, data, tmp_path):
     assert Distilling(target, settings_for(data), tmp_path / "d").run().num_prompts == 30
 
 
+def test_an_answer_with_a_flipped_bit_is_found_before_anything_learns_from_it(target, data, tmp_path):
+    Distilling(target, settings_for(data), tmp_path / "d")._answer()
+    shard = tmp_path / "d.work" / "answers" / "00000008.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-7] ^= 64
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"00000008.safetensors can't be read \(damaged\); delete it and those behind"):
+        Distilling(target, settings_for(data), tmp_path / "d").run()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "x"}'])
+def test_damaged_settings_are_named_and_restart_gets_past_them(target, data, tmp_path, content):
+    Distilling(target, settings_for(data), tmp_path / "d")._answer()
+    (tmp_path / "d.work" / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"d.work.*--restart"):
+        Distilling(target, settings_for(data), tmp_path / "d")
+    assert Distilling(target, settings_for(data), tmp_path / "d", restart=True).run().num_prompts == 30
+
+
 def test_weights_that_blow_up_end_the_run_with_the_way_out(target, data, tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"not finite after \d+ steps; choose a smaller --step-size than 1e\+30, and --restart"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Feedback, Trace
@@ -44,6 +46,7 @@ class _Place:
     num_tokens: int
     max_tokens: int
     temperature: float
+    checksum: int | None = None  # of its tokens and states; files of older versions have none
 
 
 class Answers:
@@ -107,6 +110,8 @@ class Answers:
                 ids, states = shard.get_tensor(f"ids.{place.index}"), shard.get_tensor(f"states.{place.index}")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{place.shard} can't be read ({error}); {_DELETE}") from error
+        if place.checksum not in (None, _checksum(ids, states)):
+            raise ValueError(f"{place.shard} can't be read (damaged); {_DELETE}")
         return Recorded(
             id=place.id,
             domain=place.domain,
@@ -152,11 +157,13 @@ class Answers:
         return requests
 
     def _write(self, first: int, num_prompts: int, requests: Sequence[Request], seconds: float) -> None:
-        tensors, known = {}, []
+        tensors: dict[str, Tensor] = {}
+        known = []
         for i, request in enumerate(requests):
             trace = request.trace
-            tensors[f"ids.{i}"] = trace.hidden_states_SD.new_tensor(trace.token_ids, dtype=torch.int64)
-            tensors[f"states.{i}"] = trace.hidden_states_SD[: trace.num_features].contiguous()
+            ids = trace.hidden_states_SD.new_tensor(trace.token_ids, dtype=torch.int64)
+            states = trace.hidden_states_SD[: trace.num_features].contiguous()
+            tensors |= {f"ids.{i}": ids, f"states.{i}": states}
             known.append(
                 {
                     "id": request.request_id,
@@ -165,6 +172,7 @@ class Answers:
                     "num_tokens": len(trace.token_ids),
                     "max_tokens": request.max_tokens,
                     "temperature": request.params.sampling.temperature,
+                    "checksum": _checksum(ids, states),
                 }
             )
         facts = {"target": self._target.fingerprint, "num_prompts": num_prompts, "seconds": seconds, "answers": known}
@@ -190,6 +198,13 @@ class Answers:
         self.num_prompts += facts["num_prompts"]
         self.seconds += facts.get("seconds", 0.0)
         self.num_skipped += facts["num_prompts"] - len(facts["answers"])
+
+
+def _checksum(*tensors: Tensor) -> int:
+    checksum = 0
+    for tensor in tensors:
+        checksum = zlib.crc32(tensor.contiguous().cpu().view(torch.uint8).numpy().data, checksum)
+    return checksum
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class Comparison:
         for name in ("learners", "temperatures"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} {', '.join(map(str, values))} name one twice")
+                raise ValueError(f"{name} {', '.join(map(str, values))} name one twice; leave it out once")
         for method in self.learners:
             if method != NONE:
                 learner_of(parse(method, self.learn))
@@ -152,9 +152,13 @@ class Comparing:
             _claim(out)
 
     @property
-    def drafters(self) -> dict[str, DecodeLoop]:
-        """The loops of the latest runs by learner, whose drafters hold what was learned."""
-        return {runner.learner: runner.loop for runner in self._group}
+    def drafters(self) -> dict[str, tuple[Drafter, bool]]:
+        """The latest runs' drafters by learner, each with whether it learned anything there."""
+        return {
+            runner.learner: (runner.loop.drafter, runner.learning is not None and runner.learning.num_rounds > 0)
+            for runner in self._group
+            if runner.loop.drafter
+        }
 
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Runs everything; files in `out` are brought up to date after every segment and when interrupted."""

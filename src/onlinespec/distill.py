@@ -16,6 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,7 @@ from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
 from onlinespec.losses import LOSSES, RowLoss
+from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
 from onlinespec.recording import Replaying
 from onlinespec.tables import resolve
@@ -280,9 +282,11 @@ class Distilling:
         if (self.out / SIDE_FILE).is_file() and is_finished and not restart:
             raise ValueError(f"{self.out} holds a drafter already; choose another --out, or --restart to make it anew")
         path = self.work / "settings.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        before = {} if restart else self._settings_before(path)
         noted = self._noted()
         if restart:
+            with suppress(ValueError):  # settings that can't be read decide nothing
+                before = self._settings_before(path)
             has_answers = before and all(before.get(name) == noted[name] for name in _DECIDE_ANSWERS)
             for place in (self.work / "training",) if has_answers else (self.work,):
                 _discard(place)
@@ -301,6 +305,14 @@ class Distilling:
                     "choose another --out, or --restart to begin anew"
                 )
         return int(before["version"])
+
+    def _settings_before(self, path: Path) -> dict[str, Any]:
+        """Of the run that began the work; empty if none did."""
+        try:
+            before = read_json(path) if path.is_file() else {}
+            return before | {"version": int(before["version"])} if before else {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); --restart begins anew") from error
 
     def _noted(self) -> dict[str, Any]:
         """All that decides how a run goes, as JSON gives it back."""

@@ -149,7 +149,7 @@ class Generate:
 
     @property
     def drafter_name(self) -> str:
-        return self.drafter or ("demo" if self.target == "demo" else "ngram")
+        return ("demo" if self.target == "demo" else "ngram") if self.drafter is None else self.drafter
 
     def params(self, defaults: SamplingParams = SamplingParams()) -> GenerationParams:
         """As the library takes them; `defaults` stands in for what was not given."""
@@ -194,7 +194,7 @@ class Compare:
 
     @property
     def drafter_name(self) -> str:
-        return self.drafter or ("demo" if self.target == "demo" else "eagle")
+        return ("demo" if self.target == "demo" else "eagle") if self.drafter is None else self.drafter
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Distill:
     num_draft_tokens: int = 4
     """Tokens drafted per step where acceptance is measured."""
     holdout: int = 20
-    """One answer in so many, at least 8, is left out of training and measures what it brought."""
+    """One answer in so many is left out of training and measures what it brought; never fewer than 8 answers."""
     epochs: int = 4
     """Passes over the answers; the step size falls to zero over the last two fifths."""
     patience: int = 2

@@ -10,6 +10,7 @@ from onlinespec.cli.arguments import Learning, Machine
 from onlinespec.cli.terminal import err
 from onlinespec.compare import why_not_writable
 from onlinespec.config import LearnConfig
+from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
 from onlinespec.learners import LEARNERS
 from onlinespec.losses import LOSSES
@@ -55,6 +56,15 @@ def check_save(folder: Path | None) -> None:
     if is_taken and not (folder / SIDE_FILE).is_file():
         raise ValueError(f"--save {folder} holds something that is no drafter of ours; choose another place")
     check_parent(folder, "--save")
+
+
+def save(drafter: Drafter, folder: Path, has_learned: bool, whose: str) -> None:
+    """Saves a drafter, but not one that learned nothing over one that did, and says what was done."""
+    if (folder / SIDE_FILE).is_file() and not has_learned:
+        err.print(f"nothing was learned, so {folder} stays as it is", highlight=False, soft_wrap=True)
+        return
+    drafter.save(folder.absolute())
+    err.print(f"{whose} saved to {folder}", highlight=False, soft_wrap=True)
 
 
 def check_parent(folder: Path, flag: str) -> None:

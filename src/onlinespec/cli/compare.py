@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from onlinespec.cli.arguments import Compare, Demo
-from onlinespec.cli.checks import check_save, checked_learner, load, use
+from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
 from onlinespec.compare import NONE, Comparing, Comparison, check_results_folder
@@ -70,7 +70,7 @@ def compare(command: Compare) -> int:
 
 
 @interrupts_raised()
-def _run(target: Target, comparison: Comparison, folder: Path, save: Path | None) -> int:
+def _run(target: Target, comparison: Comparison, folder: Path, save_to: Path | None) -> int:
     """Shows how far it is; whatever is finished when it ends is written and shown."""
     comparing = Comparing(target, comparison, folder, " ".join(sys.argv[1:]))
     status = 0
@@ -82,8 +82,8 @@ def _run(target: Target, comparison: Comparison, folder: Path, save: Path | None
         status = 130
     report = comparing.report()
     write_html(report, folder / "report.html")
-    if save:
-        _save_all(comparing, save)
+    if save_to:
+        _save_all(comparing, save_to)
     _show(report, folder)
     if report.provenance["cut_short"] and status == 0:
         _tell_of_cuts(report, comparison)
@@ -131,11 +131,8 @@ def _as_list(table: Table) -> Table:
 
 
 def _save_all(comparing: Comparing, folder: Path) -> None:
-    for learner, loop in comparing.drafters.items():
-        if loop.drafter:
-            place = folder_for(folder, learner)
-            loop.drafter.save(place)
-            err.print(f"drafter of {learner} saved to {place}", highlight=False)
+    for learner, (drafter, has_learned) in comparing.drafters.items():
+        save(drafter, folder_for(folder, learner), has_learned, f"drafter of {learner}")
 
 
 def folder_for(folder: Path, learner: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from onlinespec.cli.arguments import Generate
-from onlinespec.cli.checks import check_save, checked_learner, load, use
+from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err, interrupts_raised
 from onlinespec.compare import FROZEN
 from onlinespec.core import DecodeStats
@@ -57,8 +57,8 @@ def _answer(command: Generate, target: Target, drafter: Drafter, learning: Inlin
         temperature = command.params(target.sampling).sampling.temperature
         err.print(f"learned by the loss {told(learning.config.loss, temperature)}", highlight=False)
     if command.save:
-        drafter.save(command.save.absolute())
-        err.print(f"drafter (weights version {drafter.weights.version}) saved to {command.save}", highlight=False)
+        whose = f"drafter (weights version {drafter.weights.version})"
+        save(drafter, command.save, learning.num_rounds > 0, whose)
     if stopped:
         raise stopped
     return 0
