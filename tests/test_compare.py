@@ -251,20 +251,23 @@ def test_differences_at_near_ties_are_counted_apart(target, data, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("logits", "answered", "is_near"),
+    ("logits", "answered", "is_near", "dtype"),
     [
-        ({1: 5.0, 2: 5.0}, 2, True),
-        ({1: 5.0, 2: 5.0 - 0.9 * TIE_GAP}, 2, True),
-        ({1: 5.0, 2: 5.0 - 1.2 * TIE_GAP}, 2, False),
-        ({1: 5.0, 2: 5.0, 3: 4.0}, 3, False),  # there is a tie, but the answer took neither
-        ({1: 5.0, 2: 5.0, 3: 5.0}, 3, True),
+        ({1: 5.0, 2: 5.0}, 2, True, torch.float32),
+        ({1: 5.0, 2: 5.0 - 0.9 * TIE_GAP}, 2, True, torch.float32),
+        ({1: 5.0, 2: 5.0 - 1.2 * TIE_GAP}, 2, False, torch.float32),
+        ({1: 5.0, 2: 5.0, 3: 4.0}, 3, False, torch.float32),  # there is a tie, but the answer took neither
+        ({1: 5.0, 2: 5.0, 3: 5.0}, 3, True, torch.float32),
+        ({1: 5.0, 2: 4.9375}, 2, True, torch.bfloat16),  # two steps of bfloat16
+        ({1: 5.0, 2: 4.9}, 2, False, torch.bfloat16),
+        ({1: 5.0, 2: 4.9375}, 2, False, torch.float16),
     ],
 )
-def test_a_tie_is_between_the_two_answers_tokens(logits, answered, is_near):
+def test_a_tie_is_between_the_two_answers_tokens(logits, answered, is_near, dtype):
     logits_V = torch.zeros(8)
     for token_id, logit in logits.items():
         logits_V[token_id] = logit
-    target = FixedTarget(logits_V)
+    target = FixedTarget(logits_V, dtype)
     plain = answer_of([7, 7], [4, 1, 4])
     assert is_tie(target, answer_of([7, 7], [4, answered, 5]), plain) is is_near
     assert target.scored == [[7, 7, 4]]  # the text before the first difference, and no more
@@ -300,7 +303,8 @@ def test_a_tie_is_judged_by_the_positions_that_decoding_had(tmp_path, monkeypatc
 class FixedTarget:
     """Gives the same logits whatever it reads, and remembers what that was."""
 
-    def __init__(self, logits_V):
+    def __init__(self, logits_V, dtype=torch.float32):
+        self.dtype = dtype
         self.decoder, self.device, self.scored, self._logits = self, torch.device("cpu"), [], logits_V
 
     def new_cache(self):

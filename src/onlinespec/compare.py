@@ -384,7 +384,8 @@ class Comparing:
 
 def is_tie(target: Target, answer: Request, plain: Request) -> bool:
     """Whether the first difference of two greedy answers is at a near-tie: the target's logits of both tokens lie
-    within TIE_GAP of its best. Costs a forward; called only when answers differ."""
+    within TIE_GAP of its best, or what rounding both to the target's dtype may put between them. Costs a forward;
+    called only when answers differ."""
     pairs = list(zip(answer.output_ids, plain.output_ids, strict=False))
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if first is None:
@@ -394,7 +395,9 @@ def is_tie(target: Target, answer: Request, plain: Request) -> bool:
     cache.take(0, plain.max_tokens)  # as when it was decoded: a scaling may go by it
     output = target.decoder.forward(torch.tensor(ids, device=target.decoder.device), [0], [len(ids)], cache, [1])
     logits_V = output.logits_MV[0].float()
-    return bool(logits_V.max() - logits_V[list(pairs[first])].min() < TIE_GAP)
+    best = float(logits_V.max())
+    gap = max(TIE_GAP, 2 * abs(best) * torch.finfo(target.decoder.dtype).eps)
+    return best - float(logits_V[list(pairs[first])].min()) < gap
 
 
 def check_results_folder(out: Path) -> None:

@@ -31,6 +31,10 @@ _SHAPE_KEYS = (
     "head_dim",
     "vocab_size",
     "max_position_embeddings",
+    "n_embd",  # as GPT-2 and its like spell them
+    "n_layer",
+    "n_head",
+    "n_positions",
     "tie_word_embeddings",
     "max_ngram",
 )
@@ -74,7 +78,7 @@ def _noted(folder: Path) -> dict[str, Any]:
     """What we wrote beside the published files."""
     side = read_side(folder)
     if not side:
-        return {"history": f"none: no {SIDE_FILE}, so it was written by another program"}
+        return {"history": f"none: no {SIDE_FILE}, so it was written by another program, or that file is lost"}
     noted = {key: value for key, value in side.items() if key != "notes"} | dict(side.get("notes", {}))
     return {key.replace("_", " "): value for key, value in noted.items()}
 
