@@ -39,7 +39,7 @@ EVERY = 100  # requests between two looks at memory
 WARM_UP = 400  # requests: buffer, tables and the allocator's pools are full
 LEAST = WARM_UP + 5 * EVERY
 SIDE_BY_SIDE = 4
-KERNELS = 64  # oneDNN keeps 1,024 compiled products, 0.4 MB each, five for each length of prompt: they would hide a leak
+KERNELS = 64  # oneDNN keeps 1,024 compiled products, 0.4 MB each, five for each prompt length: they would hide a leak
 CHECKED = 20  # one greedy answer in so many is decoded again without a drafter
 
 
