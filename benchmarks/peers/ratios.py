@@ -74,16 +74,20 @@ def _told(rows: list[Row], clock: str) -> Iterable[str]:
     repeats = Counter(row["repeat"] for row in rows)
     yield "# Peers\n"
     yield "Written by `python benchmarks/peers/peers.py tables`; what is compared: [peers](../peers/README.md)."
-    for said in origins.values():
-        machine = f"{said['processor']}, {said['num_threads']} thread, torch {said['torch']}"
-        engine = f"vLLM {said['vllm']}, " if "vllm" in said else f"commit {said['commit']}, "
-        yield f"- `{said['command']}`: {engine}transformers {said['transformers']}, {machine}, {said['started'][:10]}."
-        if costs := said["settings"].get("learn_costs"):
-            each = (f"{name} {c['round_cost']} steps and {c['row_cost']} a row" for name, c in costs.items())
-            yield f"  A round of learning costs, as measured at the start: {'; '.join(each)}."
+    yield from dict.fromkeys(line for said in origins.values() for line in _origin_lines(said))
     seconds = {"seconds": "seconds on the wall", "cpu_seconds": "processor seconds of all processes"}[clock]
-    yield f"\nSpeeds are tokens over {seconds}. Ratios: median of {len(repeats)} repeats [lowest–highest]"
+    many = f"median of {len(repeats)} repeats [lowest–highest]" if len(repeats) > 1 else "of one repeat"
+    yield f"\nSpeeds are tokens over {seconds}. Ratios: {many}"
     yield f"(95 % of {NUM_SAMPLES} bootstrap samples of prompts)."
+
+
+def _origin_lines(said: dict[str, Any]) -> Iterable[str]:
+    machine = f"{said['processor']}, {said['num_threads']} thread, torch {said['torch']}"
+    engine = f"vLLM {said['vllm']}, " if "vllm" in said else f"commit {said['commit']}, "
+    yield f"- `{said['command']}`: {engine}transformers {said['transformers']}, {machine}, {said['started'][:10]}."
+    if costs := said["settings"].get("learn_costs"):
+        each = (f"{name} {c['round_cost']} steps and {c['row_cost']} a row" for name, c in costs.items())
+        yield f"  A round of learning costs, as measured at the start: {'; '.join(each)}."
 
 
 def _line(arm: str, runs: Runs) -> list[str]:
