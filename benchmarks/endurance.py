@@ -39,7 +39,7 @@ EVERY = 100  # requests between two looks at memory
 WARM_UP = 400  # requests: buffer, tables and the allocator's pools are full
 LEAST = WARM_UP + 5 * EVERY
 SIDE_BY_SIDE = 4
-KERNELS = 64  # oneDNN keeps 1,024 compiled products, 0.4 MB each, five for each prompt length: they would hide a leak
+KERNELS = 64  # torch and oneDNN keep 1,024 products each, five for each prompt length: they would hide a leak
 CHECKED = 20  # one greedy answer in so many is decoded again without a drafter
 
 
@@ -73,7 +73,8 @@ class Look:
 def main(options: Endurance) -> int:
     if options.num_requests < LEAST:
         raise SystemExit(f"num_requests is {options.num_requests}; give at least {LEAST}, or nothing can be concluded")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read when the first product is made
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read when the first product is made
+        os.environ.setdefault(cache, str(KERNELS))
     torch.set_num_threads(1)
     target = load_target(options.target)
     drafter = load_drafter(options.drafter, target)
