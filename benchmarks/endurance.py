@@ -168,11 +168,12 @@ def verdict(looks: list[Look], wrong: int, is_frozen: bool, options: Endurance, 
     fifth = len(settled) // 5
     before, after = statistics.median(settled[:fifth]), statistics.median(settled[-fifth:])
     growth = after / before - 1
-    said = provenance(" ".join(sys.argv), options.target, options.drafter, target.fingerprint, {})
+    settings = {name: value for name, value in asdict(options).items() if name != "out"}
+    said = provenance("", options.target, options.drafter, target.fingerprint, settings)
     ending = {"before_megabytes": before, "after_megabytes": after, "growth": round(growth, 4), "wrong_answers": wrong}
     print(json.dumps(ending | {"learning_stopped": is_frozen}), flush=True)
     if options.out:
-        rows = [*map(asdict, looks), ending | {key: said[key] for key in ("command", "commit", "processor")}]
+        rows = [*map(asdict, looks), ending | {key: said[key] for key in ("settings", "commit", "processor")}]
         options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return int(growth > options.tolerance or wrong > 0 or is_frozen)
 
