@@ -158,7 +158,7 @@ DISTILL = ("distill", "target", "--out", "new")
         ((*COMPARE, "--learn-budget", "0"), EARLY, ["budget", "0"]),
         ((*COMPARE, "--learn-costs", "-1", "0.02"), EARLY, ["round_cost", "-1"]),
         ((*COMPARE, "--learn-costs", "1", "0"), EARLY, ["row_cost", "0"]),
-        ((*COMPARE, "--out", "taken"), EARLY, ["taken", "results of another run", "--out"]),
+        ((*COMPARE, "--out", "taken"), EARLY, ["taken", "holds results already", "--out"]),
         ((*COMPARE, "--out", "a.jsonl/sub"), EARLY, ["a.jsonl/sub", "choose another --out"]),
         ((*COMPARE, "--save", "foreign/../a.jsonl"), EARLY, ["a.jsonl/frozen", "choose another --save"]),
         ((*COMPARE, "--drafter", "ngram"), LATE, ["ngram does not learn", "--learners none,frozen"]),
@@ -366,7 +366,7 @@ def test_compare_writes_its_files_and_shows_the_table(run, tmp_path):
     assert [one.learner for one in read_report(out / "report.json").runs] == ["none", "frozen", "online_gradient"]
     assert all(name in shown for name in ("none", "frozen", "online_gradient", "4 of 4"))
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["frozen", "online_gradient"]
-    assert_refused(run(*COMPARE, "--out", out), "results of another run")
+    assert_refused(run(*COMPARE, "--out", out), "holds results already")
 
 
 @pytest.fixture
@@ -425,6 +425,14 @@ def test_answers_that_differ_from_plain_decoding_fail_the_command(run, tmp_path,
     status, _, err = run(*COMPARE, *options)
     assert status == 1
     assert "answers of frozen differ from plain decoding" in err
+
+
+def test_where_speculation_lost_it_is_said_with_what_to_try(run, tmp_path, monkeypatch):
+    for ratio, is_said in ((0.9, True), (1.1, False)):
+        monkeypatch.setattr("onlinespec.metrics.speedup", lambda stats, control, ratio=ratio: ratio)
+        options = ("--out", tmp_path / str(ratio), "--max-new-tokens", "4", "--num-requests", "1")
+        _, _, err = run(*COMPARE, *options)
+        assert ("no drafter was faster than plain decoding here" in err.replace("\n", " ")) is is_said
 
 
 def test_an_interrupted_comparison_is_shown_and_kept(run, tmp_path, monkeypatch):

@@ -500,7 +500,7 @@ def test_data_without_an_end_needs_a_number_of_requests():
 def test_results_are_never_overwritten(target, data, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("precious")
-    with pytest.raises(ValueError, match="holds the results of another run"):
+    with pytest.raises(ValueError, match="holds results already"):
         Comparing(target, comparison_of(data()), tmp_path / "out")
     assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [(name, "precious")]
 

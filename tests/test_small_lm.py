@@ -165,6 +165,16 @@ def test_every_training_row_is_the_row_that_drafting_would_use(tuning):
         torch.testing.assert_close(trained, drafted[0], atol=1e-5, rtol=1e-3)
 
 
+def test_one_that_was_trained_for_another_target_says_so(folders, target, tmp_path, caplog):
+    drafter = load_drafter(folders / "qwen2", target)
+    drafter.save(tmp_path / "saved")
+    load_drafter(tmp_path / "saved", target)
+    load_drafter(folders / "qwen2", target)
+    assert not caplog.records, "a model from elsewhere was trained for no target"
+    load_drafter(tmp_path / "saved", replace(target, fingerprint="other"))
+    assert f"trained for target {target.fingerprint}, this target is other" in caplog.text
+
+
 SCALINGS = {
     "dynamic": ("llama", 64, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
     "longrope": (

@@ -408,7 +408,10 @@ def check_results_folder(out: Path) -> None:
     """
     lines, report = out / "requests.jsonl", out / "report.json"
     if lines.stat().st_size if lines.exists() else report.exists():  # a run that finished no request holds nothing
-        raise ValueError(f"{out} holds the results of another run; choose another --out, or move them away")
+        raise ValueError(
+            f"{out} holds results already, and a run that was stopped is not continued; "
+            "choose another --out, or move them away"
+        )
     if reason := why_not_writable(out):
         raise ValueError(f"results can't be written to {out}: {reason}; choose another --out")
 

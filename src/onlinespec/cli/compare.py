@@ -85,6 +85,7 @@ def _run(target: Target, comparison: Comparison, folder: Path, save_to: Path | N
     if save_to:
         _save_all(comparing, save_to)
     _show(report, folder)
+    _tell_of_losses(report)
     if report.provenance["cut_short"] and status == 0:
         _tell_of_cuts(report, comparison)
     differing = [run.learner for run in report.runs if run.totals.identical_to_plain is False]
@@ -103,6 +104,18 @@ def _show(report: Report, folder: Path) -> None:
         out.print(f"{skipped} prompts were longer than the target's context, and skipped in every run", highlight=False)
     out.print(f"the page:    {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
+
+
+def _tell_of_losses(report: Report) -> None:
+    """Says so where speculation did not pay: the table shows it to who knows where to look."""
+    ratios = [run.totals.speedup_vs_none for run in report.runs if run.learner != NONE]
+    known = [ratio for ratio in ratios if ratio is not None]
+    if known and max(known) < 1:
+        err.print(
+            "no drafter was faster than plain decoding here: try a longer stream (--num-requests), fewer drafted "
+            "tokens (--num-draft-tokens), or a drafter trained on such prompts (onlinespec distill)",
+            highlight=False,
+        )
 
 
 def _tell_of_cuts(report: Report, comparison: Comparison) -> None:

@@ -10,6 +10,7 @@ Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from onlinespec.models.rope import Rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _FRESH_LAYERS = 2
 _READ_AT_ONCE = 512  # rows of a prompt
@@ -105,7 +108,13 @@ class SmallLM(Headed):
             return cls._with_adapters(folder, target)
         config, model, weights, dtype = _read(folder, target.decoder.device)
         _check_tokenizer(folder, model.config, target)
-        version = int(read_side(folder).get("weights_version", 0))
+        side = read_side(folder)
+        if (made_for := side.get("target_fingerprint", target.fingerprint)) != target.fingerprint:
+            log.warning(
+                "%s was trained for target %s, this target is %s: its drafts may rarely be kept here",
+                folder, made_for, target.fingerprint,
+            )  # fmt: skip
+        version = int(side.get("weights_version", 0))
         return cls(target, config, model, weights, version, dtype, base=str(folder.absolute()))
 
     @classmethod
