@@ -494,7 +494,8 @@ def test_without_a_drafter_there_is_no_acceptance_length_to_tell(capsys):
 def test_a_comparison_tells_a_log_how_far_it_is(run, tmp_path):
     options = ("--out", tmp_path / "out", "--max-new-tokens", "4", "--num-requests", "2", "1", "--drafter", "drafter")
     err = run(*COMPARE, "builtin:sql", *options)[2]
-    assert [line.partition(",")[0] for line in err.splitlines()] == ["2/3  a: 2 requests", "3/3  sql: 1 request"]
+    lines = [line.partition(",")[0] for line in err.splitlines() if "/3 " in line]
+    assert lines == ["2/3  a: 2 requests", "3/3  sql: 1 request"]
 
 
 @pytest.mark.parametrize("data", ["sql", "arithmetic", "code_search.stream"])
