@@ -216,6 +216,21 @@ def test_the_drafter_hears_of_every_step_but_the_last():
     assert heard == ANSWER[: len(heard)]
 
 
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.7, top_p=0.9, presence_penalty=1.0)])
+def test_log_probabilities_are_those_of_the_raw_rows_however_tokens_were_drafted(num_draft_tokens, sampling):
+    params = GenerationParams(20, num_draft_tokens, sampling, num_logprobs=3)
+    request = scripted(wrong_at={2, 9}).complete(PROMPT, params)
+    rows = TARGET.decoder.head(hidden_states(TARGET, request.trace.token_ids[:-1]))[len(PROMPT) - 1 :].log_softmax(-1)
+    assert [one.token_id for one in request.logprobs] == request.output_ids
+    assert [one.logprob for one in request.logprobs] == [float(row[i]) for row, i in zip(rows, request.output_ids)]
+    assert [[i for i, _ in one.top] for one in request.logprobs] == rows.topk(3).indices.tolist()
+
+
+def test_log_probabilities_are_not_computed_unless_asked_for():
+    assert scripted().complete(PROMPT, GenerationParams(5)).logprobs == []
+
+
 # Memory
 
 

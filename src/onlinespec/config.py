@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 MAX_DRAFT_TOKENS = 16
+MAX_LOGPROBS = 20
 
 
 _KINDS: dict[type, tuple[type, str]] = {
@@ -28,13 +29,13 @@ def check_types(settings: Any) -> None:
     """
     for name, kind in _hints(cast(Hashable, type(settings))).items():
         given, is_tuple = getattr(settings, name), get_origin(kind) is tuple
-        _check(not is_tuple or isinstance(given, tuple), name, repr(given), "a tuple")
+        check_that(not is_tuple or isinstance(given, tuple), name, repr(given), "a tuple")
         choices = get_args(kind) if is_tuple or isinstance(kind, UnionType) else (kind,)
         kinds, words = next((_KINDS[choice] for choice in choices if choice in _KINDS), (object, ""))
         for one in given if is_tuple else (given,):
             is_left_out = one is None and type(None) in choices
             is_truth = isinstance(one, bool) and kinds not in (bool, object)  # Python's bools are ints
-            _check(is_left_out or (isinstance(one, kinds) and not is_truth), name, repr(one), words)
+            check_that(is_left_out or (isinstance(one, kinds) and not is_truth), name, repr(one), words)
 
 
 @cache
@@ -42,7 +43,8 @@ def _hints(kind: Hashable) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _check(is_fine: bool, name: str, value: object, allowed: str) -> None:
+def check_that(is_fine: bool, name: str, value: object, allowed: str) -> None:
+    """Raises ValueError, naming a setting, its value and what is allowed, unless it is fine."""
     if not is_fine:
         raise ValueError(f"{name} is {value}; it must be {allowed}")
 
@@ -67,18 +69,20 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or a positive number")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive count")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
-        _check(
+        check_that(
+            0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or a positive number"
+        )
+        check_that(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive count")
+        check_that(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
+        check_that(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
+        check_that(
             0 < self.repetition_penalty < float("inf"),
             "repetition_penalty",
             self.repetition_penalty,
             "positive; 1 is off",
         )
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "between -2 and 2; 0 is off")
+            check_that(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "between -2 and 2; 0 is off")
 
     @property
     def is_greedy(self) -> bool:
@@ -101,19 +105,27 @@ class GenerationParams:
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # beside the target's own end tokens
     ignore_end_tokens: bool = False  # for benchmarks of a fixed length
+    num_logprobs: int | None = None  # likeliest tokens reported beside each committed one; None reports nothing
     seed: int = 0  # one per request: while the drafter learns, requests that share one are not independent draws
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(
+        check_that(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        check_that(
             0 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS,
             "num_draft_tokens",
             self.num_draft_tokens,
             f"between 0 (plain decoding) and {MAX_DRAFT_TOKENS}",
         )
-        _check(all(self.stop_strings), "stop_strings", self.stop_strings, "non-empty strings")
-        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
+        check_that(all(self.stop_strings), "stop_strings", self.stop_strings, "non-empty strings")
+        if self.num_logprobs is not None:
+            check_that(
+                0 <= self.num_logprobs <= MAX_LOGPROBS,
+                "num_logprobs",
+                self.num_logprobs,
+                f"between 0 (the committed token alone) and {MAX_LOGPROBS}",
+            )
+        check_that(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
 
 
 ROW_CHOICES = ("all", "rejected")
@@ -147,25 +159,27 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(0 <= self.step_size < float("inf"), "step_size", self.step_size, "0 or a positive number")
-        _check(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
-        _check(0 <= (self.full_loss or 0) < float("inf"), "full_loss", self.full_loss, "0 or a positive number")
-        _check(self.rows in ROW_CHOICES, "rows", self.rows, f"one of {', '.join(ROW_CHOICES)}")
-        _check(self.min_interval >= 1, "min_interval", self.min_interval, "at least 1")
-        _check(
+        check_that(0 <= self.step_size < float("inf"), "step_size", self.step_size, "0 or a positive number")
+        check_that(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
+        check_that(0 <= (self.full_loss or 0) < float("inf"), "full_loss", self.full_loss, "0 or a positive number")
+        check_that(self.rows in ROW_CHOICES, "rows", self.rows, f"one of {', '.join(ROW_CHOICES)}")
+        check_that(self.min_interval >= 1, "min_interval", self.min_interval, "at least 1")
+        check_that(
             self.max_interval >= self.min_interval,
             "max_interval",
             self.max_interval,
             f"at least min_interval ({self.min_interval})",
         )
-        _check(self.requests_per_round >= 0, "requests_per_round", self.requests_per_round, "0 (by steps) or a count")
-        _check(self.max_rows >= 1, "max_rows", self.max_rows, "at least 1")
-        _check(self.least_gain >= 0, "least_gain", self.least_gain, "0 or a positive number")
-        _check(self.replay_every >= 0, "replay_every", self.replay_every, "0 (no memory) or a number of rounds")
-        _check(0 < self.replay_megabytes < float("inf"), "replay_megabytes", self.replay_megabytes, "positive")
-        _check(self.budget > 0, "budget", self.budget, "positive; inf for no limit")
-        _check(0 <= self.round_cost < float("inf"), "round_cost", self.round_cost, "0 or a positive number")
-        _check(0 < self.row_cost < float("inf"), "row_cost", self.row_cost, "positive")
+        check_that(
+            self.requests_per_round >= 0, "requests_per_round", self.requests_per_round, "0 (by steps) or a count"
+        )
+        check_that(self.max_rows >= 1, "max_rows", self.max_rows, "at least 1")
+        check_that(self.least_gain >= 0, "least_gain", self.least_gain, "0 or a positive number")
+        check_that(self.replay_every >= 0, "replay_every", self.replay_every, "0 (no memory) or a number of rounds")
+        check_that(0 < self.replay_megabytes < float("inf"), "replay_megabytes", self.replay_megabytes, "positive")
+        check_that(self.budget > 0, "budget", self.budget, "positive; inf for no limit")
+        check_that(0 <= self.round_cost < float("inf"), "round_cost", self.round_cost, "0 or a positive number")
+        check_that(0 < self.row_cost < float("inf"), "row_cost", self.row_cost, "positive")
 
 
 TUNINGS = ("layers", "all", "adapters")
@@ -181,6 +195,6 @@ class Tuning:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self.what in TUNINGS, "tuning", self.what, f"one of {', '.join(TUNINGS)}")
-        _check(self.rank >= 1, "adapter rank", self.rank, "at least 1")
-        _check(0 < self.alpha < float("inf"), "adapter alpha", self.alpha, "positive")
+        check_that(self.what in TUNINGS, "tuning", self.what, f"one of {', '.join(TUNINGS)}")
+        check_that(self.rank >= 1, "adapter rank", self.rank, "at least 1")
+        check_that(0 < self.alpha < float("inf"), "adapter alpha", self.alpha, "positive")

@@ -30,6 +30,14 @@ class Verdict(NamedTuple):
     token_ids_BL: Tensor  # int64, the committed tokens: kept drafts, then one recovered or bonus token; -1 after
 
 
+class TokenLogprobs(NamedTuple):
+    """How likely the target found a committed token, before any sampling setting: natural logarithms."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens, if asked for, likeliest first
+
+
 @dataclass(frozen=True)
 class DrafterWeights:
     """One version of what learns in a drafter. Swapped between steps only."""

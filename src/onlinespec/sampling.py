@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from onlinespec.config import SamplingParams
+from onlinespec.core import TokenLogprobs
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -111,6 +112,20 @@ def sample_rows(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     below_total_N = total_N.nextafter(torch.zeros_like(total_N))  # the product may round up to the total
     threshold_N = torch.minimum(uniforms_N.double() * total_N, below_total_N)
     return (cdf_NV > threshold_N[:, None]).byte().argmax(-1)
+
+
+def token_logprobs(logits_NV: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of given tokens, and of the likeliest ones, under raw rows: temperature 1, nothing cut.
+
+    >>> (one,) = token_logprobs(torch.tensor([[0.0, 0.0, -9.9e9]]), [1], num_top=1)
+    >>> one.token_id, round(one.logprob, 4), one.top[0][0]
+    (1, -0.6931, 0)
+    """
+    logprobs_NV = logits_NV.float().log_softmax(-1)
+    chosen_N = logprobs_NV[torch.arange(len(token_ids)), torch.tensor(token_ids)].tolist()
+    top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[-1]))
+    rows = zip(token_ids, chosen_N, top.indices.tolist(), top.values.tolist(), strict=True)
+    return [TokenLogprobs(i, logprob, tuple(zip(ids, values, strict=True))) for i, logprob, ids, values in rows]
 
 
 def _process_alike(logits_NV: Tensor, params: SamplingParams, token_counts: TokenCounts | None) -> Tensor:

@@ -38,6 +38,11 @@ class Drafter(ABC):
     weights: DrafterWeights  # what it drafts with now
     notes: Mapping[str, Any] = MappingProxyType({})  # what `inspect` should say of it; saved beside it
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory that a request takes here, for each of its tokens."""
+        return 0
+
     @classmethod
     @abstractmethod
     def fresh(cls, target: Target, seed: int = 0) -> Self:

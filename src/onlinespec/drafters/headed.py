@@ -69,6 +69,10 @@ class Headed(Drafter):
 
     # --- drafting -----------------------------------------------------------------------------------------------
 
+    @property
+    def bytes_per_token(self) -> int:
+        return self._cache.bytes_per_token
+
     def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
         self._cache.take(slot, capacity + MAX_DRAFT_TOKENS)  # a batch drafts as deep as its longest draft
         features = [features_SD] if self.reads_features and len(features_SD) else []

@@ -29,6 +29,7 @@ class Cache(Protocol):
     """What a model remembers of running requests, each under a slot number."""
 
     lengths: dict[int, int]  # tokens held, by slot
+    bytes_per_token: int
 
     def take(self, slot: int, capacity: int) -> None:
         """Reserves room for `capacity` tokens under a slot number that is free."""

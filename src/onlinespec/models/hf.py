@@ -43,8 +43,9 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_
 class HFCache(Slots):
     """A cache of transformers' for each slot, all layers at full length: one that drops old keys could not go back."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_per_token: int) -> None:
         super().__init__()
+        self.bytes_per_token = bytes_per_token
         self._caches: dict[int, DynamicCache] = {}
 
     def take(self, slot: int, capacity: int) -> None:
@@ -95,7 +96,9 @@ class HFModel(Model[HFCache]):
             self._try()
 
     def new_cache(self) -> HFCache:
-        return HFCache()
+        layer = self.config.layer
+        elements = 2 * self.config.num_layers * layer.num_kv_heads * layer.head_dim
+        return HFCache(elements * self.dtype.itemsize)
 
     @torch.inference_mode()
     def forward(

@@ -67,12 +67,14 @@ class KVCache(Slots):
         self._shape = (num_layers, 2, num_kv_heads)
         self._head_dim = head_dim
         self._options = {"device": device, "dtype": dtype}
+        self.bytes_per_token = num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
         self._blocks: dict[int, Tensor] = {}
 
     def take(self, slot: int, capacity: int) -> None:
-        super().take(slot, capacity)
         padded = -(-capacity // PAD) * PAD
-        self._blocks[slot] = torch.zeros(*self._shape, padded, self._head_dim, **self._options)  # type: ignore[call-overload]
+        block = torch.zeros(*self._shape, padded, self._head_dim, **self._options)  # type: ignore[call-overload]
+        super().take(slot, capacity)
+        self._blocks[slot] = block
 
     def release(self, slot: int) -> None:
         super().release(slot)

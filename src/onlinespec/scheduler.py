@@ -1,0 +1,203 @@
+"""Requests in, slots of a running batch, requests out: continuous batching.
+
+Requests join and leave between steps. Prompts are read in pieces between the steps of those that run already, so that
+a long one does not stall them. Memory is reserved for the longest answer that a request may get, when it is admitted:
+what runs is never thrown out again, and what does not fit waits its turn, first come, first served.
+
+`submit`, `cancel` and `wait` may be called by any thread, `step` by one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Condition
+
+from onlinespec.config import check_that, check_types
+from onlinespec.decode import DecodeLoop, Request
+
+log = logging.getLogger(__name__)
+
+ERROR, CANCELLED = "error", "cancelled"  # finish reasons beside the loop's own
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a scheduler may hold at once."""
+
+    max_running: int = 16  # requests whose memory is taken
+    max_waiting: int = 256  # requests in the queue
+    cache_megabytes: float = 1024.0  # of keys, values and states of running requests
+    prefill_tokens: int = 128  # of prompts, read between two steps of others ...
+    prefill_alone: int = 512  # ... and at once while nothing else runs
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_that(self.max_running >= 1, "max_running", self.max_running, "at least 1")
+        check_that(self.max_waiting >= 0, "max_waiting", self.max_waiting, "0 or a count")
+        check_that(0 < self.cache_megabytes < float("inf"), "cache_megabytes", self.cache_megabytes, "positive")
+        for name in ("prefill_tokens", "prefill_alone"):
+            check_that(getattr(self, name) >= 32, name, getattr(self, name), "at least 32")
+
+
+class Busy(RuntimeError):
+    """As many requests wait as may."""
+
+
+class TooLarge(ValueError):
+    """A request that no amount of waiting makes room for."""
+
+
+class Scheduler:
+    """Runs the requests that it is given over one decode loop, as many at once as its limits allow.
+
+    `waiting`, `reading` and `running` are for looking at; only `submit` and `step` change them.
+    """
+
+    def __init__(self, loop: DecodeLoop, limits: Limits | None = None) -> None:
+        self.loop, self.limits = loop, limits or Limits()
+        self.waiting: deque[Request] = deque()
+        self.reading: list[Request] = []  # admitted, their prompts not yet read to the end
+        self.running: list[Request] = []
+        self._given_up: list[Request] = []
+        self._changed = Condition()  # guards waiting and _given_up
+        self._num_bytes = 0
+        self._complaints: set[str] = set()
+
+    # --- for any thread -----------------------------------------------------------------------------------------
+
+    def submit(self, *requests: Request) -> None:
+        """Queues requests from `DecodeLoop.open`: all of them or none.
+
+        Raises:
+            TooLarge: if one would not fit into the memory of an empty scheduler.
+            Busy: if the queue has no room for them.
+        """
+        for request in requests:
+            self._check_size(request)
+        with self._changed:
+            num_free = max(0, self.limits.max_running - len(self.reading) - len(self.running))
+            if len(self.waiting) + len(requests) > self.limits.max_waiting + num_free:
+                raise Busy(f"{len(self.waiting)} requests are waiting, of at most {self.limits.max_waiting}")
+            self.waiting.extend(requests)
+            self._changed.notify_all()
+
+    def cancel(self, request: Request) -> None:
+        """Gives a request up, wherever it is: the next step frees what it holds. One that is over stays as it is."""
+        with self._changed:
+            self._given_up.append(request)
+            self._changed.notify_all()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.reading or self.running or self._given_up)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleeps until there is work, or for so long; whether there is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.has_work, seconds)
+
+    # --- for one thread -----------------------------------------------------------------------------------------
+
+    def step(self) -> list[Request]:
+        """Frees what was given up, admits, reads on in prompts, and takes one step with all that run.
+
+        A request at which something fails ends alone, with the reason "error"; the others go on.
+
+        Returns:
+            The requests that got tokens, or ended. Those that ended hold no memory any more.
+        """
+        ended = self._drop()
+        self._admit()
+        self._read()
+        stepped = list(self.running)
+        if stepped:
+            self._together(self.loop.step, stepped)
+        over = [request for request in (*self.reading, *self.running) if request.finish_reason is not None]
+        for request in over:
+            self._leave(request)
+        return [*ended, *over, *(request for request in stepped if request.finish_reason is None)]
+
+    def _check_size(self, request: Request) -> None:
+        needed, most = self.loop.num_bytes(request) / 1e6, self.limits.cache_megabytes
+        if needed > most:
+            raise TooLarge(
+                f"a request of up to {request.max_tokens} tokens takes {needed:.1f} MB, and all that run together may "
+                f"take {most:g} MB; ask for fewer tokens"
+            )
+
+    def _drop(self) -> list[Request]:
+        """Ends what was given up."""
+        with self._changed:
+            dropped = [request for request in self._given_up if request.finish_reason is None]
+            self._given_up.clear()
+            for request in dropped:
+                request.finish_reason = CANCELLED
+            self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
+        for request in dropped:
+            self._leave(request)
+        return dropped
+
+    def _admit(self) -> None:
+        while self.waiting and self._has_room_for(self.waiting[0]):
+            with self._changed:
+                request = self.waiting.popleft()
+                self.reading.append(request)
+            self._num_bytes += self.loop.num_bytes(request)
+            with self._answering_for(request):
+                self.loop.admit(request)
+
+    def _has_room_for(self, request: Request) -> bool:
+        has_slot = len(self.reading) + len(self.running) < self.limits.max_running
+        return has_slot and self._num_bytes + self.loop.num_bytes(request) <= self.limits.cache_megabytes * 1e6
+
+    def _read(self) -> None:
+        """Some tokens of the prompts that came first; those that are read to the end run from now on."""
+        if unread := [request for request in self.reading if request.finish_reason is None]:
+            most = self.limits.prefill_tokens if self.running else self.limits.prefill_alone
+            self._together(partial(self.loop.read, max_tokens=most), unread)
+        ready = [request for request in unread if request.is_ready and request.finish_reason is None]
+        self.running += ready
+        self.reading = [request for request in self.reading if request not in ready]
+
+    def _together(self, work: Callable[[list[Request]], object], requests: list[Request]) -> None:
+        """Works on requests at once; if that fails, on each alone, without a drafter, only those at fault end."""
+        try:
+            work(requests)
+        except Exception as error:
+            self._say_once(f"work on {len(requests)} requests failed; each goes on alone, without drafts", error)
+            for request in requests:
+                if request.finish_reason is None:
+                    with self._answering_for(request):
+                        self.loop.take_back(request)
+                        work([request])
+
+    @contextmanager
+    def _answering_for(self, request: Request) -> Iterator[None]:
+        """What fails inside ends the request and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            request.finish_reason, request.error = ERROR, f"{type(error).__name__}: {error}"
+            self._say_once("a request was ended", error)
+
+    def _leave(self, request: Request) -> None:
+        """Frees what a request that is over holds, whatever state it was left in."""
+        request.text.close()
+        if any(request is one for one in (*self.reading, *self.running)):
+            self._num_bytes -= self.loop.num_bytes(request)
+            self.reading = [one for one in self.reading if one is not request]
+            self.running = [one for one in self.running if one is not request]
+            self.loop.finish(request)
+
+    def _say_once(self, what: str, error: Exception) -> None:
+        """Logs a kind of failure when it is first seen, with its traceback."""
+        kind = f"{type(error).__name__}: {error}"
+        if kind not in self._complaints:
+            self._complaints.add(kind)
+            log.error("%s (%s); this is said once", what, kind, exc_info=error)
