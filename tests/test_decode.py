@@ -223,7 +223,9 @@ def test_log_probabilities_are_those_of_the_raw_rows_however_tokens_were_drafted
     request = scripted(wrong_at={2, 9}).complete(PROMPT, params)
     rows = TARGET.decoder.head(hidden_states(TARGET, request.trace.token_ids[:-1]))[len(PROMPT) - 1 :].log_softmax(-1)
     assert [one.token_id for one in request.logprobs] == request.output_ids
-    assert [one.logprob for one in request.logprobs] == [float(row[i]) for row, i in zip(rows, request.output_ids)]
+    assert [one.logprob for one in request.logprobs] == [
+        float(row[i]) for row, i in zip(rows, request.output_ids, strict=True)
+    ]
     assert [[i for i, _ in one.top] for one in request.logprobs] == rows.topk(3).indices.tolist()
 
 

@@ -1,0 +1,200 @@
+"""The thread that decodes, and the door between it and whoever asks: prompts in, pieces of answers out.
+
+Knows nothing of HTTP. Asking is for an event loop's thread; the scheduler's steps run in the engine's own, so that
+neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from onlinespec.config import GenerationParams
+from onlinespec.core import DecodeStats, TokenLogprobs
+from onlinespec.decode import Request
+from onlinespec.scheduler import ERROR, Scheduler
+
+log = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 0.5  # between two looks for a reason to stop; work wakes it at once
+
+
+class Closed(RuntimeError):
+    """The engine takes no more requests: it is stopping, or has failed."""
+
+
+class Piece(NamedTuple):
+    """What one step added to an answer."""
+
+    text: str  # that became final: it may lag behind the tokens, or be empty
+    token_ids: tuple[int, ...]
+    is_drafted: tuple[bool, ...]  # of each token: kept from a draft, or the target's own
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: str | None  # of the last piece: see `Request` and `scheduler`
+    error: str
+    stats: DecodeStats  # of the whole request so far
+
+
+class Answer:
+    """One request's answer as it comes: iterate over its pieces; `cancel` if no one wants the rest."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.request = request
+        self._engine = engine
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._num_sent = self._num_accepted = 0
+        self._is_over = False
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        while not self._is_over:
+            piece = await self._pieces.get()
+            self._is_over = piece.finish_reason is not None
+            yield piece
+
+    def cancel(self) -> None:
+        """Frees what the request holds; no piece comes any more."""
+        self._is_over = True
+        self._engine.scheduler.cancel(self.request)
+
+    def _next(self) -> Piece:
+        """What is new. Called in the engine's thread."""
+        request, first = self.request, self._num_sent
+        ids = tuple(request.output_ids[first:])
+        num_drafted = request.stats.accepted - self._num_accepted
+        self._num_sent, self._num_accepted = first + len(ids), request.stats.accepted
+        return Piece(
+            text=request.text.take(),
+            token_ids=ids,
+            is_drafted=tuple(i < num_drafted for i in range(len(ids))),
+            logprobs=tuple(request.logprobs[first:]),
+            finish_reason=request.finish_reason,
+            error=request.error,
+            stats=request.stats,
+        )
+
+
+@dataclass
+class Totals:
+    """What was served so far; counts only ever grow."""
+
+    stats: DecodeStats = field(default_factory=DecodeStats)  # of requests that ended
+    prompt_tokens: int = 0
+    known_tokens: int = 0  # of the prompts', those that an earlier request had read
+    finished: Counter[str] = field(default_factory=Counter)  # by reason
+
+
+class Engine:
+    """Decodes what it is asked, in a thread of its own.
+
+    `start` it, ask for answers from one event loop, `stop` it.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler, self.totals = scheduler, Totals()
+        self.failure: BaseException | None = None  # what ended the thread, if anything did
+        self._answers: dict[Request, Answer] = {}
+        self._guard = threading.Lock()  # of _answers and _is_closed
+        self._is_closed = self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="onlinespec-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- for the event loop -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to decode; answers go to the event loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def ask(self, prompts: Sequence[tuple[Sequence[int], GenerationParams]], **tags: Any) -> list[Answer]:
+        """Answers to prompts, all of them or none.
+
+        Args:
+            tags: As `DecodeLoop.open` takes them.
+
+        Raises:
+            Closed: if the engine takes no more.
+            ValueError, ContextOverflow, TooLarge, Busy: as `DecodeLoop.open` and `Scheduler.submit`.
+        """
+        answers = [Answer(self, self.scheduler.loop.open(ids, params, **tags)) for ids, params in prompts]
+        with self._guard:
+            if self._is_closed:
+                raise Closed("the server has failed" if self.failure else "the server is shutting down")
+            self.scheduler.submit(*(answer.request for answer in answers))
+            self._answers |= {answer.request: answer for answer in answers}
+        return answers
+
+    async def stop(self, seconds: float = 30.0) -> None:
+        """Takes no more requests, finishes those it has, gives up after so many seconds what is left."""
+        with self._guard:
+            self._is_closed = True
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self._answers and self._thread.is_alive() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        for request in list(self._answers):
+            self.scheduler.cancel(request)
+        self._is_stopping = True
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it decodes."""
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it would take a request."""
+        return self.is_alive and not self._is_closed
+
+    # --- in its own thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not (self._is_stopping and not self.scheduler.has_work):
+                if self.scheduler.wait(_IDLE_SECONDS):
+                    self._deliver(self.scheduler.step())
+        except BaseException as error:
+            log.exception("decoding has failed; no request is answered any more")
+            self._fail(error)
+
+    def _deliver(self, moved: Sequence[Request]) -> None:
+        with self._guard:
+            pieces = [(answer, answer._next()) for request in moved if (answer := self._answers.get(request))]
+            for answer, piece in pieces:
+                if piece.finish_reason is not None:
+                    del self._answers[answer.request]
+                    self._count(answer.request)
+        self._post(pieces)
+
+    def _post(self, pieces: Sequence[tuple[Answer, Piece]]) -> None:
+        """Hands pieces over, in one call for all."""
+        if self._loop and pieces and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_put, pieces)
+
+    def _count(self, request: Request) -> None:
+        totals = self.totals
+        totals.stats = totals.stats + request.stats
+        totals.prompt_tokens += request.num_prompt_tokens
+        totals.known_tokens += request.num_known
+        totals.finished[request.finish_reason or ""] += 1
+
+    def _fail(self, error: BaseException) -> None:
+        """Every answer ends with the error; none waits for ever."""
+        self.failure = error
+        with self._guard:
+            self._is_closed = True
+            left, self._answers = list(self._answers.values()), {}
+        for answer in left:
+            answer.request.finish_reason = answer.request.finish_reason or ERROR
+            answer.request.error = f"{type(error).__name__}: {error}"
+        self._post([(answer, answer._next()) for answer in left])
+
+
+def _put(pieces: Sequence[tuple[Answer, Piece]]) -> None:
+    for answer, piece in pieces:
+        answer._pieces.put_nowait(piece)

@@ -1,0 +1,172 @@
+import asyncio
+
+import pytest
+import rigs
+from rigs import Script, plain
+
+import onlinespec.server.engine
+from onlinespec.config import GenerationParams
+from onlinespec.decode import ContextOverflow, DecodeLoop
+from onlinespec.drafters.ngram import Ngram
+from onlinespec.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler
+from onlinespec.server.engine import Closed, Engine
+
+TARGET = rigs.random_target()
+PROMPTS = [[5, 9, 200, 31], [7], [31, 77, 14, 9] * 20]
+PARAMS = GenerationParams(30)
+
+
+def make(limits=None, drafter=None):
+    return Engine(Scheduler(DecodeLoop(TARGET, drafter or Ngram()), limits))
+
+
+def run(use, engine=None):
+    """Runs a coroutine function of an engine that is started before and stopped after it."""
+    engine = engine or make()
+
+    async def main():
+        engine.start()
+        try:
+            return await asyncio.wait_for(use(engine), 60)
+        finally:
+            await engine.stop(5)
+
+    result = asyncio.run(main())
+    assert not engine._thread.is_alive()
+    assert not engine.scheduler.has_work
+    assert not engine.scheduler.loop._cache.lengths
+    return result
+
+
+async def collect(answer):
+    return [piece async for piece in answer]
+
+
+def test_answers_asked_for_together_come_whole_and_exact():
+    async def use(engine):
+        answers = engine.ask([(prompt, PARAMS) for prompt in PROMPTS])
+        return await asyncio.gather(*map(collect, answers))
+
+    for prompt, pieces in zip(PROMPTS, run(use), strict=True):
+        alone = plain(TARGET, prompt, PARAMS)
+        assert [i for piece in pieces for i in piece.token_ids] == alone.output_ids
+        assert "".join(piece.text for piece in pieces) == alone.text.text
+        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+        assert pieces[-1].stats.tokens == 30
+
+
+def test_a_piece_says_which_of_its_tokens_were_drafted():
+    answer_ids = plain(TARGET, PROMPTS[0], PARAMS).output_ids
+    script = Script(PROMPTS[0] + answer_ids, wrong_at={len(PROMPTS[0]) + 7})
+
+    async def use(engine):
+        return await collect(engine.ask([(PROMPTS[0], GenerationParams(30, 4))])[0])
+
+    pieces = run(use, make(drafter=script))
+    assert [list(piece.is_drafted) for piece in pieces[:3]] == [
+        [True] * 4 + [False],
+        [True] * 2 + [False],
+        [True] * 4 + [False],
+    ]
+    assert sum(sum(piece.is_drafted) for piece in pieces) == pieces[-1].stats.accepted
+
+
+def test_a_cancelled_answer_frees_its_request_while_others_go_on():
+    async def use(engine):
+        long, short = engine.ask([(PROMPTS[0], GenerationParams(900)), (PROMPTS[1], PARAMS)])
+        async for _ in long:
+            break
+        long.cancel()
+        pieces = await collect(short)
+        while long.request in engine._answers:
+            await asyncio.sleep(0.01)
+        return long.request, pieces
+
+    request, pieces = run(use)
+    assert (request.finish_reason, request.slot) == (CANCELLED, -1)
+    assert sum(len(piece.token_ids) for piece in pieces) == 30
+
+
+def test_what_can_not_be_answered_is_refused_where_it_is_asked():
+    async def use(engine):
+        with pytest.raises(ContextOverflow):
+            engine.ask([(PROMPTS[0], PARAMS), ([5] * 2000, PARAMS)])
+        with pytest.raises(ValueError, match="no tokens"):
+            engine.ask([([], PARAMS)])
+        engine.ask([(PROMPTS[0], GenerationParams(900))])
+        with pytest.raises(Busy):
+            engine.ask([(PROMPTS[0], PARAMS)] * 2)
+
+    run(use, make(Limits(max_running=1, max_waiting=0)))
+
+
+def test_stopping_finishes_what_runs_and_takes_nothing_more():
+    async def main():
+        engine = make(Limits(max_running=1))
+        engine.start()
+        first, second = engine.ask([(PROMPTS[0], GenerationParams(200)), (PROMPTS[1], PARAMS)])
+        stopping = asyncio.create_task(engine.stop(60))
+        await asyncio.sleep(0)
+        with pytest.raises(Closed, match="shutting down"):
+            engine.ask([(PROMPTS[0], PARAMS)])
+        results = await asyncio.gather(collect(first), collect(second))
+        await stopping
+        return [pieces[-1].finish_reason for pieces in results], engine.is_ready
+
+    assert asyncio.run(main()) == (["length", "length"], False)
+
+
+def test_stopping_gives_up_what_takes_too_long():
+    async def main():
+        engine = make()
+        engine.start()
+        (answer,) = engine.ask([(PROMPTS[0], GenerationParams(1000))])
+        await engine.stop(0.05)
+        return (await collect(answer))[-1].finish_reason
+
+    assert asyncio.run(main()) == CANCELLED
+
+
+def test_an_engine_that_fails_ends_every_answer_and_says_so(monkeypatch, caplog):
+    engine = make()
+
+    async def main():
+        engine.start()
+        answers = engine.ask([(PROMPTS[0], GenerationParams(900)), (PROMPTS[1], GenerationParams(900))])
+        async for _ in answers[0]:
+            break
+        monkeypatch.setattr(engine.scheduler, "step", lambda: 1 / 0)
+        results = await asyncio.wait_for(asyncio.gather(*map(collect, answers)), 30)
+        assert not engine.is_alive
+        with pytest.raises(Closed, match="has failed"):
+            engine.ask([(PROMPTS[0], PARAMS)])
+        await engine.stop(1)
+        return results
+
+    for pieces in asyncio.run(main()):
+        assert (pieces[-1].finish_reason, pieces[-1].error) == (ERROR, "ZeroDivisionError: division by zero")
+    assert "decoding has failed" in caplog.text
+
+
+def test_what_was_served_is_counted():
+    async def use(engine):
+        answers = engine.ask([(prompt, PARAMS) for prompt in PROMPTS])
+        await asyncio.gather(*map(collect, answers))
+        return engine.totals
+
+    totals = run(use)
+    assert (totals.stats.requests, totals.stats.tokens) == (3, 90)
+    assert totals.prompt_tokens == sum(map(len, PROMPTS))
+    assert totals.finished == {"length": 3}
+
+
+def test_an_idle_engine_wakes_for_work_and_not_by_the_clock(monkeypatch):
+    monkeypatch.setattr(onlinespec.server.engine, "_IDLE_SECONDS", 8.0)
+
+    async def use(engine):
+        await asyncio.sleep(0.1)
+        began = asyncio.get_running_loop().time()
+        await collect(engine.ask([(PROMPTS[1], GenerationParams(1))])[0])
+        return asyncio.get_running_loop().time() - began
+
+    assert run(use) < 6
