@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 
 class Cadence:
@@ -124,6 +126,53 @@ class Budget:
     def has_room(self) -> bool:
         """Whether what was spent is earned again, and a round's cost beside it."""
         return self._saved >= self._full_round or math.isinf(self._share)
+
+
+class ClockBudget:
+    """The same by the clock, for learning that runs beside decoding: a share of the time that passes.
+
+    What learning took is read from a clock of its own, so that all of it counts: reading records, rounds, comparisons.
+
+    Args:
+        share: Of the time that passes; 1 is one core all the time.
+        taken: Seconds that learning has run so far: its thread's or its process's processor time.
+        passed: Seconds so far, of anything.
+    """
+
+    _MOST_SAVED = 2.0  # seconds
+    _SAVED_AT_START = 2.0
+
+    def __init__(
+        self, share: float, taken: Callable[[], float] = time.process_time, passed: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.share, self._taken, self._passed = share, taken, passed
+        self._start = self._last = taken(), passed()
+        self._saved = self._SAVED_AT_START
+
+    def earn(self) -> None:
+        """Nothing: the clock does."""
+
+    def spend(self, num_rows: int, num_evaluations: float = 1.0) -> None:
+        """Nothing: the clock does."""
+
+    @property
+    def spent(self) -> float:
+        """Seconds that learning took so far."""
+        return self._taken() - self._start[0]
+
+    @property
+    def share_spent(self) -> float:
+        """The same, of all the time that passed."""
+        return self.spent / max(self._passed() - self._start[1], 1e-9)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether what was taken is earned again."""
+        now = self._taken(), self._passed()
+        taken, passed = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        self._saved = min(self._saved + self.share * passed, self._MOST_SAVED) - taken
+        return self._saved >= 0
 
 
 class _Spread:

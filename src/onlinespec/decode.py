@@ -348,6 +348,8 @@ class DecodeLoop:
                 self.drafter.release(request.slot)
             raise
         request.is_drafting = True
+        if request.learns:
+            self.drafter.hear(trace.token_ids, is_start=True)
 
     def _end_drafting(self, request: Request) -> None:
         if self.drafter and request.is_drafting:
@@ -450,10 +452,19 @@ class DecodeLoop:
                 )
             )
         if self.drafter:
-            running = [i for i, one in enumerate(requests) if one.finish_reason is None and one.is_drafting]
-            kept = Verdict(verdict.num_accepted_B[running], verdict.token_ids_BL[running])
-            self.drafter.observe([requests[i].slot for i in running], kept, [features[i] for i in running])
+            self._tell(self.drafter, requests, verdict, features)
         return feedback
+
+    def _tell(
+        self, drafter: Drafter, requests: Sequence[Request], verdict: Verdict, features: Sequence[Tensor]
+    ) -> None:
+        """What became of the drafts of requests that go on."""
+        running = [i for i, request in enumerate(requests) if request.finish_reason is None and request.is_drafting]
+        kept = Verdict(verdict.num_accepted_B[running], verdict.token_ids_BL[running])
+        drafter.observe([requests[i].slot for i in running], kept, [features[i] for i in running])
+        for i in running:
+            if requests[i].learns:
+                drafter.hear(requests[i].trace.token_ids[-len(features[i]) :], is_start=False)
 
     def _append(self, request: Request, token_ids: Sequence[int]) -> int:
         """Commits tokens one by one until one of them ends the request; how many were taken."""

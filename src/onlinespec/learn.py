@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from onlinespec.cadence import Budget, Cadence
+from onlinespec.cadence import Budget, Cadence, ClockBudget
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
@@ -46,10 +46,16 @@ class InlineLearning:
     Args:
         learner: By default the one that the settings name.
         seed: Of what is drawn from memory.
+        budget: By default one that counts work as the settings say.
     """
 
     def __init__(
-        self, drafter: Drafter, learner: Learner | None = None, config: LearnConfig | None = None, seed: int = 0
+        self,
+        drafter: Drafter,
+        learner: Learner | None = None,
+        config: LearnConfig | None = None,
+        seed: int = 0,
+        budget: Budget | ClockBudget | None = None,
     ) -> None:
         self.config = config or LearnConfig()
         self._drafter, self._learner = drafter, learner or learner_of(self.config)
@@ -57,7 +63,9 @@ class InlineLearning:
         self.cadence = Cadence(
             self.config.min_interval, self.config.max_interval, self.config.least_gain, full_loss_of(self.config)
         )
-        self.budget = Budget(self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows)
+        self.budget = budget or Budget(
+            self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows
+        )
         self.replay = ReplayBuffer(int(self.config.replay_megabytes * 1e6), seed) if self.config.replay_every else None
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
         self._steps_waited = self._requests_waited = 0

@@ -90,6 +90,7 @@ class Replaying:
         n, states = recorded.num_prompt_tokens, recorded.hidden_states_SD
         trace = Trace(list(recorded.token_ids), states, len(states), recorded.max_tokens)
         self._drafter.start(0, recorded.token_ids[:n], states[: n - 1], recorded.max_tokens)
+        self._drafter.hear(recorded.token_ids[:n], is_start=True)
         anchor, stats = n - 1, DecodeStats(requests=1)
         while anchor < len(recorded.token_ids) - 1:
             anchor, counted = self._step(recorded, trace, anchor)
@@ -108,6 +109,7 @@ class Replaying:
         if not is_last:
             verdict = Verdict(torch.tensor([accepted]), torch.tensor([following[: accepted + 1]]))
             self._drafter.observe([0], verdict, [recorded.hidden_states_SD[anchor : anchor + num_rows]])
+            self._drafter.hear(following[:num_rows], is_start=False)
         if self._learning:
             self._learning.offer(
                 [

@@ -97,6 +97,13 @@ class Drafter(ABC):
     def release(self, slot: int) -> None:
         """Forgets a request."""
 
+    def hear(self, token_ids: Sequence[int], is_start: bool) -> None:
+        """Notes which tokens the traffic has: a request's prompt as it starts, then what was committed.
+
+        Apart from `start` and `observe`, for requests that nothing may be learned from, and for a drafter that learns
+        from what another one serves.
+        """
+
     def side(self, **facts: str) -> dict[str, Any]:
         """What is saved beside the published files: the notes, if any, and the given facts."""
         return {**facts, "notes": dict(self.notes)} if self.notes else dict(facts)

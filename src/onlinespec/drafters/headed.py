@@ -77,7 +77,6 @@ class Headed(Drafter):
         self._cache.take(slot, capacity + MAX_DRAFT_TOKENS)  # a batch drafts as deep as its longest draft
         features = [features_SD] if self.reads_features and len(features_SD) else []
         self._slots[slot] = _Slot(list(token_ids[self.num_before :]), features)
-        self._shortlist.begin(token_ids)
 
     def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
         for slot, token_ids, rows_ND in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
@@ -85,7 +84,12 @@ class Headed(Drafter):
             self._slots[slot].read_ids.extend(committed)
             if self.reads_features:
                 self._slots[slot].features.append(rows_ND)
-            self._shortlist.note(committed)
+
+    def hear(self, token_ids: Sequence[int], is_start: bool) -> None:
+        if is_start:
+            self._shortlist.begin(token_ids)
+        else:
+            self._shortlist.note(token_ids)
 
     def release(self, slot: int) -> None:
         self._cache.release(slot)

@@ -1,0 +1,196 @@
+"""What serving and learning tell each other where they share no memory: records in, versions out.
+
+Messages are msgpack with raw tensors inside: nothing in them can run code, and either end may be another process or
+another machine. A text's states are sent once, in pieces as they grow; both ends keep the text under a number.
+
+Axis letters: S positions of a request, D hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+import zlib
+from collections import deque
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from onlinespec.core import DrafterWeights, Feedback, Trace
+
+_RECORD_FIELDS = tuple(name for name in Feedback.__dataclass_fields__ if name != "trace")
+
+
+class Blob(Struct, frozen=True, array_like=True):
+    """A tensor's bytes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    data: bytes
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Blob:
+        plain = tensor.detach().cpu().contiguous()
+        return cls(
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            plain.flatten().view(torch.uint8).numpy().tobytes(),
+        )
+
+    def tensor(self) -> Tensor:
+        """A tensor of its own, on the CPU."""
+        dtype = getattr(torch, self.dtype)
+        if not self.data:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(self.data), dtype=dtype).view(self.shape)
+
+
+class Rows(Struct, frozen=True, tag=True):
+    """A record of Feedback, and what of its text was not sent before."""
+
+    text: int  # the number of the text
+    first_token: int  # where the new tokens begin ...
+    token_ids: list[int]
+    first_state: int  # ... and the new states
+    states_SD: Blob
+    max_tokens: int
+    record: dict[str, Any]  # Feedback without its trace
+
+
+class Forget(Struct, frozen=True, tag=True):
+    """Nothing more will come of a text."""
+
+    text: int
+
+
+class Published(Struct, frozen=True, tag=True):
+    """Weights to draft with from now on."""
+
+    version: int
+    params: dict[str, Blob]
+    checksum: int  # of all their bytes, in order of their names
+
+    @classmethod
+    def of(cls, weights: DrafterWeights) -> Published:
+        params = {name: Blob.of(p) for name, p in weights.params.items()}
+        return cls(weights.version, params, _checksum(params))
+
+    def weights(self) -> DrafterWeights:
+        """Raises ValueError if they are not what was sent."""
+        if (found := _checksum(self.params)) != self.checksum:
+            raise ValueError(f"weights version {self.version} came with checksum {found}, not {self.checksum}")
+        return DrafterWeights({name: blob.tensor() for name, blob in self.params.items()}, self.version)
+
+
+class Report(Struct, frozen=True, tag=True):
+    """How learning fares: figures for a page and for metrics."""
+
+    figures: dict[str, Any]
+
+
+class Said(Struct, frozen=True, tag=True):
+    """A line of the log."""
+
+    logger: str
+    level: int
+    text: str
+
+
+class Setting(Struct, frozen=True, tag=True):
+    """Learning may take this share of time from now on."""
+
+    share: float
+
+
+Message = Rows | Forget | Published | Report | Said | Setting
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """One message."""
+    return _ENCODER.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """Raises ValueError for what is none."""
+    try:
+        return _DECODER.decode(data)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"this is no message between serving and learning: {error}") from error
+
+
+class Outgoing:
+    """The sending end of Feedback: remembers how much of each text was sent."""
+
+    def __init__(self) -> None:
+        self._sent: dict[int, tuple[int, int, int]] = {}  # by the id of a trace: its number, tokens, states
+        self._numbers = itertools.count()
+        self._gone: deque[Forget] = deque()
+
+    def messages(self, record: Feedback) -> list[Message]:
+        """A record, behind what became of other texts. Records of a text may be left out, but keep their order."""
+        gone = [self._gone.popleft() for _ in range(len(self._gone))]
+        return [*gone, self._rows(record)]
+
+    def _rows(self, record: Feedback) -> Rows:
+        trace, end = record.trace, record.start + record.num_rows
+        if id(trace) not in self._sent:
+            self._sent[id(trace)] = next(self._numbers), 0, 0
+            weakref.finalize(trace, self._forget, id(trace)).atexit = False
+        number, num_tokens, num_states = self._sent[id(trace)]
+        self._sent[id(trace)] = number, end + 1, end
+        return Rows(
+            text=number,
+            first_token=num_tokens,
+            token_ids=trace.token_ids[num_tokens : end + 1],
+            first_state=num_states,
+            states_SD=Blob.of(trace.hidden_states_SD[num_states:end]),
+            max_tokens=trace.max_tokens,
+            record={name: getattr(record, name) for name in _RECORD_FIELDS},
+        )
+
+    def _forget(self, trace_id: int) -> None:
+        """No one holds a text any more, so that no record of it is under way. Any thread may find that out."""
+        self._gone.append(Forget(self._sent.pop(trace_id)[0]))
+
+
+class Incoming:
+    """The receiving end: texts grow as they grew at the other."""
+
+    def __init__(self) -> None:
+        self._traces: dict[int, Trace] = {}
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    def record(self, rows: Rows) -> Feedback:
+        """The record, over a text of this end's own."""
+        states_SD = rows.states_SD.tensor()
+        trace = self._traces.get(rows.text)
+        if trace is None:
+            trace = self._traces[rows.text] = Trace([], states_SD.new_empty(rows.max_tokens, states_SD.shape[1]))
+            trace.max_tokens = rows.max_tokens
+        if len(trace.token_ids) != rows.first_token or trace.num_features != rows.first_state:
+            raise ValueError(
+                f"text {rows.text} goes on at token {rows.first_token}, of it {len(trace.token_ids)} are known: "
+                "a message is missing"
+            )
+        trace.token_ids.extend(rows.token_ids)
+        trace.hidden_states_SD[trace.num_features : trace.num_features + len(states_SD)] = states_SD
+        trace.num_features += len(states_SD)
+        return Feedback(trace=trace, **rows.record)
+
+    def forget(self, message: Forget) -> None:
+        """Lets go of a text; learning may still hold it."""
+        self._traces.pop(message.text, None)
+
+
+def _checksum(params: dict[str, Blob]) -> int:
+    total = 0
+    for name in sorted(params):
+        total = zlib.crc32(params[name].data, zlib.crc32(name.encode(), total))
+    return total
