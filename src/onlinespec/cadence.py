@@ -146,8 +146,12 @@ class ClockBudget:
         self, share: float, taken: Callable[[], float] = time.process_time, passed: Callable[[], float] = time.monotonic
     ) -> None:
         self.share, self._taken, self._passed = share, taken, passed
-        self._start = self._last = taken(), passed()
         self._saved = self._SAVED_AT_START
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from now on; for a clock that runs in the caller's thread."""
+        self._start = self._last = self._taken(), self._passed()
 
     def earn(self) -> None:
         """Nothing: the clock does."""

@@ -36,6 +36,7 @@ class Drafter(ABC):
     aux_layer_ids: tuple[int, ...] = ()  # target layers whose states it reads beside the final one
     is_trainable: bool = False  # whether `batch` and `loss` are there
     weights: DrafterWeights  # what it drafts with now
+    drafts: bool = True  # one that learns beside another, which drafts, is spared what only drafting needs
     notes: Mapping[str, Any] = MappingProxyType({})  # what `inspect` should say of it; saved beside it
 
     @property

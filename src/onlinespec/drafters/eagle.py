@@ -162,6 +162,8 @@ class Eagle(Headed):
     def swap(self, weights: DrafterWeights) -> None:
         """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
         self.weights = weights
+        if not self.drafts:
+            return
         params = weights.params
         self._fc = self._make_linear(params["fc.weight"], params.get("fc.bias"))
         self._layer = FastLayer(self._layer_config, _layer_weights(params), self._make_linear)

@@ -184,9 +184,12 @@ class SmallLM(Headed):
     def swap(self, weights: DrafterWeights) -> None:
         """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
         self.weights = weights
+        if not self.drafts and self._tuning.what != "all":
+            return
         with torch.no_grad():
             effective = self._effective(weights.params)
-            self._model.use(effective)
+            if self.drafts:
+                self._model.use(effective)
         if self._tuning.what == "all":
             self._shortlist.use(self._fitted(effective[self._model.head_name]))
 

@@ -1,9 +1,9 @@
-"""What learning needs of a target: its embedding, its head, its shape. It can't be run, and a copy takes no memory."""
+"""What learning needs of a target: its embedding, its head, its shape. It can't be run."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,8 @@ from onlinespec.config import SamplingParams
 from onlinespec.models.base import Model, ModelConfig, Output
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.loading import Target
+from onlinespec.models.rope import Rope
+from onlinespec.wire import Blob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,13 +52,13 @@ class HeadOnly(Model[KVCache]):
 
 @dataclass(frozen=True)
 class Ends:
-    """A target's ends as another process is told of them. The tensors move to memory that both share."""
+    """A target's ends as another process is told of them, which has a copy of its own."""
 
     name: str
     fingerprint: str
     config: ModelConfig
-    embedding_VD: Tensor
-    head_VD: Tensor
+    embedding: Blob
+    head: Blob | None  # None: the embedding
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
@@ -68,11 +70,23 @@ class Ends:
                 f"{target.name} does more to its logits than multiply by its head, so its labels need the whole model; "
                 "learn in a thread or inline"
             )
+        is_tied = decoder.head_VD.data_ptr() == decoder.embedding_VD.data_ptr()
         return cls(
-            target.name, target.fingerprint, decoder.config, decoder.embedding_VD, decoder.head_VD, target.tokenizer
+            name=target.name,
+            fingerprint=target.fingerprint,
+            config=_without_scaling(decoder.config),
+            embedding=Blob.of(decoder.embedding_VD),
+            head=None if is_tied else Blob.of(decoder.head_VD),
+            tokenizer=target.tokenizer,
         )
 
     def target(self) -> Target:
         """A target to make a drafter for, and to learn from."""
-        decoder = HeadOnly(self.config, self.embedding_VD, self.head_VD)
+        embedding_VD = self.embedding.tensor()
+        decoder = HeadOnly(self.config, embedding_VD, self.head.tensor() if self.head else embedding_VD)
         return Target(self.name, decoder, self.tokenizer, frozenset(), SamplingParams(), self.fingerprint)
+
+
+def _without_scaling(config: ModelConfig) -> ModelConfig:
+    """The shape alone: how the target's positions are scaled is code, and no drafter asks."""
+    return replace(config, layer=replace(config.layer, rope=Rope(config.layer.rope.theta)))

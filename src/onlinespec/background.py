@@ -1,0 +1,310 @@
+"""Learning beside serving, in a thread or a process of its own: serving puts records in and takes versions out.
+
+Nothing here waits for learning. Records go through a bounded queue that drops the oldest and counts them; a new version
+is taken over in `offer`, which decoding calls between steps. Whatever becomes of the learner (an exception, a NaN, a
+killed process), the drafter stays at the newest version that came, and it is said once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from onlinespec.cadence import ClockBudget
+from onlinespec.config import LearnConfig, Tuning
+from onlinespec.core import DrafterWeights, Feedback
+from onlinespec.drafters import load_drafter
+from onlinespec.drafters.base import Drafter
+from onlinespec.models.head_only import Ends
+from onlinespec.models.loading import Target
+from onlinespec.trainer import Trainer
+from onlinespec.wire import Forget, Incoming, Message, Outgoing, Published, Report, Rows, Said, Setting, decode, encode
+
+log = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 1.0
+_NICENESS = 10  # of a learning process: where cores are short, serving goes first
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a trainer is made: a drafter of its own, like the one that serves, and how it learns.
+
+    Args:
+        drafter: Name or path, as for `load_drafter`; the weights that serve take the place of its own.
+        share: Of the time that passes, learning may take this much.
+    """
+
+    drafter: str
+    config: LearnConfig = field(default_factory=LearnConfig)
+    seed: int = 0
+    tuning: Tuning | None = None
+    share: float = 0.25
+
+    def trainer(self, target: Target, serving: DrafterWeights, budget: ClockBudget) -> Trainer:
+        """Raises as `load_drafter`."""
+        drafter = load_drafter(self.drafter, target, self.seed, self.tuning)
+        drafter.swap(serving)
+        return Trainer(drafter, self.config, self.seed, budget)
+
+
+class BackgroundLearning(ABC):
+    """What decoding sees of learning that runs beside it.
+
+    Args:
+        drafter: The one that serves; its weights are swapped in `offer`, and nowhere else.
+        most_waiting: Records in the queue; of more the oldest are dropped.
+    """
+
+    diagnostic_seconds = 0.0
+
+    def __init__(self, drafter: Drafter, most_waiting: int = 4096) -> None:
+        self._drafter, self._most_waiting = drafter, most_waiting
+        self._waiting: deque[Feedback] = deque()
+        self._changed = threading.Condition()  # guards what is shared below
+        self._newest: DrafterWeights | None = None
+        self._is_stopping = False
+        self._figures: dict[str, Any] = {}
+        self.num_dropped = self.num_offered = 0
+        self.num_swaps = 0
+        self.failure = ""  # why nothing is learned any more
+
+    # --- for decoding -------------------------------------------------------------------------------------------
+
+    def offer(self, feedback: Sequence[Feedback]) -> None:
+        """Takes a step's records, and takes over a version that came since the last one."""
+        with self._changed:
+            newest, self._newest = self._newest, None
+            if not self.failure:
+                self._waiting.extend(feedback)
+                self.num_offered += len(feedback)
+                while len(self._waiting) > self._most_waiting:
+                    self._waiting.popleft()
+                    self.num_dropped += 1
+                self._changed.notify_all()
+        if newest:
+            self._drafter.swap(newest)
+            self.num_swaps += 1
+
+    def figures(self) -> dict[str, Any]:
+        """How learning fares, for a page and for metrics."""
+        with self._changed:
+            return {
+                **self._figures,
+                "weights_version": self._drafter.weights.version,
+                "waiting": len(self._waiting),
+                "offered": self.num_offered,
+                "dropped": self.num_dropped,
+                "swaps": self.num_swaps,
+                "failure": self.failure,
+            }
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begins to learn."""
+
+    @abstractmethod
+    def set_share(self, share: float) -> None:
+        """Learning may take this share of time from now on."""
+
+    @abstractmethod
+    def stop(self, seconds: float = 10.0) -> None:
+        """Ends learning; what it has under way is given so many seconds."""
+
+    # --- for the threads beside it ------------------------------------------------------------------------------
+
+    def _take(self) -> list[Feedback]:
+        """Waits for records, and takes all; none says that it is time to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_stopping)
+            taken = [] if self._is_stopping else list(self._waiting)
+            self._waiting.clear()
+        return taken
+
+    def _publish(self, weights: DrafterWeights) -> None:
+        with self._changed:
+            self._newest = weights
+
+    def _fail(self, reason: str) -> None:
+        """No more learning; said once."""
+        with self._changed:
+            if self.failure or self._is_stopping:
+                return
+            self.failure = reason
+            self._waiting.clear()
+        log.error(
+            "learning stopped (%s); the drafter stays at weights version %d and serving goes on",
+            reason, self._drafter.weights.version,
+        )  # fmt: skip
+
+    def _end(self) -> None:
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+
+
+class ThreadLearning(BackgroundLearning):
+    """Learns in a thread of this process, on the target's own device."""
+
+    def __init__(self, target: Target, drafter: Drafter, recipe: Recipe, most_waiting: int = 4096) -> None:
+        super().__init__(drafter, most_waiting)
+        self._budget = ClockBudget(recipe.share, taken=time.thread_time)
+        self.trainer = recipe.trainer(target, drafter.weights, self._budget)
+        self._thread = threading.Thread(target=self._run, name="onlinespec-learning", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def set_share(self, share: float) -> None:
+        self._budget.share = share
+
+    def stop(self, seconds: float = 10.0) -> None:
+        self._end()
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        self._budget.begin()
+        try:
+            while records := self._take():
+                if published := self.trainer.offer(records):
+                    self._publish(published)
+                self._figures = self.trainer.figures() | {"share_spent": self._budget.share_spent}
+                if reason := self.trainer.failure:
+                    return self._fail(reason)
+            self.trainer.close()
+        except Exception as error:  # as in learn.py: nothing that fails here may reach serving
+            self._fail(f"{type(error).__name__}: {error}")
+
+
+class ProcessLearning(BackgroundLearning):
+    """Learns in a process of its own, which has the target's embedding and head and nothing else of it.
+
+    Raises:
+        ValueError: if the target's labels need more than its head.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, recipe: Recipe, most_waiting: int = 4096) -> None:
+        super().__init__(drafter, most_waiting)
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._theirs = theirs
+        arguments = theirs, Ends.of(target), recipe, encode(Published.of(drafter.weights))
+        self.process = context.Process(target=_learn, args=arguments, name="onlinespec-learning", daemon=True)
+        self._settings: deque[Setting] = deque()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._send, "onlinespec-records"), (self._receive, "onlinespec-versions"))
+        ]
+
+    def start(self) -> None:
+        self.process.start()
+        self._theirs.close()  # so that the end of the process is the end of the pipe
+        for thread in self._threads:
+            thread.start()
+
+    def set_share(self, share: float) -> None:
+        self._settings.append(Setting(share))
+
+    def stop(self, seconds: float = 10.0) -> None:
+        self._end()
+        self._threads[0].join(seconds)  # which says goodbye
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self._threads[1].join(seconds)
+        self._connection.close()
+
+    def _send(self) -> None:
+        outgoing = Outgoing()
+        try:
+            while records := self._take():
+                for record in records:
+                    for message in outgoing.messages(record):
+                        self._connection.send_bytes(encode(message))
+                while self._settings:
+                    self._connection.send_bytes(encode(self._settings.popleft()))
+            self._connection.send_bytes(b"")
+        except OSError:
+            pass  # its process has ended, which the other thread says
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                match decode(self._connection.recv_bytes()):
+                    case Published() as published:
+                        self._publish(published.weights())
+                    case Report(figures):
+                        self._figures = figures
+                        if reason := figures.get("failure"):
+                            self._fail(reason)
+                    case Said(logger, level, text):
+                        logging.getLogger(logger).log(level, "%s", text)
+        except (EOFError, OSError):
+            self.process.join(1.0)
+            self._fail(f"its process has ended, exit code {self.process.exitcode}")
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+
+
+# --- in the process ---------------------------------------------------------------------------------------------
+
+
+def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -> None:
+    """The process's whole life: records in, versions out, until the other end is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever serves decides when it is over
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(_NICENESS)
+    torch.set_num_threads(1)
+
+    def send(message: Message) -> None:
+        connection.send_bytes(encode(message))
+
+    logging.basicConfig(level=logging.INFO, handlers=[_Forwarding(send)])
+    budget = ClockBudget(recipe.share)
+    published = decode(serving)
+    assert isinstance(published, Published)
+    trainer = recipe.trainer(ends.target(), published.weights(), budget)
+    incoming, reported = Incoming(), -_REPORT_SECONDS
+    with contextlib.suppress(EOFError, OSError):
+        while data := connection.recv_bytes():
+            match decode(data):
+                case Rows() as rows:
+                    if version := trainer.offer([incoming.record(rows)]):
+                        send(Published.of(version))
+                case Forget() as gone:
+                    incoming.forget(gone)
+                case Setting(share):
+                    budget.share = share
+            if time.monotonic() - reported > _REPORT_SECONDS or trainer.failure:
+                send(Report(trainer.figures() | {"share_spent": budget.share_spent}))
+                reported = time.monotonic()
+            if trainer.failure:
+                break
+    trainer.close()
+
+
+class _Forwarding(logging.Handler):
+    """Log lines go to whoever serves."""
+
+    def __init__(self, send: Any) -> None:
+        super().__init__()
+        self._to = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            self._to(Said(record.name, record.levelno, record.getMessage()))
