@@ -184,3 +184,38 @@ class Tuning:
         _check(self.what in TUNINGS, "tuning", self.what, f"one of {', '.join(TUNINGS)}")
         _check(self.rank >= 1, "adapter rank", self.rank, "at least 1")
         _check(0 < self.alpha < float("inf"), "adapter alpha", self.alpha, "positive")
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """What decides which weights are served: how much is held back to judge by, and how sure a judgement must be."""
+
+    holdout_every: int = 8  # one request in so many is held back: judged by, never learned from
+    holdout_requests: int = 64  # held back at most, the newest ...
+    holdout_megabytes: float = 64.0  # ... as far as they fit
+    max_rows: int = 64  # of a held-back request that weights are compared on; bounds what a long answer can cost
+    num_draft_tokens: int = 4  # K that acceptance is compared at
+    min_requests: int = 16  # judged by, before anything is promoted or rolled back
+    new_requests: int = 8  # held back since one candidate was judged, before the next one is
+    level: float = 0.05  # chance of ever promoting, over weights served, what is no better; and of rolling back the like
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _check(self.holdout_every >= 2, "holdout_every", self.holdout_every, "at least 2: the others are learned from")
+        _check(self.min_requests >= 8, "min_requests", self.min_requests, "at least 8; of fewer, chance decides")
+        _check(
+            self.holdout_requests >= self.min_requests,
+            "holdout_requests",
+            self.holdout_requests,
+            f"at least min_requests ({self.min_requests})",
+        )
+        _check(0 < self.holdout_megabytes < float("inf"), "holdout_megabytes", self.holdout_megabytes, "positive")
+        _check(self.max_rows >= 2, "max_rows", self.max_rows, "at least 2")
+        _check(
+            1 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS,
+            "num_draft_tokens",
+            self.num_draft_tokens,
+            f"between 1 and {MAX_DRAFT_TOKENS}",
+        )
+        _check(self.new_requests >= 1, "new_requests", self.new_requests, "at least 1")
+        _check(0 < self.level < 0.5, "level", self.level, "above 0 and below 0.5")
