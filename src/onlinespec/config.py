@@ -197,7 +197,9 @@ class PublishConfig:
     num_draft_tokens: int = 4  # K that acceptance is compared at
     min_requests: int = 16  # judged by, before anything is promoted or rolled back
     new_requests: int = 8  # held back since one candidate was judged, before the next one is
-    level: float = 0.05  # chance of ever promoting, over weights served, what is no better; and of rolling back the like
+    level: float = (
+        0.05  # chance of ever promoting, over weights served, what is no better; and of rolling back the like
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
