@@ -33,7 +33,7 @@ LEVELS = (
     ("verify", "models"),
     ("drafters",),
     ("telemetry",),
-    ("decode", "learn", "publish", "control", "plots"),
+    ("decode", "learn", "publish", "versions", "control", "plots"),
     ("calibration", "recording", "trainer"),
     ("compare", "answers", "scheduler", "background", "inspection", "charts", "demo.corpus"),
     ("distill", "report", "server", "integrations"),

@@ -36,7 +36,6 @@ from onlinespec.wire import Forget, Incoming, Message, Outgoing, Published, Repo
 log = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
-_NICENESS = 10  # of a learning process: where cores are short, serving goes first
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Recipe:
     Args:
         drafter: Name or path, as for `load_drafter`; the weights that serve take the place of its own.
         share: Of the time that passes, learning may take this much.
+        niceness: Of a process that learns: where cores are short, serving goes first.
     """
 
     drafter: str
@@ -53,6 +53,7 @@ class Recipe:
     seed: int = 0
     tuning: Tuning | None = None
     share: float = 0.25
+    niceness: int = 10
 
     def trainer(self, target: Target, serving: DrafterWeights, budget: ClockBudget) -> Trainer:
         """Raises as `load_drafter`."""
@@ -267,8 +268,6 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
     """The process's whole life: records in, versions out, until the other end is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # whoever serves decides when it is over
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError, AttributeError):
-        os.nice(_NICENESS)
     torch.set_num_threads(1)
 
     def send(message: Message) -> None:
@@ -279,6 +278,8 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
     published = decode(serving)
     assert isinstance(published, Published)
     trainer = recipe.trainer(ends.target(), published.weights(), budget)
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(recipe.niceness)
     incoming, reported = Incoming(), -_REPORT_SECONDS
     with contextlib.suppress(EOFError, OSError):
         while data := connection.recv_bytes():

@@ -38,7 +38,7 @@ class Cadence:
     def __init__(self, min_interval: int, max_interval: int, least_gain: float, full_loss: float = 0.0) -> None:
         self._min, self._max, self._least_gain = float(min_interval), float(max_interval), least_gain
         self._full_loss = full_loss if max_interval > min_interval else 0.0
-        self._restart()
+        self.restart()
 
     @property
     def interval(self) -> float:
@@ -48,7 +48,7 @@ class Cadence:
             return self._paced
         return self._paced * min(self._full_loss / max(loss, 1e-9), self._LONGEST)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         self._paced = self._min  # by what rounds bring
         self._gain = math.nan  # moving average, per round
         self._rounds_since_probe, self._is_anew = 0, True
@@ -65,7 +65,7 @@ class Cadence:
         if num_draft_tokens:
             self._acceptance.add(num_accepted / num_draft_tokens)
             if self._acceptance.slow - self._acceptance.fast > self._DROP:
-                self._restart()
+                self.restart()
 
     def observe_round(self, fresh_loss: float) -> bool:
         """Hears of every round's loss before its update.
@@ -76,7 +76,7 @@ class Cadence:
         known = self._losses
         deviation = max(known.deviation, self._LEAST_DEVIATION * known.mean)
         if known.count >= self._LEAST_ROUNDS and fresh_loss > known.mean + self._JUMP * deviation:
-            self._restart()
+            self.restart()
         self._losses.add(fresh_loss)
         is_anew, self._is_anew = self._is_anew, False
         self._rounds_since_probe += not is_anew

@@ -47,6 +47,7 @@ class InlineLearning:
         learner: By default the one that the settings name.
         seed: Of what is drawn from memory.
         budget: By default one that counts work as the settings say.
+        on_failure: Told why learning has stopped; by default it is logged.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class InlineLearning:
         config: LearnConfig | None = None,
         seed: int = 0,
         budget: Budget | ClockBudget | None = None,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config or LearnConfig()
         self._drafter, self._learner = drafter, learner or learner_of(self.config)
@@ -77,6 +79,7 @@ class InlineLearning:
         self.num_rows = 0  # trained so far, replayed ones included
         self.last_loss = math.nan  # of the weights that played, before the last update; see `_Scores.cheap_loss`
         self.is_frozen = not drafter.is_trainable
+        self._on_failure = on_failure or self._say
         self.telemetry = Telemetry(drafter) if self.config.telemetry and not self.is_frozen else None
 
     @property
@@ -111,6 +114,13 @@ class InlineLearning:
             self._domain = feedback[-1].domain
             self._guarded(self._expect)
 
+    def restart(self, params: Params) -> None:
+        """Learns on from other weights; how the old ones came about is forgotten, what was seen is not."""
+        self._state = self._learner.init(params)
+        self._drafter.swap(DrafterWeights(params, self._drafter.weights.version + 1))
+        self._last_good, self._anchor = self._drafter.weights, params
+        self.cadence.restart()
+
     @property
     def _is_due(self) -> bool:
         if not self.budget.has_room:
@@ -126,10 +136,13 @@ class InlineLearning:
             self.is_frozen = True
             if self._drafter.weights is not self._last_good:
                 self._drafter.swap(self._last_good)
-            log.error(
-                "learning stopped in round %d (%s: %s); the drafter stays at weights version %d and serving goes on",
-                self.num_rounds, type(error).__name__, error, self._last_good.version,
-            )  # fmt: skip
+            self._on_failure(f"in round {self.num_rounds}, {type(error).__name__}: {error}")
+
+    def _say(self, reason: str) -> None:
+        log.error(
+            "learning stopped (%s); the drafter stays at weights version %d and serving goes on",
+            reason, self._last_good.version,
+        )  # fmt: skip
 
     def _round(self) -> None:
         rows = newest_rows(self._waiting, self.config.max_rows)

@@ -34,6 +34,26 @@ class Stored:
         return self.records[0].domain
 
 
+class Unfinished:
+    """Follows requests step by step until they end; one that is given up is forgotten with its trace."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, list[Feedback]] = {}  # by the id of a trace that others keep alive
+
+    def ended(self, records: Sequence[Feedback]) -> list[tuple[Trace, list[Feedback]]]:
+        """The requests that end with these records, with all that was seen of each."""
+        ended = []
+        for record in records:
+            trace = record.trace
+            if id(trace) not in self._open:
+                self._open[id(trace)] = []
+                weakref.finalize(trace, self._open.pop, id(trace), None)
+            self._open[id(trace)].append(replace(record, trace=_NO_TRACE))
+            if record.is_last:
+                ended.append((trace, self._open.pop(id(trace))))
+        return ended
+
+
 class ReplayBuffer:
     """Finished requests to learn from again.
 
@@ -51,7 +71,7 @@ class ReplayBuffer:
     def __init__(self, max_bytes: int, seed: int = 0) -> None:
         self.max_bytes = max_bytes
         self._rng = Random(f"replay/{seed}")
-        self._open: dict[int, list[Feedback]] = {}  # by the id of a trace that others keep alive
+        self._unfinished = Unfinished()
         self._ring: deque[Stored] = deque()
         self._reservoir: list[tuple[float, Stored]] = []  # by the number drawn
         self._too_large = 1.0  # the least number that ever had to go: newcomers must be below it too
@@ -62,14 +82,8 @@ class ReplayBuffer:
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Follows requests step by step; one that ends is stored, one that is given up is forgotten with its trace."""
-        for record in records:
-            trace = record.trace
-            if id(trace) not in self._open:
-                self._open[id(trace)] = []
-                weakref.finalize(trace, self._open.pop, id(trace), None)
-            self._open[id(trace)].append(replace(record, trace=_NO_TRACE))
-            if record.is_last:
-                self._store(trace, self._open.pop(id(trace)))
+        for trace, seen in self._unfinished.ended(records):
+            self._store(trace, seen)
 
     def draw(self, max_rows: int) -> list[Feedback]:
         """Up to max_rows consecutive rows of one stored request; empty while nothing is stored."""
@@ -79,10 +93,10 @@ class ReplayBuffer:
         domain = self._rng.choice(sorted({request.domain for request in stored}))
         records = self._rng.choice([request for request in stored if request.domain == domain]).records
         first = self._rng.randrange(len(records))
-        return _run_around(records, first, max_rows)
+        return run_around(records, first, max_rows)
 
     def _store(self, trace: Trace, records: Sequence[Feedback]) -> None:
-        request = _detached(trace, records)
+        request = detached(trace, records)
         if request.num_bytes > self.max_bytes:
             return
         self._ring.append(request)
@@ -103,7 +117,7 @@ class ReplayBuffer:
             self.num_bytes -= request.num_bytes
 
 
-def _detached(whole: Trace, records: Sequence[Feedback]) -> Stored:
+def detached(whole: Trace, records: Sequence[Feedback]) -> Stored:
     """A request over a trace of its own: no memory beyond the rows it has, whatever becomes of the original."""
     states = whole.hidden_states_SD[: whole.num_features].clone()
     trace = Trace(list(whole.token_ids), states, whole.num_features, whole.max_tokens)
@@ -111,7 +125,7 @@ def _detached(whole: Trace, records: Sequence[Feedback]) -> Stored:
     return Stored(tuple(replace(record, trace=trace) for record in records), num_bytes)
 
 
-def _run_around(records: Sequence[Feedback], first: int, max_rows: int) -> list[Feedback]:
+def run_around(records: Sequence[Feedback], first: int, max_rows: int) -> list[Feedback]:
     """Consecutive records from `first` on, then before it, as long as their rows fit; at least one."""
     run, num_rows = [records[first]], records[first].num_rows
     for record in records[first + 1 :]:

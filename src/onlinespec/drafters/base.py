@@ -98,7 +98,7 @@ class Drafter(ABC):
     def release(self, slot: int) -> None:
         """Forgets a request."""
 
-    def hear(self, token_ids: Sequence[int], is_start: bool) -> None:
+    def hear(self, token_ids: Sequence[int], is_start: bool) -> None:  # noqa: B027  (most have no use for it)
         """Notes which tokens the traffic has: a request's prompt as it starts, then what was committed.
 
         Apart from `start` and `observe`, for requests that nothing may be learned from, and for a drafter that learns

@@ -1,0 +1,250 @@
+"""Learning in a thread and in a process, as decoding sees it. Fates of the learner that serving must not feel."""
+
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import rigs
+import torch
+from rigs import plain
+
+from onlinespec import load_drafter
+from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
+from onlinespec.cadence import ClockBudget
+from onlinespec.config import GenerationParams
+from onlinespec.core import DrafterWeights
+from onlinespec.decode import DecodeLoop
+from onlinespec.learn import InlineLearning
+from onlinespec.methods import parse
+from onlinespec.models.head_only import Ends
+from onlinespec.trainer import Trainer
+
+TARGET = rigs.random_target()
+PROMPTS = [[5, 9, 200 + i % 4, 31] for i in range(8)]
+PARAMS = GenerationParams(40)
+EAGER = Recipe("eagle", parse("online_gradient/step_size=5e-3/min_interval=8/max_interval=8"), share=10.0, niceness=0)
+EXPLODING = "online_gradient/step_size=1e38/clip_norm=1e38/geometry=euclidean/min_interval=8/max_interval=8"
+WAYS = {"thread": ThreadLearning, "process": ProcessLearning}
+
+
+def make(way, recipe=EAGER, target=TARGET, **options):
+    drafter = load_drafter(recipe.drafter, target)
+    learning = WAYS[way](target, drafter, recipe, **options)
+    learning.start()
+    return DecodeLoop(target, drafter, learning), learning
+
+
+def answers(loop, count=1):
+    return [loop.complete(PROMPTS[i % len(PROMPTS)], PARAMS, request_id=str(i)) for i in range(count)]
+
+
+PLAIN = [plain(TARGET, prompt, PARAMS).output_ids for prompt in PROMPTS]
+
+
+def assert_exact(requests):
+    for request in requests:
+        assert request.output_ids == PLAIN[int(request.request_id) % len(PROMPTS)]
+
+
+def until(condition, loop=None, seconds=60):
+    """Serves, if there is something to serve with, until a condition holds."""
+    served, deadline = [], time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        served += answers(loop, 8) if loop else []
+        time.sleep(0.01)
+    return served
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_learned_beside_serving_comes_to_be_served(way):
+    loop, learning = make(way)
+    served = until(lambda: learning.num_swaps >= 3, loop)
+    learning.stop()
+    assert_exact(served)
+    assert not learning.failure
+    assert loop.drafter.weights.version >= 3
+    first, last = served[:8], answers(loop, 8)
+    accepted = [sum(request.stats.accepted for request in requests) for requests in (first, last)]
+    assert accepted[1] > accepted[0] + 50
+    figures = learning.figures()
+    assert figures["rounds"] > 0
+    assert figures["dropped"] == 0
+    assert 0 < figures["share_spent"] < 1.5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_serving_never_waits_and_of_too_much_the_oldest_is_dropped(way):
+    drafter = load_drafter("eagle", TARGET)
+    learning = WAYS[way](TARGET, drafter, EAGER, most_waiting=4)  # not started: no one takes anything
+    requests = answers(DecodeLoop(TARGET, drafter, learning), 4)
+    assert_exact(requests)
+    num_steps = sum(request.stats.steps for request in requests)
+    assert (learning.num_offered, learning.num_dropped) == (num_steps, num_steps - 4)
+    assert [record.request_id for record in learning._waiting] == ["3"] * 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_learner_that_computes_nan_leaves_the_drafter_as_it_was(way, caplog):
+    loop, learning = make(way, replace(EAGER, config=parse(EXPLODING)))
+    start = loop.drafter.weights
+    served = until(lambda: learning.failure, loop)
+    assert_exact(served + answers(loop, 4))
+    assert loop.drafter.weights is start or all(p.isfinite().all() for p in loop.drafter.weights.params.values())
+    assert caplog.text.count("learning stopped") == 1
+    offered = learning.num_offered
+    answers(loop, 1)
+    assert learning.num_offered == offered
+    learning.stop()
+
+
+def test_a_learner_that_raises_is_said_once_and_serving_goes_on(caplog, monkeypatch):
+    loop, learning = make("thread")
+    update = learning.trainer.learning._learner.__class__.update
+    calls = []
+
+    def breaking(self, evaluate, state):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the learner broke")
+        return update(self, evaluate, state)
+
+    monkeypatch.setattr(learning.trainer.learning._learner.__class__, "update", breaking)
+    served = until(lambda: learning.failure, loop)
+    assert "RuntimeError: the learner broke" in learning.failure
+    assert_exact(served + answers(loop, 2))
+    assert caplog.text.count("learning stopped") == 1
+    learning.stop()
+
+
+def test_a_trainer_that_raises_outside_a_round_is_no_different(caplog, monkeypatch):
+    loop, learning = make("thread")
+    monkeypatch.setattr(learning.trainer.publisher, "check", lambda: 1 / 0)
+    served = until(lambda: learning.failure, loop)
+    assert learning.failure.startswith("ZeroDivisionError")
+    assert_exact(served)
+    learning.stop()
+
+
+def test_a_process_that_is_killed_is_said_once_and_serving_goes_on(caplog):
+    loop, learning = make("process")
+    served = until(lambda: learning.num_swaps >= 1, loop)
+    os.kill(learning.process.pid, signal.SIGKILL)
+    served += until(lambda: learning.failure, loop)
+    version = loop.drafter.weights.version
+    served += answers(loop, 8)
+    assert_exact(served)
+    assert loop.drafter.weights.version - version <= 1  # one that had arrived before
+    assert "exit code -9" in learning.failure
+    assert caplog.text.count("learning stopped") == 1
+    learning.stop(1.0)
+
+
+def test_a_process_outlives_the_signals_that_are_meant_for_who_serves():
+    loop, learning = make("process")
+    until(lambda: learning.figures().get("rounds"), loop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(learning.process.pid, number)
+    swaps = learning.num_swaps
+    until(lambda: learning.num_swaps > swaps, loop)
+    learning.stop()
+    assert learning.process.exitcode == 0
+    assert not learning.failure
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_thousand_swaps_between_steps_change_no_token(way):
+    loop, learning = make(way, replace(EAGER, share=1e-6))
+    generator = torch.Generator().manual_seed(0)
+    versions, version = [], 1
+    requests = []
+    params = GenerationParams(1000, 4)
+    for request in loop.generate(PROMPTS[0], params):
+        noise = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in loop.drafter.weights.params.items()}
+        learning._publish(DrafterWeights(noise, version))
+        version += 1
+        versions.append(loop.drafter.weights.version)
+        requests = [request]
+    assert len(set(versions)) > 500
+    assert requests[0].output_ids == plain(TARGET, PROMPTS[0], params).output_ids
+    learning.stop()
+
+
+# The trainer by itself
+
+
+def test_a_trainer_learns_what_inline_learning_learns():
+    ours, theirs = (load_drafter("eagle", TARGET) for _ in range(2))
+    config = replace(EAGER.config, budget=math.inf)
+    recorder = rigs.Recorder()
+    loop = DecodeLoop(TARGET, load_drafter("eagle", TARGET), recorder)
+    answers(loop, 12)
+    trainer = Trainer(ours, config)
+    inline = InlineLearning(theirs, config=config)
+    for record in recorder.feedback:
+        trainer.offer([record])
+        trainer_hears_first = trainer.learning.num_rounds
+        inline.offer([record])
+        assert inline.num_rounds == trainer_hears_first
+    assert trainer.learning.num_rounds > 5
+
+
+def test_the_ends_of_a_target_give_its_labels_and_never_run():
+    ends = Ends.of(TARGET)
+    target = ends.target()
+    states = rigs.hidden_states(TARGET, range(30))
+    assert torch.allclose(target.decoder.head(states), TARGET.decoder.head(states), atol=1e-5)
+    assert target.fingerprint == TARGET.fingerprint
+    with pytest.raises(RuntimeError, match="never runs the target"):
+        target.decoder.new_cache()
+    with pytest.raises(RuntimeError, match="never runs the target"):
+        target.decoder.forward(torch.tensor([1]), [0], [1], None)
+
+
+# The budget by the clock
+
+
+class Clocks:
+    def __init__(self):
+        self.taken = self.passed = 100.0
+
+    def budget(self, share):
+        return ClockBudget(share, lambda: self.taken, lambda: self.passed)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_learning_takes_its_share_of_the_time_that_passes(share):
+    clocks = Clocks()
+    budget = clocks.budget(share)
+    for _ in range(20_000):
+        clocks.passed += 0.01
+        if budget.has_room:
+            clocks.taken += 0.05
+    assert budget.spent / 200 == pytest.approx(share, abs=0.02)
+    assert budget.share_spent == pytest.approx(share, abs=0.02)
+
+
+def test_an_idle_hour_is_no_reason_to_learn_for_minutes():
+    clocks = Clocks()
+    budget = clocks.budget(0.5)
+    clocks.passed += 3600
+    rounds = 0
+    while budget.has_room:
+        clocks.taken += 0.1
+        rounds += 1
+    assert rounds <= 21
+
+
+def test_a_share_can_be_changed_on_the_way():
+    clocks = Clocks()
+    budget = clocks.budget(0.5)
+    for share in (0.5, 0.01, 0.25):
+        budget.share, before = share, budget.spent
+        for _ in range(50_000):
+            clocks.passed += 0.01
+            if budget.has_room:
+                clocks.taken += 0.05
+        assert (budget.spent - before) / 500 == pytest.approx(share, abs=0.01)

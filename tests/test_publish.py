@@ -1,0 +1,549 @@
+"""Which weights come to be served. Most of it with a drafter that is a table, so that acceptance is a known number."""
+
+import gc
+import logging
+import math
+import weakref
+from itertools import count, pairwise
+from random import Random
+
+import pytest
+import rigs
+import torch
+from rigs import Recorder
+from toy import TableTarget, enumerate_law
+
+from onlinespec import publish
+from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
+from onlinespec.core import DrafterWeights, Feedback, Trace
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.eagle import Eagle
+from onlinespec.learn import InlineLearning
+from onlinespec.losses import TargetRows, cross_entropy
+from onlinespec.methods import parse
+from onlinespec.publish import Lengths, Publisher, Trial, lengths_of, paired
+
+VOCAB = 6
+TARGET = TableTarget(VOCAB, seed=0)
+DEFAULTS = PublishConfig()
+
+
+class Bigram(Drafter):
+    """Drafts from a table by the last token; its weights are the logits. The target is a table too."""
+
+    is_trainable = True
+
+    def __init__(self, logits_VV, target_logits_VV=None):
+        self.weights = DrafterWeights({"logits": logits_VV}, version=0)
+        self.target_logits_VV = TARGET.logits if target_logits_VV is None else target_logits_VV
+
+    fresh = load = save = start = propose = observe = release = None
+
+    def batch(self, feedback, replayed=(), rejected_only=False):
+        return list(feedback)
+
+    def rows(self, candidates, batch, num_depths=1):
+        ids = torch.tensor(batch[0].trace.token_ids)[batch[0].start : batch[-1].start + batch[-1].num_rows + 1]
+        temperatures = torch.full((len(ids) - 1,), batch[0].temperature)
+        target = TargetRows(self.target_logits_VV[ids[:-1]].softmax(-1), ids[1:], temperatures)
+        logits = torch.stack([params["logits"][ids[:-1]] for params in candidates])
+        depths = range(min(num_depths, len(ids) - 1))
+        return [(logits[:, depth:], TargetRows(*(part[depth:] for part in target))) for depth in depths]
+
+
+Bigram.__abstractmethods__ = frozenset()
+
+
+def text(seed, num_tokens, table=TARGET, sampling=None):
+    """Token ids that the table says, greedy by default (from a start that the seed chooses)."""
+    rows = table.rows(sampling or SamplingParams())
+    generator, ids = torch.Generator().manual_seed(seed), [seed % VOCAB]
+    while len(ids) < num_tokens:
+        ids.append(int(rows[ids[-1]].multinomial(1, generator=generator)))
+    return ids
+
+
+def request(name, ids, temperature=0.0, version=0, num_accepted=0, num_draft_tokens=4):
+    """The Feedback of a request whose every step kept as many drafts; the prompt is one token."""
+    trace, size = Trace(list(ids), torch.zeros(len(ids) - 1, 1), len(ids) - 1), num_accepted + 1
+    starts = range(0, len(ids) - 1, size)
+    return [
+        Feedback(
+            trace, start, min(size, len(ids) - 1 - start), num_draft_tokens, num_accepted, version, request_id=name,
+            temperature=temperature, is_last=start == starts[-1],
+        )
+        for start in starts
+    ]  # fmt: skip
+
+
+def traffic(numbers, version=0, table=TARGET, temperature=1.0, num_accepted=0, num_tokens=40):
+    """Finished requests, one after the other; sampled ones by default, so that texts differ."""
+    for i in numbers:
+        ids = text(i, num_tokens, table, SamplingParams(temperature))
+        yield request(f"r{i}", ids, temperature, version, num_accepted)
+
+
+def better_and_worse(strength=1.0, seed=1):
+    """Logits near the target's, and some that are not."""
+    noise = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
+    return TARGET.logits + 0.1 * noise, TARGET.logits + 3 * strength * noise
+
+
+# What weights would have kept
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_expected_number_of_kept_drafts_is_unbiased(temperature):
+    """Over all texts that the target can say: the mean equals what verification keeps of such drafts, exactly."""
+    num_tokens, K = 4, 3
+    drafter = Bigram(better_and_worse(0.3)[1])
+    draft_VV = (drafter.weights.params["logits"] / temperature).softmax(-1)
+    target_VV = TARGET.rows(SamplingParams(temperature))
+    kept_VV = torch.minimum(draft_VV, target_VV)
+
+    def kept_from(token_id, depth):
+        return sum(float(kept_VV[token_id, v]) * (1 + kept_from(v, depth - 1)) for v in range(VOCAB)) if depth else 0
+
+    place_V = torch.zeros(VOCAB).index_fill_(0, torch.tensor(0), 1.0)
+    expected = 0.0
+    for position in range(num_tokens):
+        depth = min(K, num_tokens - position)
+        expected += sum(float(place_V[v]) * kept_from(v, depth) for v in range(VOCAB))
+        place_V = place_V @ target_VV
+    law = enumerate_law(target_VV, first_token=0, length=num_tokens)
+    mean = 0.0
+    for place, chance in enumerate(law.tolist()):
+        ids = [0, *(place // VOCAB**i % VOCAB for i in reversed(range(num_tokens)))]
+        lengths = lengths_of(drafter, [drafter.weights.params], request("a", ids, temperature), K)
+        assert lengths.num_anchors == num_tokens
+        mean += chance * lengths.accepted[0]
+    assert mean == pytest.approx(expected, rel=1e-4)
+
+
+def test_greedy_counts_the_drafts_that_say_what_the_text_says():
+    wrong = TARGET.logits.clone()
+    wrong[2, wrong[2].argmax()] = -99.0  # wrong behind token 2, and there alone
+    ids = text(0, 30)
+    lengths = lengths_of(Bigram(wrong), [{"logits": TARGET.logits}, {"logits": wrong}], request("a", ids), 4)
+    is_right = [token_id != 2 for token_id in ids[:-1]]
+    runs = [next((k for k in range(4) if not [*is_right[n : n + 4], False][k]), 4) for n in range(29)]
+    assert lengths.accepted == (4 * 26 + 3 + 2 + 1, sum(runs))
+    assert lengths.first == (29, sum(is_right))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_draft_nothing_finite_keep_nothing(temperature):
+    lost = {"logits": TARGET.logits * torch.nan}
+    (records,) = traffic([3], temperature=temperature)
+    kept, nothing = lengths_of(Bigram(TARGET.logits), [{"logits": TARGET.logits}, lost], records, 4).accepted
+    assert kept > nothing == 0
+
+
+def test_records_of_several_requests_at_once_are_refused():
+    drafter = Eagle.fresh(rigs.random_target())
+    recorder = Recorder()
+    for i in range(2):
+        DecodeLoop(rigs.random_target(), drafter, recorder).complete([5 + i, 9, 77], GenerationParams(12))
+    with pytest.raises(ValueError, match=r"depth 1 has \d+ rows for \d+ positions; give the records of one request"):
+        lengths_of(drafter, [drafter.weights.params], recorder.feedback, 4)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A target, and weights that learned some of its answers by heart."""
+    target = rigs.random_target()
+    drafter = Eagle.fresh(target)
+    config = parse("online_gradient/step_size=5e-3/min_interval=24/max_interval=24/replay_every=0/budget=inf")
+    loop = DecodeLoop(target, drafter, InlineLearning(drafter, config=config))
+    for i in range(40):
+        loop.complete([5, 9, 200 + i % 4, 31], GenerationParams(40))
+    return target, drafter
+
+
+def test_it_agrees_with_what_a_real_drafter_has_kept(learned):
+    """At K = 1 every step begins where a text says; over all positions, drafted one by one."""
+    target, drafter = learned
+    recorder = Recorder()
+    request_ = DecodeLoop(target, drafter, recorder).complete([5, 9, 202, 31], GenerationParams(40))
+    ids, kept = request_.trace.token_ids, 0
+    for n in range(3, len(ids) - 1):
+        limit = min(4, len(ids) - 1 - n)
+        step = DecodeLoop(target, drafter, again := Recorder())
+        step.complete(ids[: n + 1], GenerationParams(5))
+        kept += min(again.feedback[0].num_accepted, limit)
+    lengths = lengths_of(drafter, [drafter.weights.params], recorder.feedback, 4)
+    assert lengths.num_anchors == len(ids) - 4
+    assert lengths.accepted[0] == pytest.approx(kept, abs=4)  # drafting rounds its products otherwise
+    assert kept > 40
+
+
+# Two sets of weights by their lengths
+
+
+def drawn_lengths(rng, gain=0.0):
+    """Of one request: skewed, of any length, both sets alike but for the gain; most of what is drawn they share."""
+    num_anchors, ease = rng.randint(4, 64), rng.expovariate(1.0)
+    own = [ease + rng.expovariate(2.0) + each for each in (0.0, gain)]
+    return Lengths(num_anchors, tuple(num_anchors * one for one in own), (0.0, 0.0))
+
+
+def test_figures_are_means_over_positions_and_errors_over_requests():
+    few = [Lengths(10, (10.0, 15.0), (5.0, 8.0)), Lengths(30, (30.0, 60.0), (20.0, 25.0))]
+    figures = paired(few, 0.05)
+    assert (figures.num_requests, figures.num_anchors) == (2, 40)
+    assert (figures.served_length, figures.other_length) == (2.0, 2.875)
+    assert (figures.served_acceptance_prob, figures.other_acceptance_prob) == (25 / 40, 33 / 40)
+    assert figures.difference == 0.875
+    assert figures.standard_error == pytest.approx(math.sqrt(2 * 2 * 3.75**2) / 40)
+
+
+def test_the_error_is_that_of_many_draws():
+    rng = Random(1)
+    drawn = [paired([drawn_lengths(rng) for _ in range(40)], 0.05) for _ in range(400)]
+    spread = math.sqrt(sum(figures.difference**2 for figures in drawn) / len(drawn))
+    told = sum(figures.standard_error for figures in drawn) / len(drawn)
+    assert told == pytest.approx(spread, rel=0.1)
+
+
+def test_equal_weights_are_neither_better_nor_worse():
+    figures = paired([Lengths(10 + i, (7.0 + i, 7.0 + i), (1.0, 1.0)) for i in range(20)], 0.05)
+    assert (figures.difference, figures.is_other_better, figures.is_served_better) == (0.0, False, False)
+
+
+# Trials
+
+
+def trial(served, candidate, config=DEFAULTS, **options):
+    drafter = Bigram(served)
+    return Trial(drafter, {"logits": served}, {"logits": candidate}, config.trial_looks, config, **options)
+
+
+def drawn_trials(monkeypatch, gain, num_streams=400):
+    """Of trials on drawn lengths, the shares that end with the candidate better, and with it worse."""
+    better = worse = 0
+    (records,) = traffic([1])
+    for seed in range(num_streams):
+        rng = Random(f"{seed}/{gain}")
+        monkeypatch.setattr(publish, "lengths_of", lambda *asked, rng=rng: drawn_lengths(rng, gain))
+        each, figures = trial(TARGET.logits, TARGET.logits), None
+        while not each.is_over and not (figures and (figures.is_other_better or figures.is_served_better)):
+            each.offer(records)
+            figures = each.look()
+        better += figures.is_other_better
+        worse += figures.is_served_better
+    return better / num_streams, worse / num_streams
+
+
+def test_equal_weights_are_hardly_ever_taken_for_better_or_worse(monkeypatch):
+    better, worse = drawn_trials(monkeypatch, gain=0.0)
+    assert better <= 0.05
+    assert worse <= 0.05
+
+
+@pytest.mark.parametrize(("gain", "least"), [(0.4, 0.6), (0.8, 0.98)])
+def test_better_weights_are_taken_for_better(monkeypatch, gain, least):
+    """One request's difference spreads by 0.7 drafts per step; up to 32 requests."""
+    better, worse = drawn_trials(monkeypatch, gain, num_streams=100)
+    assert better >= least
+    assert worse == 0
+
+
+def test_a_trial_looks_after_so_many_requests_and_then_is_over():
+    each, looks = trial(*better_and_worse()), []
+    for i, records in enumerate(traffic(range(60)), start=1):
+        each.offer(records)
+        if figures := each.look():
+            looks.append((i, figures.num_requests))
+    assert looks == [(8, 8), (16, 16), (32, 32)]
+    assert each.is_over
+
+
+def test_a_trial_looks_once_at_all_that_came_meanwhile():
+    each = trial(*better_and_worse())
+    for records in traffic(range(20)):
+        each.offer(records)
+    assert each.look().num_requests == 20
+    assert each.look() is None
+
+
+def test_what_other_versions_drafted_is_no_evidence_where_one_is_asked_for():
+    each = trial(*better_and_worse(), version=3)
+    for records in traffic(range(40), version=2):
+        each.offer(records)
+    assert each.look() is None
+    for records in traffic(range(8), version=3):
+        each.offer(records)
+    assert each.look().num_requests == 8
+
+
+def test_requests_wait_within_a_bound_and_keep_no_live_trace():
+    one = 40 * 8 + 39 * 4
+    each = trial(*better_and_worse(), config=PublishConfig(megabytes=9.5 * one / 1e6))
+    traces = []
+    for records in traffic(range(20)):
+        each.offer(records)
+        traces.append(weakref.ref(records[0].trace))
+    del records
+    gc.collect()
+    assert not any(trace() for trace in traces)
+    assert each.look().num_requests == 10
+
+
+def test_of_a_long_request_some_rows_are_compared_wherever_they_are():
+    places = set()
+    for records in traffic(range(60), num_tokens=80, num_accepted=2):
+        run = publish.run_of(records, 16)
+        assert 13 < sum(record.num_rows for record in run) <= 16
+        assert all(a.start + a.num_rows == b.start for a, b in pairwise(run))
+        places.add(run[0].start)
+    assert len(places) > 8
+
+
+def test_behind_a_gap_in_the_feedback_the_request_goes_on():
+    records = request("a", text(0, 40), num_accepted=1)
+    del records[3]
+    run = publish.run_of(records, 1000)
+    assert run[0].start == 8
+    assert len(run) == len(records) - 3
+
+
+# What is served
+
+
+def publisher_with(served_logits, **options):
+    return Publisher(Bigram(served_logits), PublishConfig(), **options)
+
+
+def tried(publisher, candidate, requests):
+    """What `check` first says of a candidate while requests come in, and after how many of them."""
+    publisher.propose({"logits": candidate})
+    return checks(publisher, requests)
+
+
+def test_a_better_candidate_is_served_under_the_next_number():
+    good, bad = better_and_worse()
+    publisher = publisher_with(bad)
+    weights, num_requests = tried(publisher, good, traffic(range(80)))
+    assert num_requests == 8
+    assert (weights.version, weights.params["logits"]) == (1, good)
+    assert publisher.served is weights
+    (event,) = publisher.history
+    assert (event.kind, event.version, event.parent) == ("promoted", 1, 0)
+    assert event.paired.other_length > event.paired.served_length
+    assert "acceptance length" in event.reason
+    assert publisher.is_watching
+    assert publisher.wants_candidate
+
+
+def test_what_came_before_a_candidate_is_no_evidence_for_it():
+    good, bad = better_and_worse()
+    publisher = publisher_with(bad)
+    for records in traffic(range(80)):
+        publisher.offer(records)
+    publisher.propose({"logits": good})
+    assert publisher.check() is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_candidate_that_is_no_better_is_refused(temperature):
+    good, bad = better_and_worse()
+    for served, candidate in ((good, bad), (good, good.clone()), (good, good * 1.0001)):
+        publisher = publisher_with(served)
+        assert tried(publisher, candidate, traffic(range(80), temperature=temperature))[0] is None
+        assert [event.kind for event in publisher.history] == ["refused"]
+        assert publisher.served.version == 0
+        assert publisher.wants_candidate
+
+
+def test_candidates_that_are_refused_come_up_less_and_less_often():
+    good, bad = better_and_worse()
+    publisher, begun = publisher_with(good), []
+    for i, records in enumerate(traffic(range(600))):
+        if publisher.wants_candidate:
+            publisher.propose({"logits": bad})
+            begun.append(i)
+        publisher.offer(records)
+        publisher.check()
+    gaps = [later - one - 8 for one, later in pairwise(begun)]
+    assert gaps[:10] == [0, 8, 16, 24, 32, 40, 48, 56, 64, 64]
+
+
+def test_a_lower_training_loss_is_no_reason_to_promote():
+    """More certain of the text, and yet never of its token first: the loss falls, and so does acceptance."""
+    own = torch.eye(VOCAB)[TARGET.logits.argmax(-1)]
+    other = torch.eye(VOCAB)[(TARGET.logits.argmax(-1) + 1) % VOCAB]
+    served, candidate = (own * 0.3 + 0.14), (own * 0.49 + other * 0.5 + 0.0025)
+    publisher = publisher_with(served.log())
+    (records,) = traffic([0], temperature=0.0)
+    ((logits, rows),) = Bigram(served).rows([{"logits": served.log()}, {"logits": candidate.log()}], records)
+    losses = cross_entropy(logits, rows).mean(-1)
+    assert losses[1] < losses[0]
+    assert tried(publisher, candidate.log(), traffic(range(80), temperature=0.0))[0] is None
+    assert publisher.history[0].paired.other_length == 1.0
+    assert publisher.history[0].kind == "refused"
+
+
+def test_a_candidate_that_is_not_finite_is_refused_once_and_never_raises(caplog):
+    publisher = publisher_with(TARGET.logits)
+    with caplog.at_level(logging.INFO, logger="onlinespec"):
+        for bad in (math.nan, math.inf, math.nan):
+            publisher.propose({"logits": TARGET.logits * bad})
+            assert publisher.check() is None
+    assert [event.reason for event in publisher.history] == ["the candidate's weights are not finite"]
+    assert len(caplog.records) == 1
+    assert publisher.served.version == 0
+
+
+@pytest.mark.parametrize(
+    ("candidate", "words"),
+    [
+        ({"logits": torch.zeros(3, 3)}, r"logits is \(\(3, 3\), torch.float32\) in the candidate and \(\(6, 6\)"),
+        ({"logits": TARGET.logits.half()}, "torch.float16"),
+        ({}, "logits is no such tensor in the candidate"),
+        ({"logits": TARGET.logits, "more": torch.zeros(1)}, "more is .* and no such tensor in what is served"),
+    ],
+)
+def test_a_candidate_of_another_shape_is_refused_by_name(candidate, words):
+    with pytest.raises(ValueError, match=words):
+        publisher_with(TARGET.logits).propose(candidate)
+
+
+def test_a_number_that_was_used_is_not_given_again():
+    with pytest.raises(ValueError, match="next_version is 0, but version 0 is served already"):
+        publisher_with(TARGET.logits, next_version=0)
+    good, bad = better_and_worse()
+    publisher = publisher_with(bad, next_version=40)
+    assert tried(publisher, good, traffic(range(80)))[0].version == 40
+
+
+# After a promotion
+
+
+def promoted(served, candidate, **options):
+    """A publisher that has just promoted a candidate."""
+    publisher = publisher_with(served, **options)
+    assert tried(publisher, candidate, traffic(range(80)))[0].version == 1
+    return publisher
+
+
+def checks(publisher, requests):
+    """The first answer of `check` while requests come in, and after how many of them."""
+    for num_requests in count(1):
+        records = next(requests, None)
+        if records is None:
+            return None, num_requests
+        publisher.offer(records)
+        if weights := publisher.check():
+            return weights, num_requests
+
+
+OTHER_TRAFFIC = TableTarget(VOCAB, seed=5)
+
+
+def test_a_version_that_is_worse_on_newer_traffic_is_rolled_back_under_a_new_number(caplog):
+    """The gate was right about the old traffic; then another came, which the start was made for."""
+    publisher = promoted(OTHER_TRAFFIC.logits, TARGET.logits)
+    publisher._drafter.target_logits_VV = OTHER_TRAFFIC.logits
+    with caplog.at_level(logging.INFO, logger="onlinespec"):
+        newer = traffic(range(100, 200), version=1, table=OTHER_TRAFFIC, num_accepted=1)
+        weights, num_requests = checks(publisher, newer)
+    assert num_requests == 16
+    assert weights.version == 2
+    assert weights.params["logits"] is OTHER_TRAFFIC.logits
+    event = publisher.history[-1]
+    assert (event.kind, event.version, event.parent, event.restores) == ("rolled back", 2, 1, 0)
+    assert event.paired.other_length > event.paired.served_length
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "version 1 is rolled back: its successor 2 is version 0 again" in caplog.text
+    assert not publisher.is_watching
+    assert checks(publisher, traffic(range(200, 300), version=2))[0] is None
+
+
+def test_a_version_that_keeps_its_promise_is_confirmed_and_watched_no_more():
+    good, bad = better_and_worse()
+    publisher = promoted(bad, good)
+    assert checks(publisher, traffic(range(100, 200), version=1, num_accepted=2))[0] is None
+    assert [event.kind for event in publisher.history] == ["promoted", "confirmed"]
+    assert publisher.served.version == 1
+    assert not publisher.is_watching
+
+
+def test_what_the_old_version_served_says_nothing_of_the_new_one():
+    publisher = promoted(OTHER_TRAFFIC.logits, TARGET.logits)
+    assert checks(publisher, traffic(range(100, 200), version=0, table=OTHER_TRAFFIC))[0] is None
+    assert publisher.is_watching
+
+
+def test_a_swap_that_went_wrong_is_taken_back_whatever_the_weights_say():
+    good, bad = better_and_worse()
+    publisher = promoted(bad, good)
+    weights, num_requests = checks(publisher, traffic(range(100, 200), version=1, num_accepted=0))
+    assert weights.version == 2
+    assert num_requests == 2  # of 39 steps each
+    assert "the first draft was kept in 0% of 78 steps, where the gate had predicted" in publisher.history[-1].reason
+
+
+def test_a_restart_goes_on_watching():
+    first = promoted(OTHER_TRAFFIC.logits, TARGET.logits)
+    again = publisher_with(
+        TARGET.logits, served=first.served, next_version=first.next_version, promoted=first.history[-1],
+        previous=DrafterWeights({"logits": OTHER_TRAFFIC.logits}, 0),
+    )  # fmt: skip
+    again._drafter.target_logits_VV = OTHER_TRAFFIC.logits
+    weights, _ = checks(again, traffic(range(100, 200), version=1, table=OTHER_TRAFFIC, num_accepted=1))
+    assert weights.version == 2
+
+
+def test_a_promotion_while_the_last_is_watched_can_still_go_back_to_what_is_known_to_be_good():
+    good, bad = better_and_worse()
+    publisher = promoted(bad, good)
+    weights, num_requests = tried(publisher, TARGET.logits, traffic(range(100, 130), version=1, num_accepted=2))
+    assert (weights.version, num_requests) == (2, 8)
+    assert publisher.previous.version == 0
+
+
+def test_a_rollback_ends_a_trial_against_what_is_served_no_more():
+    publisher = promoted(OTHER_TRAFFIC.logits, TARGET.logits)
+    publisher._drafter.target_logits_VV = OTHER_TRAFFIC.logits
+    newer = traffic(range(100, 200), version=1, table=OTHER_TRAFFIC, num_accepted=1)
+    for _ in range(12):
+        publisher.offer(next(newer))
+    publisher.propose({"logits": TARGET.logits.clone()})
+    weights, _ = checks(publisher, newer)
+    assert weights.version == 2
+    assert publisher.wants_candidate
+
+
+def test_the_same_feedback_gives_the_same_history():
+    histories = []
+    for _ in range(2):
+        good, bad = better_and_worse()
+        publisher = promoted(bad, good)
+        checks(publisher, traffic(range(100, 200), version=1, num_accepted=2))
+        histories.append([timeless(event) for event in publisher.history])
+    assert histories[0] == histories[1]
+
+
+def timeless(event):
+    return (event.kind, event.version, event.reason, event.paired)
+
+
+# With a drafter that learns
+
+
+def test_a_learned_drafter_is_promoted_on_requests_it_never_saw_and_its_start_is_refused(learned):
+    target, drafter = learned
+    start = Eagle.fresh(target).weights
+    loop = DecodeLoop(target, drafter, recorder := Recorder())
+    for i in range(12):
+        loop.complete([5, 9, 200 + i % 4, 31], GenerationParams(24), request_id=str(i))
+    publisher = Publisher(drafter, PublishConfig(), served=start)
+    publisher.propose(drafter.weights.params)
+    publisher.offer(recorder.feedback)
+    assert publisher.check().version == 1
+    assert publisher.history[0].paired.other_length > publisher.history[0].paired.served_length + 0.5
+    publisher.propose(start.params)
+    publisher.offer(recorder.feedback)
+    assert publisher.check() is None
+    assert publisher.history[-1].kind == "refused"
