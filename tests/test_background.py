@@ -1,5 +1,6 @@
 """Learning in a thread and in a process, as decoding sees it. Fates of the learner that serving must not feel."""
 
+import errno
 import math
 import os
 import signal
@@ -20,12 +21,15 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.learn import InlineLearning
 from onlinespec.methods import parse
 from onlinespec.models.head_only import Ends
-from onlinespec.trainer import Trainer
+from onlinespec.trainer import Keeping, Trainer
+from onlinespec.versions import Versions
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200 + i % 4, 31] for i in range(8)]
 PARAMS = GenerationParams(40)
-EAGER = Recipe("eagle", parse("online_gradient/step_size=5e-3/min_interval=8/max_interval=8"), share=10.0, niceness=0)
+EAGER = Recipe(
+    "eagle", config=parse("online_gradient/step_size=5e-3/min_interval=8/max_interval=8"), share=10.0, niceness=0
+)
 EXPLODING = "online_gradient/step_size=1e38/clip_norm=1e38/geometry=euclidean/min_interval=8/max_interval=8"
 WAYS = {"thread": ThreadLearning, "process": ProcessLearning}
 
@@ -248,3 +252,85 @@ def test_a_share_can_be_changed_on_the_way():
             if budget.has_room:
                 clocks.taken += 0.05
         assert (budget.spent - before) / 500 == pytest.approx(share, abs=0.01)
+
+
+# Versions on disk
+
+
+def keeping(folder):
+    return Keeping(Versions(folder), TARGET.fingerprint, "online_gradient")
+
+
+def trained(folder, feedback, drafter=None):
+    """A trainer that saw some traffic, and what it published."""
+    config = replace(EAGER.config, budget=math.inf)
+    trainer = Trainer(drafter or load_drafter("eagle", TARGET), config, keeping=keeping(folder))
+    return trainer, [version for record in feedback if (version := trainer.offer([record]))]
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    recorder = rigs.Recorder()
+    answers(DecodeLoop(TARGET, load_drafter("eagle", TARGET), recorder), 40)
+    return recorder.feedback
+
+
+def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, traffic):
+    first, published = trained(tmp_path, traffic)
+    assert published
+    good = Versions(tmp_path).latest_good(TARGET.fingerprint)
+    assert good.number == published[-1].version
+    assert [event.kind for event in Versions(tmp_path).history()][:2] == ["started", "promoted"]
+
+    drafter = load_drafter("eagle", TARGET)
+    good.resume(drafter)
+    assert drafter.weights.version == good.number
+    again, more = trained(tmp_path, [], drafter)
+    assert again.publisher.served.version == good.number
+    assert again.publisher.is_watching
+    assert again.publisher.previous is not None
+    assert again.learning.state is not None
+    assert not more
+    for name, p in good.weights().params.items():
+        assert torch.equal(again.publisher.served.params[name], p)
+    assert again.publisher.next_version == first.publisher.next_version
+
+
+def test_numbers_go_on_after_versions_were_moved_aside(tmp_path, traffic):
+    first, _ = trained(tmp_path, traffic)
+    Versions(tmp_path).reset()
+    _, published = trained(tmp_path, traffic)
+    assert published[0].version >= first.publisher.next_version
+
+
+def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("onlinespec.versions.save_file", full)
+    trainer, published = trained(tmp_path, traffic)
+    assert published
+    assert trainer.num_unsaved == len(published) + 1
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    assert "No space left on device" in caplog.text
+    assert not trainer.failure
+
+
+def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):
+    recipe = replace(EAGER, versions=str(tmp_path))
+    loop, learning = make("process", recipe)
+    until(lambda: learning.num_swaps >= 1, loop)
+    os.kill(learning.process.pid, signal.SIGKILL)
+    until(lambda: learning.failure)
+    learning.stop(1.0)
+    good = Versions(tmp_path).latest_good(TARGET.fingerprint)
+    drafter = load_drafter("eagle", TARGET)
+    good.resume(drafter)
+    again = ProcessLearning(TARGET, drafter, recipe)
+    again.start()
+    loop = DecodeLoop(TARGET, drafter, again)
+    served = until(lambda: again.figures().get("rounds"), loop)
+    assert_exact(served)
+    assert again.figures()["published"] >= good.number
+    again.stop()
+    assert not again.failure

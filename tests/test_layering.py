@@ -29,7 +29,7 @@ LEVELS = (
         "learners",
         "demo",
     ),  # demo: the paths of the shipped pair
-    ("sampling", "losses", "replay", "cadence", "methods", "metrics", "summaries", "wire", "workloads"),
+    ("sampling", "losses", "replay", "states", "cadence", "methods", "metrics", "summaries", "wire", "workloads"),
     ("verify", "models"),
     ("drafters",),
     ("telemetry",),

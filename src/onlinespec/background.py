@@ -24,13 +24,14 @@ from typing import Any
 import torch
 
 from onlinespec.cadence import ClockBudget
-from onlinespec.config import LearnConfig, Tuning
+from onlinespec.config import LearnConfig, PublishConfig, Tuning
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.models.head_only import Ends
 from onlinespec.models.loading import Target
-from onlinespec.trainer import Trainer
+from onlinespec.trainer import Keeping, Trainer
+from onlinespec.versions import Versions
 from onlinespec.wire import Forget, Incoming, Message, Outgoing, Published, Report, Rows, Said, Setting, decode, encode
 
 log = logging.getLogger(__name__)
@@ -46,20 +47,27 @@ class Recipe:
         drafter: Name or path, as for `load_drafter`; the weights that serve take the place of its own.
         share: Of the time that passes, learning may take this much.
         niceness: Of a process that learns: where cores are short, serving goes first.
+        learner: The line that `config` was read from; noted with versions.
+        versions: Folder to keep versions in; empty to keep none. Learning goes on from the newest good one there if
+            that is what serves.
     """
 
     drafter: str
+    learner: str = "online_gradient"
     config: LearnConfig = field(default_factory=LearnConfig)
     seed: int = 0
     tuning: Tuning | None = None
     share: float = 0.25
     niceness: int = 10
+    publishing: PublishConfig = field(default_factory=PublishConfig)
+    versions: str = ""
 
     def trainer(self, target: Target, serving: DrafterWeights, budget: ClockBudget) -> Trainer:
         """Raises as `load_drafter`."""
         drafter = load_drafter(self.drafter, target, self.seed, self.tuning)
         drafter.swap(serving)
-        return Trainer(drafter, self.config, self.seed, budget)
+        keeping = Keeping(Versions(self.versions), target.fingerprint, self.learner) if self.versions else None
+        return Trainer(drafter, self.config, self.seed, budget, self.publishing, keeping)
 
 
 class BackgroundLearning(ABC):
@@ -185,7 +193,6 @@ class ThreadLearning(BackgroundLearning):
                 self._figures = self.trainer.figures() | {"share_spent": self._budget.share_spent}
                 if reason := self.trainer.failure:
                     return self._fail(reason)
-            self.trainer.close()
         except Exception as error:  # as in learn.py: nothing that fails here may reach serving
             self._fail(f"{type(error).__name__}: {error}")
 
@@ -296,7 +303,6 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
                 reported = time.monotonic()
             if trainer.failure:
                 break
-    trainer.close()
 
 
 class _Forwarding(logging.Handler):

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from onlinespec import demo
+from onlinespec import demo, versions
 from onlinespec.drafters import adapters
 from onlinespec.drafters.formats import (
     SIDE_FILE,
@@ -21,6 +21,7 @@ from onlinespec.drafters.formats import (
 from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, weight_files
 from onlinespec.models.families import ARCHITECTURES
 from onlinespec.models.loading import path_of
+from onlinespec.records import Event
 
 _SHAPE_KEYS = (
     "hidden_size",
@@ -46,11 +47,13 @@ def folders_of(name: str) -> tuple[Path, ...]:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Facts about a target or drafter directory, for reading.
+    """Facts about a directory, for reading: a target's, a drafter's, or one with versions of a drafter.
 
     Raises:
-        FileNotFoundError, ValueError: if a file is missing, or it is neither.
+        FileNotFoundError, ValueError: if a file is missing, or it is none of these.
     """
+    if versions.is_in(folder):
+        return _versions_facts(folder)
     if adapters.is_in(folder):
         return _adapter_facts(folder)
     config = read_drafter_config(folder)
@@ -64,6 +67,27 @@ def describe(folder: Path) -> dict[str, Any]:
     if kind != "ngram":
         facts |= _tensor_facts(weight_files(folder))
     return facts if is_target else facts | _noted(folder)
+
+
+def history_of(folder: Path) -> list[Event]:
+    """What happened to the versions in a directory, the oldest first; empty for any other."""
+    return versions.Versions(folder).history() if versions.is_in(folder) else []
+
+
+def _versions_facts(folder: Path) -> dict[str, Any]:
+    store = versions.Versions(folder)
+    good, told = store.latest_good(None), []
+    for number in store.numbers():
+        try:
+            told.append(str(store.read(number).number))
+        except ValueError:
+            told.append(f"{number} (not whole)")
+    facts: dict[str, Any] = {"kind": "versions of a drafter", "path": folder, "on disk": ", ".join(told) or "none"}
+    if good is None:
+        return facts | {"a restart begins with": "the drafter as it was given: no version here is whole"}
+    facts |= {"a restart begins with": f"version {good.number}, of {good.record.created}", "its drafter": good.folder}
+    facts |= {"target fingerprint": good.record.target_fingerprint}
+    return facts | ({"learner": good.record.learner} if good.record.learner else {})
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:
@@ -80,6 +104,8 @@ def _noted(folder: Path) -> dict[str, Any]:
     if not side:
         return {"history": f"none: no {SIDE_FILE}, so it was written by another program, or that file is lost"}
     noted = {key: value for key, value in side.items() if key != "notes"} | dict(side.get("notes", {}))
+    if record := versions.record_of(folder):
+        noted |= {"learner": record.learner, "how it came about": f"{record.created}: {record.event.told}"}
     return {key.replace("_", " "): value for key, value in noted.items()}
 
 

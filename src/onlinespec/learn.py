@@ -114,6 +114,16 @@ class InlineLearning:
             self._domain = feedback[-1].domain
             self._guarded(self._expect)
 
+    @property
+    def state(self) -> Any:
+        """The learner's own, to be saved and given to `resume`."""
+        return self._state
+
+    def resume(self, state: Any) -> None:
+        """Goes on with a learner's state, whose weights play from now on."""
+        self._play(state)
+        self._last_good, self._anchor = self._drafter.weights, self._drafter.weights.params
+
     def restart(self, params: Params) -> None:
         """Learns on from other weights; how the old ones came about is forgotten, what was seen is not."""
         self._state = self._learner.init(params)

@@ -402,6 +402,12 @@ class Publisher:
         log.log(logging.WARNING if kind == "rolled back" else logging.INFO, "%s", event.told)
 
 
+def started(version: int) -> Event:
+    """What is noted of the first version in a folder."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Event(kind="started", at=at, version=version)
+
+
 def _compared(figures: Paired, other: str, verdict: str) -> str:
     """A judgement in words."""
     return (

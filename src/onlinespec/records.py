@@ -128,7 +128,6 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
     restores: int | None = None  # whose weights these are, after a rollback
     reason: str = ""
     paired: Paired | None = None  # what it was judged by
-    target_fingerprint: str = ""
 
     @property
     def told(self) -> str:

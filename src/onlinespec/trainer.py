@@ -6,17 +6,42 @@ better on requests that came afterwards is published, watched, and taken back if
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
+import torch
 
 from onlinespec.cadence import ClockBudget
 from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
-from onlinespec.publish import Publisher
+from onlinespec.publish import Publisher, started
+from onlinespec.records import Event
+from onlinespec.versions import NotSaved, Version, Versions
+
+log = logging.getLogger(__name__)
+
+
+_SHOWN_EVENTS = 50
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where versions go, and what is to be noted with them.
+
+    Args:
+        learner: The line of the learner; see `methods.parse`. Another one begins anew from the same weights.
+    """
+
+    versions: Versions
+    target_fingerprint: str
+    learner: str
 
 
 class Trainer:
@@ -25,6 +50,7 @@ class Trainer:
     Args:
         drafter: Of the kind that serves, with its weights. It is never asked for a draft.
         budget: Of time; kept by whatever clock it has.
+        keeping: Where versions go; None to keep none.
     """
 
     def __init__(
@@ -34,11 +60,13 @@ class Trainer:
         seed: int = 0,
         budget: ClockBudget | None = None,
         publishing: PublishConfig | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         drafter.drafts = False
-        self._drafter = drafter
-        self.publisher = Publisher(drafter, publishing)
+        self._drafter, self._keeping = drafter, keeping
+        self.num_unsaved = 0  # versions that could not be written
         self.learning = InlineLearning(drafter, config=config, seed=seed, budget=budget, on_failure=self._fail)
+        self.publisher = self._resumed(publishing) if keeping else Publisher(drafter, publishing)
         self._proposed = self.learning.num_rounds  # when a candidate was last proposed
         self._heard: dict[int, int] = {}  # tokens of each text, by the id of a trace that others keep alive
         self.failure = ""  # why nothing is learned any more
@@ -52,9 +80,11 @@ class Trainer:
         if self.publisher.wants_candidate and self.learning.num_rounds > self._proposed:
             self._proposed = self.learning.num_rounds
             self.publisher.propose(self._drafter.weights.params)
-        version = self.publisher.check()
-        if version and self.publisher.history[-1].kind == "rolled back":
+        version, event = self.publisher.check(), self.publisher.history[-1:]
+        if version and event[0].kind == "rolled back":
             self.learning.restart(version.params)
+        if version:
+            self._keep(version, event[0])
         return version
 
     def figures(self) -> dict[str, Any]:
@@ -68,12 +98,60 @@ class Trainer:
             "memory_bytes": memory.num_bytes if memory else 0,
             "memory_requests": len(memory) if memory else 0,
             "published": self.publisher.served.version,
+            "unsaved": self.num_unsaved,
+            "events": [msgspec.to_builtins(event) for event in self.publisher.history[-_SHOWN_EVENTS:]],
             "is_watching": self.publisher.is_watching,
             "failure": self.failure,
         }
 
-    def close(self) -> None:
-        """Serving is over."""
+    def _resumed(self, publishing: PublishConfig | None) -> Publisher:
+        """Goes on with what lies on disk, if that is what is served; else what is served is the first to be kept."""
+        assert self._keeping
+        served, versions = self._drafter.weights, self._keeping.versions
+        found = versions.latest_good(self._keeping.target_fingerprint)
+        if found is None or found.number != served.version:
+            publisher = Publisher(
+                self._drafter, publishing, next_version=max(served.version + 1, versions.next_version)
+            )
+            self._keep(served, started(served.version))
+            return publisher
+        if (state := found.resume(self._drafter, self._keeping.learner)) is not None:
+            self.learning.resume(state)
+        return Publisher(
+            self._drafter,
+            publishing,
+            served=found.weights(self._device),
+            next_version=versions.next_version,
+            promoted=found.record.event,
+            previous=self._before(found),
+        )
+
+    def _before(self, version: Version) -> DrafterWeights | None:
+        """The weights of the version before, if they are still there."""
+        parent = version.record.event.parent
+        if not self._keeping or parent is None:
+            return None
+        try:
+            return self._keeping.versions.read(parent).weights(self._device)
+        except ValueError:
+            return None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._drafter.weights.params.values())).device
+
+    def _keep(self, weights: DrafterWeights, event: Event) -> None:
+        """Writes a version; one that can't be written is served all the same, and the next one tried."""
+        if not self._keeping:
+            return
+        keeping = self._keeping
+        try:
+            keeping.versions.save(
+                self._drafter, weights, event, keeping.target_fingerprint, keeping.learner, self.learning.state
+            )
+        except NotSaved as error:
+            log.log(logging.DEBUG if self.num_unsaved else logging.ERROR, "%s; this is said once", error)
+            self.num_unsaved += 1
 
     def _hear(self, record: Feedback) -> None:
         """Lets the drafter know of the tokens, as the one that serves does."""

@@ -6,11 +6,14 @@ from rich.table import Table
 
 from onlinespec.cli.arguments import Inspect
 from onlinespec.cli.terminal import escaped, out
-from onlinespec.inspection import describe, folders_of
+from onlinespec.inspection import describe, folders_of, history_of
+from onlinespec.records import Event
+
+_NEWEST = 20  # events that are shown
 
 
 def inspect(command: Inspect) -> int:
-    """Prints the facts, of a pair the target's first."""
+    """Prints the facts, of a pair the target's first, and of versions what happened to them."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for folder in folders_of(command.path):
         if table.row_count:
@@ -18,4 +21,32 @@ def inspect(command: Inspect) -> int:
         for name, value in describe(folder).items():
             table.add_row(f"[bold]{escaped(name)}[/]", escaped(str(value)))
     out.print(table)
+    for folder in folders_of(command.path):
+        if events := history_of(folder):
+            _print_history(events)
     return 0
+
+
+def _print_history(events: list[Event]) -> None:
+    """The newest events, the last one last."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("when (UTC)", "what", "version", "acceptance length", "on", "why"):
+        table.add_column(heading, justify="right" if heading == "version" else "left", overflow="fold")
+    for event in events[-_NEWEST:]:
+        table.add_row(*map(escaped, _row(event)))
+    out.print()
+    if len(events) > _NEWEST:
+        out.print(f"history, the newest {_NEWEST} of {len(events)}:")
+    out.print(table)
+
+
+def _row(event: Event) -> tuple[str, ...]:
+    when, figures = event.at.replace("T", " ").partition("+")[0], event.paired
+    what = f"{event.kind} to {event.restores}" if event.restores is not None else event.kind
+    version = str(event.version) if event.parent is None else f"{event.parent} → {event.version}"
+    if figures is None:
+        return when, what, version, "", "", event.reason
+    other = "candidate" if event.kind in ("promoted", "refused") else "version before"
+    lengths = f"served {figures.served_length:.2f}, {other} {figures.other_length:.2f}"
+    why = f"{figures.difference:+.3f} ± {figures.standard_error:.3f}"
+    return when, what, version, lengths, f"{figures.num_requests} requests", why
