@@ -480,8 +480,15 @@ def test_a_swap_that_went_wrong_is_taken_back_whatever_the_weights_say():
     publisher = promoted(bad, good)
     weights, num_requests = checks(publisher, traffic(range(100, 200), version=1, num_accepted=0))
     assert weights.version == 2
-    assert num_requests == 2  # of 39 steps each
-    assert "the first draft was kept in 0% of 78 steps, where the gate had predicted" in publisher.history[-1].reason
+    assert num_requests == 4  # of 39 steps each
+    assert "the first draft was kept in 0% of 156 steps, where the gate had predicted" in publisher.history[-1].reason
+
+
+def test_one_odd_text_is_no_collapse():
+    good, bad = better_and_worse()
+    publisher = promoted(bad, good)
+    publisher.offer(request("odd", text(0, 400), version=1, num_accepted=0))
+    assert publisher.check() is None
 
 
 def test_a_restart_goes_on_watching():

@@ -21,6 +21,9 @@ from rigs import other_weights
 from safetensors.torch import load_file, save_file
 
 from onlinespec import versions
+from onlinespec.cli.arguments import Inspect
+from onlinespec.cli.inspect import inspect
+from onlinespec.cli.terminal import out
 from onlinespec.config import GenerationParams, PublishConfig
 from onlinespec.core import DrafterWeights
 from onlinespec.decode import DecodeLoop
@@ -583,6 +586,23 @@ def test_a_folder_of_versions_is_told_with_its_history(tmp_path, drafter):
     assert history_of(tmp_path / "versions" / "000002") == []
 
 
+def test_inspect_prints_what_happened_the_newest_last(tmp_path, drafter, capsys, monkeypatch):
+    monkeypatch.setattr(out, "_width", 150)
+    store = filled(tmp_path, drafter, range(2))
+    for number in range(10, 32):
+        store.note(happened("refused", number))
+    save(store, drafter, 40, happened("rolled back", 40, 1, 0))
+    assert inspect(Inspect(str(tmp_path))) == 0
+    shown = capsys.readouterr().out
+    assert "a restart begins with  version 40" in shown
+    assert "history, the newest 20 of 25:" in shown
+    *_, before, last = (" ".join(line.split()) for line in shown.splitlines() if line.startswith("2026"))
+    assert last == (
+        "2026-01-02 03:04:05 rolled back to 0 1 → 40 served 2.00, version before 2.25 16 requests +0.250 ± 0.050"
+    )
+    assert before == "2026-01-02 03:04:05 refused 31 served 2.00, candidate 2.25 16 requests +0.250 ± 0.050"
+
+
 # Together with what decides
 
 
@@ -602,10 +622,23 @@ def test_a_restart_goes_on_where_a_killed_process_was(tmp_path, drafter):
         PublishConfig(),
         next_version=store.next_version,
         promoted=good.record.event,
-        previous=store.read(good.record.event.parent).weights(),
+        previous=store.watched(good),
     )
     assert publisher.served.version == 1
     assert_equal(publisher.served.params, better.params)
     assert publisher.next_version == 2
     assert publisher.is_watching
     assert_equal(publisher.previous.params, start.params)
+
+
+def test_what_is_confirmed_or_was_not_promoted_is_watched_no_more(tmp_path, drafter, caplog):
+    store = filled(tmp_path, drafter, [0, 1, 2])
+    assert_equal(store.watched(store.read(2)).params, weights_of(drafter, 1).params)
+    cut(tmp_path / "versions" / "000001" / "model.safetensors")
+    assert store.watched(store.read(2)) is None
+    assert "version 2 is not watched any more" in caplog.text
+    store = filled(tmp_path / "other", drafter, [0, 1])
+    store.note(happened("confirmed", 1))
+    assert store.watched(store.read(1)) is None
+    save(store, drafter, 2, happened("rolled back", 2, 1, 0))
+    assert store.watched(store.read(2)) is None

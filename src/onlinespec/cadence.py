@@ -38,6 +38,7 @@ class Cadence:
     def __init__(self, min_interval: int, max_interval: int, least_gain: float, full_loss: float = 0.0) -> None:
         self._min, self._max, self._least_gain = float(min_interval), float(max_interval), least_gain
         self._full_loss = full_loss if max_interval > min_interval else 0.0
+        self.num_drifts = 0  # noticed so far
         self.restart()
 
     @property
@@ -55,6 +56,11 @@ class Cadence:
         self._losses = _Spread()
         self._acceptance = _Averages(fast=0.95, slow=0.99)
 
+    def _drift(self) -> None:
+        """The traffic has moved."""
+        self.num_drifts += 1
+        self.restart()
+
     @property
     def wants_probe(self) -> bool:
         """Whether this round should compare the loss with that of older weights."""
@@ -65,7 +71,7 @@ class Cadence:
         if num_draft_tokens:
             self._acceptance.add(num_accepted / num_draft_tokens)
             if self._acceptance.slow - self._acceptance.fast > self._DROP:
-                self.restart()
+                self._drift()
 
     def observe_round(self, fresh_loss: float) -> bool:
         """Hears of every round's loss before its update.
@@ -76,7 +82,7 @@ class Cadence:
         known = self._losses
         deviation = max(known.deviation, self._LEAST_DEVIATION * known.mean)
         if known.count >= self._LEAST_ROUNDS and fresh_loss > known.mean + self._JUMP * deviation:
-            self.restart()
+            self._drift()
         self._losses.add(fresh_loss)
         is_anew, self._is_anew = self._is_anew, False
         self._rounds_since_probe += not is_anew

@@ -114,6 +114,10 @@ class InlineLearning:
             self._domain = feedback[-1].domain
             self._guarded(self._expect)
 
+    def report(self) -> dict[str, Any]:
+        """What the learner says of itself: meta weights, hint errors."""
+        return dict(self._learner.report(self._state))
+
     @property
     def state(self) -> Any:
         """The learner's own, to be saved and given to `resume`."""

@@ -93,7 +93,7 @@ def greedy_distance_bound(token_loss: float) -> float:
     return min(1.0, -2 * math.expm1(-token_loss))
 
 
-def student_quantile(tail: float, degrees: int) -> float:
+def student_quantile(tail: float, degrees: float) -> float:
     """What Student's t exceeds with chance `tail`: Cornish and Fisher's series, to 1 % from 15 degrees of freedom on.
 
     >>> student_quantile(0.025, 15), student_quantile(0.005, 30)

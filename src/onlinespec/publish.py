@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _LEAST_DIFFERENCE = 1e-3  # in drafts kept per step; less may be rounding, and is not worth a swap
 _COLLAPSED = 0.5  # of the acceptance that was predicted ...
 _COLLAPSE_STEPS = 64  # ... over at least so many steps ...
+_COLLAPSE_REQUESTS = 4  # ... of so many requests: one odd text is no collapse ...
 _COLLAPSE_ERRORS = 3.0  # ... and by so many standard errors
 _MOST_EVENTS = 1000  # kept in memory
 _NOT_FINITE = "the candidate's weights are not finite"
@@ -110,7 +111,9 @@ def paired(lengths: Sequence[Lengths], level: float) -> Paired:
     """Two sets of weights by their lengths on the same requests: the served one first, the other second.
 
     Requests are the independent draws, positions of one are not; each counts by its positions. The difference is judged
-    by Student's t, one-sided, both ways.
+    by Student's t, one-sided, both ways; where sizes differ there are fewer degrees of freedom than requests.
+
+    Reference: Kish (1965), on the effective number of draws.
     """
     num_requests, num_anchors = len(lengths), sum(each.num_anchors for each in lengths)
     served, other = (math.fsum(each.accepted[i] for each in lengths) / num_anchors for i in (0, 1))
@@ -118,7 +121,8 @@ def paired(lengths: Sequence[Lengths], level: float) -> Paired:
     residuals = (each.accepted[1] - each.accepted[0] - each.num_anchors * difference for each in lengths)
     spread = math.fsum(residual**2 for residual in residuals) * num_requests / (num_requests - 1)
     error = math.sqrt(spread) / num_anchors
-    least = max(student_quantile(level, num_requests - 1) * error, _LEAST_DIFFERENCE)
+    num_alike = num_anchors**2 / sum(each.num_anchors**2 for each in lengths)  # requests of one size that say as much
+    least = max(student_quantile(level, max(num_alike - 1, 1)) * error, _LEAST_DIFFERENCE)
     probs = (math.fsum(each.first[i] for each in lengths) / num_anchors for i in (0, 1))
     served_prob, other_prob = probs
     return Paired(
@@ -221,6 +225,7 @@ class Collapse:
     def __init__(self, version: int, predicted: float) -> None:
         self._version, self._predicted = version, predicted
         self._num_steps = self._num_kept = 0  # steps that drafted, and those of them whose first draft was kept
+        self._names: set[str] = set()  # of the requests that these steps are of
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served, by whatever version."""
@@ -228,11 +233,12 @@ class Collapse:
             if record.weights_version == self._version and record.num_draft_tokens:
                 self._num_steps += 1
                 self._num_kept += record.num_accepted > 0
+                self._names.add(record.request_id or str(id(record.trace)))
 
     @property
     def reason(self) -> str:
         """What speaks against the version, in words; empty if nothing."""
-        if self._num_steps < _COLLAPSE_STEPS:
+        if self._num_steps < _COLLAPSE_STEPS or len(self._names) < _COLLAPSE_REQUESTS:
             return ""
         least = _COLLAPSED * self._predicted
         error = math.sqrt(least * (1 - least) / self._num_steps)
@@ -285,6 +291,7 @@ class Publisher:
         self._num_refused = 0  # since the last promotion
         self._pause = 0  # requests until the next trial
         self._events: deque[Event] = deque(maxlen=_MOST_EVENTS)
+        self.num_events = 0  # ever
         if promoted and previous and promoted.kind == "promoted" and promoted.paired:
             self._begin_watch(previous, promoted.paired)
 
@@ -399,6 +406,7 @@ class Publisher:
             paired=figures,
         )  # fmt: skip
         self._events.append(event)
+        self.num_events += 1
         log.log(logging.WARNING if kind == "rolled back" else logging.INFO, "%s", event.told)
 
 

@@ -10,15 +10,18 @@ what runs is never thrown out again, and what does not fit waits its turn, first
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Condition
+from typing import Protocol
 
 from onlinespec.config import check_that, check_types
-from onlinespec.decode import DecodeLoop, Request
+from onlinespec.control import StepRecord
+from onlinespec.decode import DecodeLoop, Request, Step
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,45 @@ class Limits:
             check_that(getattr(self, name) >= 32, name, getattr(self, name), "at least 32")
 
 
+@dataclass
+class Flow:
+    """What steps brought and cost so far, whoever's they were; counts only ever grow."""
+
+    batches: int = 0  # steps of all that ran together
+    steps: int = 0  # the same, for each request
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    learn_seconds: float = 0.0  # in the decoding thread: rounds, or taking over what was learned beside it
+    read_seconds: float = 0.0  # of prompts
+
+    def add(self, step: Step) -> None:
+        """One more step."""
+        self.batches += 1
+        self.steps += len(step.feedback)
+        self.tokens += sum(record.num_rows for record in step.feedback)
+        self.drafted += sum(record.num_draft_tokens for record in step.feedback)
+        self.accepted += sum(record.num_rows - 1 for record in step.feedback)
+        self.draft_seconds += step.draft_seconds
+        self.verify_seconds += step.verify_seconds
+        self.learn_seconds += step.learn_seconds
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.draft_seconds + self.verify_seconds + self.learn_seconds + self.read_seconds
+
+
+class Control(Protocol):
+    """What chooses how many tokens to draft; `control.py` has it."""
+
+    def choose(self, request_ids: Sequence[Hashable], limits_B: Sequence[int]) -> list[int]: ...
+    def observe(self, record: StepRecord) -> None: ...
+    def forget(self, request_id: Hashable) -> None: ...
+
+
 class Busy(RuntimeError):
     """As many requests wait as may."""
 
@@ -58,8 +100,9 @@ class Scheduler:
     `waiting`, `reading` and `running` are for looking at; only `submit` and `step` change them.
     """
 
-    def __init__(self, loop: DecodeLoop, limits: Limits | None = None) -> None:
-        self.loop, self.limits = loop, limits or Limits()
+    def __init__(self, loop: DecodeLoop, limits: Limits | None = None, control: Control | None = None) -> None:
+        self.loop, self.limits, self.control = loop, limits or Limits(), control
+        self.flow = Flow()
         self.waiting: deque[Request] = deque()
         self.reading: list[Request] = []  # admitted, their prompts not yet read to the end
         self.running: list[Request] = []
@@ -117,7 +160,7 @@ class Scheduler:
         self._read()
         stepped = list(self.running)
         if stepped:
-            self._together(self.loop.step, stepped)
+            self._together(self._decode, stepped)
         over = [request for request in (*self.reading, *self.running) if request.finish_reason is not None]
         for request in over:
             self._leave(request)
@@ -160,10 +203,30 @@ class Scheduler:
         """Some tokens of the prompts that came first; those that are read to the end run from now on."""
         if unread := [request for request in self.reading if request.finish_reason is None]:
             most = self.limits.prefill_tokens if self.running else self.limits.prefill_alone
+            began = time.perf_counter()
             self._together(partial(self.loop.read, max_tokens=most), unread)
+            self.flow.read_seconds += time.perf_counter() - began
         ready = [request for request in unread if request.is_ready and request.finish_reason is None]
         self.running += ready
         self.reading = [request for request in self.reading if request not in ready]
+
+    def _decode(self, requests: list[Request]) -> None:
+        """A step, with as many drafts as control says; without it, as many as requests ask for."""
+        if not self.control:
+            self.flow.add(self.loop.step(requests))
+            return
+        limits = [request.most_draft_tokens if request.is_drafting else 0 for request in requests]
+        step = self.loop.step(requests, self.control.choose(requests, limits))
+        self.flow.add(step)
+        self.control.observe(
+            StepRecord(
+                request_ids=requests,
+                num_draft_tokens_B=[record.num_draft_tokens for record in step.feedback],
+                num_accepted_B=[record.num_accepted for record in step.feedback],
+                draft_seconds=step.draft_seconds,
+                verify_seconds=step.verify_seconds,
+            )
+        )
 
     def _together(self, work: Callable[[list[Request]], object], requests: list[Request]) -> None:
         """Works on requests at once; if that fails, on each alone, without a drafter, only those at fault end."""
@@ -189,6 +252,8 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         """Frees what a request that is over holds, whatever state it was left in."""
         request.text.close()
+        if self.control:
+            self.control.forget(request)
         if any(request is one for one in (*self.reading, *self.running)):
             self._num_bytes -= self.loop.num_bytes(request)
             self.reading = [one for one in self.reading if one is not request]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import torch
 
 from onlinespec.cadence import ClockBudget
 from onlinespec.config import LearnConfig, PublishConfig
@@ -23,7 +22,7 @@ from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.publish import Publisher, started
 from onlinespec.records import Event
-from onlinespec.versions import NotSaved, Version, Versions
+from onlinespec.versions import NotSaved, Versions
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +72,7 @@ class Trainer:
 
     def offer(self, records: Sequence[Feedback]) -> DrafterWeights | None:
         """Takes what was served, learns if it is time, and returns a version to serve from now on, if there is one."""
+        before = self.publisher.num_events
         for record in records:
             self._hear(record)
         self.publisher.offer(records)
@@ -80,11 +80,13 @@ class Trainer:
         if self.publisher.wants_candidate and self.learning.num_rounds > self._proposed:
             self._proposed = self.learning.num_rounds
             self.publisher.propose(self._drafter.weights.params)
-        version, event = self.publisher.check(), self.publisher.history[-1:]
-        if version and event[0].kind == "rolled back":
+        version = self.publisher.check()
+        num_new = self.publisher.num_events - before
+        events = self.publisher.history[-num_new:] if num_new else ()
+        if version and events[-1].kind == "rolled back":
             self.learning.restart(version.params)
-        if version:
-            self._keep(version, event[0])
+        if self._keeping:
+            self._keep(self._keeping, events, version)
         return version
 
     def figures(self) -> dict[str, Any]:
@@ -95,10 +97,13 @@ class Trainer:
             "rows": learning.num_rows,
             "loss": None if math.isnan(learning.last_loss) else learning.last_loss,
             "interval": learning.cadence.interval,
+            "drifts": learning.cadence.num_drifts,
+            "learner": learning.report(),
             "memory_bytes": memory.num_bytes if memory else 0,
             "memory_requests": len(memory) if memory else 0,
             "published": self.publisher.served.version,
             "unsaved": self.num_unsaved,
+            "num_events": self.publisher.num_events,
             "events": [msgspec.to_builtins(event) for event in self.publisher.history[-_SHOWN_EVENTS:]],
             "is_watching": self.publisher.is_watching,
             "failure": self.failure,
@@ -113,42 +118,35 @@ class Trainer:
             publisher = Publisher(
                 self._drafter, publishing, next_version=max(served.version + 1, versions.next_version)
             )
-            self._keep(served, started(served.version))
+            self._keep(self._keeping, [started(served.version)], served)
             return publisher
-        if (state := found.resume(self._drafter, self._keeping.learner)) is not None:
+        state, served = found.resume(self._drafter, self._keeping.learner), self._drafter.weights
+        if state is not None:
             self.learning.resume(state)
         return Publisher(
             self._drafter,
             publishing,
-            served=found.weights(self._device),
+            served=served,
             next_version=versions.next_version,
             promoted=found.record.event,
-            previous=self._before(found),
+            previous=versions.watched(found),
         )
 
-    def _before(self, version: Version) -> DrafterWeights | None:
-        """The weights of the version before, if they are still there."""
-        parent = version.record.event.parent
-        if not self._keeping or parent is None:
-            return None
+    def _keep(self, keeping: Keeping, events: Sequence[Event], version: DrafterWeights | None) -> None:
+        """Writes down what happened; a version that can't be written is served all the same, and the next one tried."""
+        versions = keeping.versions
         try:
-            return self._keeping.versions.read(parent).weights(self._device)
-        except ValueError:
-            return None
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._drafter.weights.params.values())).device
-
-    def _keep(self, weights: DrafterWeights, event: Event) -> None:
-        """Writes a version; one that can't be written is served all the same, and the next one tried."""
-        if not self._keeping:
-            return
-        keeping = self._keeping
-        try:
-            keeping.versions.save(
-                self._drafter, weights, event, keeping.target_fingerprint, keeping.learner, self.learning.state
-            )
+            for event in events[:-1] if version else events:
+                versions.note(event)
+            if version:
+                versions.save(
+                    self._drafter,
+                    version,
+                    events[-1],
+                    keeping.target_fingerprint,
+                    keeping.learner,
+                    self.learning.state,
+                )
         except NotSaved as error:
             log.log(logging.DEBUG if self.num_unsaved else logging.ERROR, "%s; this is said once", error)
             self.num_unsaved += 1

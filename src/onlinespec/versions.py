@@ -42,6 +42,7 @@ _RECORD = "version.json"
 _TENSORS, _STATE = "learner.safetensors", "learner.json"
 _VERSIONS, _HISTORY = "versions", "history.jsonl"
 _DIGITS = 6
+_READABLE = 0o644  # safetensors' own files are their owner's alone
 
 
 class NotSaved(OSError):
@@ -150,6 +151,7 @@ class Versions:
             partial = folder.with_name(f".{folder.name}.tmp")
             twin.save(partial)
             save_file(tensors, partial / _TENSORS)
+            (partial / _TENSORS).chmod(_READABLE)
             (partial / _STATE).write_text(json.dumps(nodes), encoding="utf-8")
             record = VersionRecord(
                 version=weights.version,
@@ -240,6 +242,21 @@ class Versions:
         """Of the versions on disk, whole or not."""
         names = [path.name for path in self._place.iterdir()] if self._place.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
+
+    def watched(self, version: Version) -> DrafterWeights | None:
+        """The weights that a version is still to be watched beside, after a restart: those served before it.
+
+        None if it was not promoted, or is confirmed, or they are not here any more.
+        """
+        event = version.record.event
+        is_confirmed = any(e.kind == "confirmed" and e.version == version.number for e in self.history())
+        if event.kind != "promoted" or event.parent is None or is_confirmed:
+            return None
+        try:
+            return self.read(event.parent).weights()
+        except ValueError as error:
+            self._complain(f"{error}; version {version.number} is not watched any more")
+            return None
 
     def read(self, number: int) -> Version:
         """One version, every file checked.

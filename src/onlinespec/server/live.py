@@ -1,0 +1,110 @@
+"""What the live page shows: figures of this moment, their course over the last half hour, and what happened in it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+from onlinespec.background import BackgroundLearning
+from onlinespec.control import Controller
+from onlinespec.learn import InlineLearning
+from onlinespec.scheduler import Flow
+from onlinespec.server.engine import Engine
+
+SECONDS = 2.0  # between two samples
+_MOST_SAMPLES, _MOST_MARKS = 900, 100
+_COLUMNS = ("at", "tokens_per_second", "plain_tokens_per_second", "acceptance_length", "served_per_second", "running")
+
+
+class Live:
+    """Samples an engine; `run` it beside the server."""
+
+    def __init__(self, engine: Engine, facts: dict[str, Any]) -> None:
+        self._engine, self._facts = engine, facts
+        self._started = time.time()
+        self._samples: deque[tuple[float | None, ...]] = deque(maxlen=_MOST_SAMPLES)
+        self._marks: deque[dict[str, Any]] = deque(maxlen=_MOST_MARKS)
+        self._flow, self._at = replace(engine.scheduler.flow), time.monotonic()
+        self._seen = {"drifts": 0, "switches": 0, "events": 0}
+
+    async def run(self) -> None:
+        """Takes a sample every so often, for ever."""
+        while True:
+            await asyncio.sleep(SECONDS)
+            self.sample()
+
+    def sample(self) -> None:
+        """Notes what steps have brought since the last sample; nothing of a time in which none was taken."""
+        flow, now = replace(self._engine.scheduler.flow), time.monotonic()
+        before, self._flow = self._flow, flow
+        seconds, self._at = now - self._at, now
+        self._samples.append((time.time(), *self._rates(before, flow, seconds), len(self._engine.scheduler.running)))
+        self._notice()
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the page needs, in plain numbers and words."""
+        scheduler, totals = self._engine.scheduler, self._engine.totals
+        return {
+            **self._facts,
+            "uptime_seconds": time.time() - self._started,
+            "is_ready": self._engine.is_ready,
+            "now": dict(zip(_COLUMNS, self._samples[-1], strict=True)) if self._samples else None,
+            "course": {name: [sample[i] for sample in self._samples] for i, name in enumerate(_COLUMNS)},
+            "marks": list(self._marks),
+            "requests": {
+                "running": len(scheduler.running),
+                "reading": len(scheduler.reading),
+                "waiting": len(scheduler.waiting),
+                "most_running": scheduler.limits.max_running,
+                "finished": dict(totals.finished),
+            },
+            "tokens": scheduler.flow.tokens,
+            "acceptance_length": 1 + scheduler.flow.accepted / scheduler.flow.steps if scheduler.flow.steps else None,
+            "control": self._control(),
+            "learning": self._learning(),
+        }
+
+    def _rates(self, before: Flow, flow: Flow, seconds: float) -> tuple[float | None, ...]:
+        """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second."""
+        tokens, steps = flow.tokens - before.tokens, flow.steps - before.steps
+        busy = (flow.seconds - flow.read_seconds) - (before.seconds - before.read_seconds)
+        if not steps or busy <= 0:
+            return None, None, None, 0.0
+        plain = self._control().get("goodput_plain")
+        return tokens / busy, plain, 1 + (flow.accepted - before.accepted) / steps, tokens / max(seconds, 1e-9)
+
+    def _control(self) -> dict[str, Any]:
+        control = self._engine.scheduler.control
+        return control.report() if isinstance(control, Controller) else {}
+
+    def _learning(self) -> dict[str, Any]:
+        learning = self._engine.scheduler.loop.learning
+        if isinstance(learning, BackgroundLearning):
+            return learning.figures()
+        if isinstance(learning, InlineLearning):
+            return {"rounds": learning.num_rounds, "rows": learning.num_rows, "drifts": learning.cadence.num_drifts}
+        return {}
+
+    def _notice(self) -> None:
+        """Marks what happened since the last sample."""
+        learning, control = self._learning(), self._control()
+        events = learning.get("events", [])
+        now = {
+            "drifts": learning.get("drifts", 0),
+            "switches": control.get("num_switches", 0),
+            "events": learning.get("num_events", 0),
+        }
+        num_new = now["events"] - self._seen["events"]
+        for event in events[-num_new:] if num_new > 0 else []:
+            self._mark(event["kind"], event.get("reason", ""), event.get("version"))
+        if now["drifts"] > self._seen["drifts"]:
+            self._mark("drift", "the traffic has moved")
+        if now["switches"] > self._seen["switches"]:
+            self._mark("drafting on" if control["is_drafting"] else "drafting off", "by measured cost")
+        self._seen = now
+
+    def _mark(self, kind: str, reason: str, version: int | None = None) -> None:
+        self._marks.append({"at": time.time(), "kind": kind, "reason": reason, "version": version})
