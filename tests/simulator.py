@@ -33,7 +33,7 @@ class Machine:
     hiccup: float = 0.0  # probability that a step takes ten times as long
 
     def draft_seconds(self, num_draft_tokens_B: Sequence[int], num_missed: int = 0) -> float:
-        depths = [sum(K > d for K in num_draft_tokens_B) for d in range(max(num_draft_tokens_B))]
+        depths = [sum(d < K for K in num_draft_tokens_B) for d in range(max(num_draft_tokens_B))]
         return sum(self.draft + self.draft_row * n for n in depths) + self.missed * num_missed
 
     def verify_seconds(self, num_draft_tokens_B: Sequence[int]) -> float:

@@ -130,6 +130,7 @@ class Controller:
     _TRIAL_SHARE = 0.003  # of time while on
     _TRIAL_STEPS = 2  # in a row: costs believe what two visits agree on
 
+    _FEW_MISSED = 4  # steps without drafts that a drafter makes up for unnoticed
     _FADING = 1 - 1 / 256  # of measured against expected, by a drafting step
     _FIRM = 64.0  # steps as expected that these start with
     _LONGEST = 1.5  # times its expected seconds, what a step can count as
@@ -152,6 +153,7 @@ class Controller:
         self._best = Choice([], 0.0)
         self._plain_seconds = costs.verify_seconds[0][0]  # of a step without drafts
         self._num_losing = 0  # choices in a row
+        self._missed: dict[Hashable, int] = {}  # steps since a request last drafted
 
     @property
     def learn_share(self) -> float:
@@ -249,7 +251,8 @@ class Controller:
         expected_seconds = sum(self._costs.step_seconds(record.num_draft_tokens_B))
         ratio = min((record.draft_seconds + record.verify_seconds) / expected_seconds, self._LONGEST)
         seconds = ratio * expected_seconds / self._costs.scale
-        self._costs.observe(record.num_draft_tokens_B, record.draft_seconds, record.verify_seconds)
+        draft_seconds = 0.0 if self._catches_up(record) else record.draft_seconds
+        self._costs.observe(record.num_draft_tokens_B, draft_seconds, record.verify_seconds)
         expected_tokens = tokens = float(len(record.request_ids))
         if drafted:
             expected_tokens += sum(
@@ -268,6 +271,7 @@ class Controller:
     def forget(self, request_id: Hashable) -> None:
         """The request is over."""
         self._acceptance.forget(request_id)
+        self._missed.pop(request_id, None)
 
     def report(self) -> dict[str, Any]:
         """What it is doing and why, for metrics and a live page; goodputs in committed tokens a second."""
@@ -284,6 +288,16 @@ class Controller:
             "num_switches": self._num_switches,
             "learn_share": self.learn_share,
         }
+
+    def _catches_up(self, record: StepRecord) -> bool:
+        """Whether the drafter had to read what it missed in a pause first, which says nothing of other steps."""
+        most = 0
+        for request_id, num_drafted in zip(record.request_ids, record.num_draft_tokens_B, strict=True):
+            if num_drafted:
+                most = max(most, self._missed.pop(request_id, 0))
+            else:
+                self._missed[request_id] = self._missed.get(request_id, 0) + 1
+        return most > self._FEW_MISSED
 
     @property
     def _measured_over_expected(self) -> float:

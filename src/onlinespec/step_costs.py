@@ -98,22 +98,23 @@ def profile(
 class TrackedCosts:
     """The profile as it stands now: one common scale for the machine's speed, one correction for each of its cells.
 
-    Each timed step tells its part's log of measured over expected seconds. A surprise in a cell that steps visit all
-    the time is mostly the machine's, so the scale takes it and all cells follow; one in a cell that was not seen for
-    long is mostly the cell's, so a wrong profile heals where it is visited (a Kalman filter with the covariances left
-    out). Only what two visits of a cell in a row agree on counts: a hiccup, however long, moves nothing.
+    Each timed step tells the log of measured over expected seconds. A surprise in a cell that steps visit all the time
+    is mostly the machine's, so the scale takes it and all cells follow; one in a cell that was not seen for long is
+    mostly the cell's, so a wrong profile heals where it is visited (a Kalman filter, the covariances left out). Only
+    what two visits of a cell in a row agree on counts: a hiccup, however long, moves nothing.
 
-    Only ratios matter to who chooses, so tables are in seconds as of the profile's machine; `scale` tells the rest.
+    Only ratios matter to who chooses, so tables are in seconds of the profile's machine; `scale` tells the rest.
     """
 
     _NOISE = 0.1**2  # variance of a step's log seconds
     _SCALE_DRIFT = 0.02**2  # of the scale, by a step
-    _LEAST_LEAP = 3.0  # standard deviations of a surprise; one so large is the machine's leap
+    _LIKELY = 3.0  # standard deviations: more, if visits agree on it, is the machine's leap, and a hiccup if they don't
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
-        self._draft = _Grid(costs, costs.draft_seconds)
-        self._verify = _Grid(costs, costs.verify_seconds)
+        drafted = np.array(costs.draft_seconds)
+        added = np.maximum(np.diff(drafted, axis=1, prepend=0.0), 1e-3 * drafted)  # noise may have them fall
+        self._draft, self._verify = _Grid(added), _Grid(np.array(costs.verify_seconds))
         self._log_scale, self._scale_variance = 0.0, 0.0
         self._now = 0  # timed steps so far
 
@@ -124,106 +125,109 @@ class TrackedCosts:
 
     def verify_by_rows(self, batch: int, num_drafted: int) -> list[float]:
         """Verify seconds of a step of `batch` requests with 0, 1, ... num_drafted drafted tokens in all."""
-        by_batch, by_depth = (
-            _between(self.costs.batch_sizes, batch),
-            _by_rows(self.costs.num_draft_tokens, batch, num_drafted),
-        )
-        seconds: list[float] = (by_batch @ self._verify.seconds @ by_depth).tolist()
-        return seconds
+        by_batch = _between(self.costs.batch_sizes, batch)
+        seconds = by_batch @ self._verify.seconds @ _by_rows(self.costs.num_draft_tokens, batch, num_drafted)
+        return [float(x) for x in seconds]
 
     def draft_by_depth(self, batch: int, depth: int) -> list[list[float]]:
         """Seconds that the d-th drafted token adds to a step if n requests draft it: [d - 1][n], n from 0 to batch."""
-        by_batch, by_depth = _by_batch(self.costs.batch_sizes, batch), _by_rows(self.costs.num_draft_tokens, 1, depth)
-        drafted = by_batch @ self._draft.seconds @ by_depth  # [n, depth], for all that draft alike
-        added: list[list[float]] = (drafted[:, 1:] - drafted[:, :-1]).T.tolist()
-        return added
+        by_batch = _by_batch(self.costs.batch_sizes, batch)
+        seconds: list[list[float]] = (
+            by_batch @ self._draft.seconds @ _added(self.costs.num_draft_tokens, depth)
+        ).T.tolist()
+        return seconds
 
     def step_seconds(self, num_draft_tokens_B: Sequence[int]) -> tuple[float, float]:
         """Draft and verify seconds expected of a step, on the machine as it is now."""
         batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
         by_depth = self.draft_by_depth(batch, depth) if depth else []
         draft = sum(by_depth[d][sum(d < K for K in num_draft_tokens_B)] for d in range(depth))
-        return draft * self.scale, self._verify.value(*self._verify_place(batch, drafted)) * self.scale
+        weights = np.outer(
+            _between(self.costs.batch_sizes, batch), _between(self.costs.num_draft_tokens, drafted / batch)
+        )
+        return draft * self.scale, float((weights * self._verify.seconds).sum()) * self.scale
 
     def observe(self, num_draft_tokens_B: Sequence[int], draft_seconds: float, verify_seconds: float) -> None:
-        """A step of this shape took so long. Verification tells the machine's speed: drafts after a pause read first
-        what they have missed."""
+        """A step of this shape took so long; 0 for what is not known. Verification alone tells the machine's speed:
+        what a draft costs hangs on what the drafter has yet to read."""
         self._now += 1
         batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
+        batches, depths = self.costs.batch_sizes, self.costs.num_draft_tokens
         if verify_seconds > 0:
             self._scale_variance += self._SCALE_DRIFT
-            expected = self.step_seconds(num_draft_tokens_B)[1]
-            self._correct(self._verify, self._verify_place(batch, drafted), math.log(verify_seconds / expected))
-        expected = self.step_seconds(num_draft_tokens_B)[0]
-        if draft_seconds > 0 and expected > 0:
-            surprise = math.log(draft_seconds / expected)
-            self._correct(self._draft, self._draft_place(drafted / depth, depth), surprise, moves_scale=False)
+            weights = np.outer(_between(batches, batch), _between(depths, drafted / batch))
+            cell = _nearest(batches, batch), _nearest(depths, drafted / batch)
+            surprise = math.log(verify_seconds / self.step_seconds(num_draft_tokens_B)[1])
+            self._correct(self._verify, weights, cell, surprise)
+        if depth and draft_seconds > 0:
+            together = drafted / depth  # requests that draft at a depth, on average
+            weights = np.outer(_between(batches, together), _added(depths, depth).sum(1))
+            cell = _nearest(batches, together), _nearest(depths, depth)
+            surprise = math.log(draft_seconds / self.step_seconds(num_draft_tokens_B)[0])
+            self._correct(self._draft, weights, cell, surprise, moves_scale=False)
 
     def stalest(self, batch: int, limit: int) -> int:
         """The profile's number of drafted tokens, at most `limit`, that a batch of about this size drafted longest ago;
         the smallest of those that it never did."""
-        row = int(np.argmin(np.abs(np.log(np.array(self.costs.batch_sizes) / batch))))
+        row = _nearest(self.costs.batch_sizes, batch)
         columns = [n for n, depth in enumerate(self.costs.num_draft_tokens) if depth <= limit]
         return self.costs.num_draft_tokens[min(columns, key=lambda n: self._verify.visited[row, n])]
 
-    def _verify_place(self, batch: int, drafted: int) -> tuple[Floats, Floats]:
-        return _between(self.costs.batch_sizes, batch), _between(self.costs.num_draft_tokens, drafted / batch)
-
-    def _draft_place(self, batch: float, depth: int) -> tuple[Floats, Floats]:
-        return _between(self.costs.batch_sizes, batch), _between(self.costs.num_draft_tokens, depth)
-
-    def _correct(self, grid: _Grid, place: tuple[Floats, Floats], surprise: float, moves_scale: bool = True) -> None:
-        weights, variance = grid.visit(place, self._now)
-        scale_variance = self._scale_variance * moves_scale
-        total = scale_variance + float((weights * variance).sum()) + self._NOISE
-        likely = self._LEAST_LEAP * math.sqrt(total)
-        agreed = grid.agreed(place, surprise)
+    def _correct(
+        self, grid: _Grid, weights: Floats, cell: tuple[int, int], surprise: float, moves_scale: bool = True
+    ) -> None:
+        shares, variance = grid.visit(weights, cell, self._now)
+        scale_variance = self._scale_variance if moves_scale else 0.0
+        total = scale_variance + float((shares * variance).sum()) + self._NOISE
+        likely = self._LIKELY * math.sqrt(total)
+        agreed = grid.agreed(cell, surprise)
         if agreed is None or abs(surprise - agreed) > likely:
             return
-        if moves_scale and abs(agreed) > likely:
-            scale_variance += agreed**2
-            total += agreed**2
         if moves_scale:
+            leap = agreed**2 if abs(agreed) > likely else 0.0
+            scale_variance, total = scale_variance + leap, total + leap
             self._log_scale += scale_variance / total * agreed
             self._scale_variance = scale_variance * (1 - scale_variance / total)
-        grid.correct(weights, variance / total, agreed)
+        grid.correct(shares, variance / total, agreed)
 
 
 class _Grid:
-    """One part's seconds by batch size and drafted tokens, and how far each cell is to be trusted."""
+    """Seconds by batch size and drafted tokens, and how far each cell is to be trusted.
 
-    _AT_START = 0.4**2  # variance of a cell's log seconds, profiled but never served: wrong by 3 times is within reach
+    A step's seconds are a weighted sum of cells; each has its share in the sum, and in what the sum was wrong by.
+    """
+
+    _AT_START = 0.4**2  # variance of a cell's log seconds before it is served: wrong by three times is within reach
     _DRIFT = 3e-5  # of it, by a step in which it is not visited: answers get longer, caches fill
 
-    def __init__(self, costs: StepCosts, seconds: Sequence[Sequence[float]]) -> None:
-        self.seconds: Floats = np.array(seconds)
-        self.visited = np.zeros(self.seconds.shape, dtype=np.int64)  # step number, 0 for never
-        self._variance = np.full(self.seconds.shape, self._AT_START)
-        self._last = np.full(self.seconds.shape, math.nan)  # surprise
+    def __init__(self, seconds: Floats) -> None:
+        self.seconds = seconds
+        self.visited = np.zeros(seconds.shape, dtype=np.int64)  # step number, 0 for never
+        self._updated = np.zeros(seconds.shape, dtype=np.int64)  # step number of `_variance`
+        self._variance = np.full(seconds.shape, self._AT_START)
+        self._last = np.full(seconds.shape, math.nan)  # surprise
 
-    def value(self, by_batch: Floats, by_depth: Floats) -> float:
-        return float(by_batch @ self.seconds @ by_depth)
-
-    def agreed(self, place: tuple[Floats, Floats], surprise: float) -> float | None:
-        """What this surprise and the last one at its cell have in common: the smaller, or nothing; None the first time."""
-        cell = int(np.argmax(place[0])), int(np.argmax(place[1]))
+    def agreed(self, cell: tuple[int, int], surprise: float) -> float | None:
+        """What this surprise and the last at its cell have in common: the smaller, or nothing; None the first time."""
         last, self._last[cell] = float(self._last[cell]), surprise
         if math.isnan(last):
             return None
         return math.copysign(min(abs(last), abs(surprise)), surprise) if last * surprise > 0 else 0.0
 
-    def visit(self, place: tuple[Floats, Floats], now: int) -> tuple[Floats, Floats]:
-        """Marks the cells around a place; how much each counts there, and that times its variance."""
-        weights = np.clip(place[0], 0, 1)[:, None] * np.clip(place[1], 0, 1)
-        touched = weights > 0
-        self._variance[touched] += self._DRIFT * (now - self.visited[touched])
+    def visit(self, weights: Floats, cell: tuple[int, int], now: int) -> tuple[Floats, Floats]:
+        """Marks a cell; the share of every cell in a weighted sum, and that times its variance."""
+        shares = np.maximum(weights, 0) * self.seconds
+        shares /= shares.sum()
+        touched = shares > 0
+        self._variance[touched] += self._DRIFT * (now - self._updated[touched])
         np.minimum(self._variance, self._AT_START, out=self._variance)
-        self.visited[weights >= 0.5 * weights.max()] = now
-        return weights, weights * self._variance
+        self._updated[touched] = now
+        self.visited[cell] = now
+        return shares, shares * self._variance
 
-    def correct(self, weights: Floats, gains: Floats, surprise: float) -> None:
+    def correct(self, shares: Floats, gains: Floats, surprise: float) -> None:
         self.seconds *= np.exp(gains * surprise)
-        self._variance *= 1 - weights * gains
+        self._variance *= 1 - shares * gains
 
 
 # Interpolation. Linear between the profile's shapes, and beyond its largest batch along its last two.
@@ -252,3 +256,18 @@ def _by_batch(grid: tuple[int, ...], batch: int) -> Any:
 def _by_rows(grid: tuple[int, ...], batch: int, num_drafted: int) -> Any:
     """[N, num_drafted + 1], the drafted tokens shared among a batch."""
     return np.stack([_between(grid, drafted / batch) for drafted in range(num_drafted + 1)], axis=1)
+
+
+@lru_cache(maxsize=256)
+def _added(grid: tuple[int, ...], depth: int) -> Any:
+    """[N, depth]: how much of what each point of the grid adds to the one before it is the d-th token's."""
+    reached = np.stack(
+        [[min(max(d - a, 0) / (b - a), 1.0) for d in range(depth + 1)] for a, b in itertools.pairwise(grid)]
+    )
+    return np.vstack([np.zeros(depth), np.diff(reached, axis=1)])
+
+
+@lru_cache(maxsize=4096)
+def _nearest(grid: tuple[int, ...], x: float) -> int:
+    """Place of the point that counts most at x."""
+    return int(np.argmax(_between(grid, x)))
