@@ -1,0 +1,330 @@
+"""How many tokens to draft, zero included, and how much to learn, so that speculation is never slower than without.
+
+`choose` before a step, `observe` after it, `forget` when a request ends. No clock is read: time comes in with the
+records, and the same records give the same choices. Axis letters: B requests, K drafted tokens.
+
+**Lossless.** A request's number of drafted tokens may hang on what was committed and on time, never on tokens that
+were drafted and discarded (see `randomness`). What is used here: how many tokens each step kept, whether it refused
+one, its shape and its seconds. So a drafter may stop early by what is committed (a look-up without a match), but not
+by what it drafts: its shape would tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from onlinespec.acceptance import Acceptance
+from onlinespec.step_costs import StepCosts, TrackedCosts
+
+__all__ = ["Choice", "Controller", "FixedController", "StepCosts", "StepRecord", "most_per_second"]
+
+
+class StepRecord(NamedTuple):
+    """What a step did and what it cost; the scheduler hands one in after every step."""
+
+    request_ids: Sequence[Hashable]
+    num_draft_tokens_B: Sequence[int]  # really drafted; a drafter may draft fewer than asked
+    num_accepted_B: Sequence[int]
+    draft_seconds: float  # 0 where nothing was drafted
+    verify_seconds: float  # all the rest of the step: target forward, verification, commit; learning is no part of it
+
+
+class Choice(NamedTuple):
+    """A shape for the next step."""
+
+    num_draft_tokens_B: list[int]
+    goodput: float  # committed tokens per second to be expected; 0 where there was nothing to choose
+
+
+def most_per_second(
+    survival_BK: Sequence[Sequence[float]], verify_by_rows: Sequence[float], draft_by_depth: Sequence[Sequence[float]]
+) -> Choice:
+    """The drafting step with the most expected tokens per second; at least one token is drafted.
+
+    For each depth, tokens down to it join in order of how likely they are to be kept, whoever's they are, and every
+    prefix of that order is weighed. That is the best there is where a draft costs the same whoever drafts it, as far as
+    each depth costs a constant for each request beside its fixed part, and else close to it.
+
+    Args:
+        survival_BK: P(the first k tokens are kept), as many k as the request may draft.
+        verify_by_rows: Seconds by number of drafted tokens in all.
+        draft_by_depth: Seconds that the d-th token adds by number of requests that draft it, at [d - 1][n].
+
+    >>> most_per_second([[0.9, 0.8], [0.1]], [1.0, 1.1, 1.2, 1.3], [[0.0, 0.1, 0.2], [0.0, 0.1, 0.2]])
+    Choice(num_draft_tokens_B=[2, 0], goodput=2.64...)
+    """
+    order = sorted(
+        (-prob, depth, request) for request, row in enumerate(survival_BK) for depth, prob in enumerate(row, start=1)
+    )
+    best, best_depth, best_rows = 0.0, 0, 0
+    for deepest in range(1, 1 + max(map(len, survival_BK))):
+        tokens, seconds, rows = float(len(survival_BK)), 0.0, 0
+        num_drafting = [0] * (deepest + 1)
+        for minus_prob, depth, _ in order:
+            if depth > deepest:
+                continue
+            tokens -= minus_prob
+            rows += 1
+            added = draft_by_depth[depth - 1]
+            count = num_drafting[depth] = num_drafting[depth] + 1
+            seconds += added[count] - added[count - 1]
+            goodput = tokens / (seconds + verify_by_rows[rows])
+            if goodput > best:
+                best, best_depth, best_rows = goodput, deepest, rows
+    chosen = [0] * len(survival_BK)
+    for _, _, request in [token for token in order if token[1] <= best_depth][:best_rows]:
+        chosen[request] += 1
+    return Choice(chosen, best)
+
+
+class FixedController:
+    """Always the same number of drafted tokens, and all of the learning budget: what a user asked for by number."""
+
+    def __init__(self, num_draft_tokens: int, learn_budget: float) -> None:
+        self._num_draft_tokens = num_draft_tokens
+        self.learn_share = learn_budget
+
+    def choose(self, request_ids: Sequence[Hashable], limits_B: Sequence[int]) -> list[int]:
+        """The number asked for, as far as each request may."""
+        return [min(self._num_draft_tokens, limit) for limit in limits_B]
+
+    def observe(self, record: StepRecord) -> None:
+        """Nothing that is seen changes it."""
+
+    def forget(self, request_id: Hashable) -> None:
+        """Nothing was kept."""
+
+    def report(self) -> dict[str, Any]:
+        """What it is doing."""
+        return {"is_drafting": self._num_draft_tokens > 0, "num_draft_tokens": self._num_draft_tokens}
+
+
+class Controller:
+    """Drafts while that brings more committed tokens per second than plain decoding, and as deep as brings the most.
+
+    Expected tokens over expected seconds, both from what was measured: acceptance by position and request, costs by
+    shape. What the drafting steps of late really brought, against what was expected of them, corrects the estimate, so
+    that a mistaken model of either cannot keep a losing drafter on.
+
+    Everything tried for the sake of knowing is paid for out of shares of time. While drafting, `_TRIAL_SHARE` goes into
+    steps of the shape that was seen longest ago, plain decoding among them. While it is off, drafting is tried again
+    for a few steps: soon at first, then rarer as trials fail, until they take `_LEAST_PROBE_SHARE` and no less, for a
+    drafter may have learned. A trial that looks well is not ended, and so becomes the return.
+
+    Args:
+        costs: Measured at start, by `step_costs.profile`.
+        max_draft_tokens: Most that a request drafts in a step.
+        learn_budget: Share of decoding time that learning may take while drafting pays.
+    """
+
+    OFF_LEARN_SHARE = 0.01  # most of the time that learning may take while drafting is off
+
+    _STAY, _RETURN = 0.99, 1.02  # drafting goodput over plain: off below the one, back for good above the other
+    _LEAST_STEPS, _LEAST_DRAFTS = 2, 4  # until drafting is judged; a draft is one request's in one step
+    _LOSING_STEPS = 8  # in a row, plain all of them, until it is off: an answer's last few may be too short for drafts
+    _RETURN_STEPS, _PROBE_STEPS = 16, 32  # with drafts, before a probe is won, and after which it is if it is not lost
+
+    _FIRST_PROBE_SHARE, _LEAST_PROBE_SHARE = 0.01, 0.004  # of time while off; halved by each probe that fails
+    _KEPT_IN_PROBE = 24.0  # tokens: what is still believed of a drafter that was off
+    _TRIAL_SHARE = 0.003  # of time while on
+    _TRIAL_STEPS = 2  # in a row: costs believe what two visits agree on
+
+    _FEW_MISSED = 4  # steps without drafts that a drafter makes up for unnoticed
+    _FADING = 1 - 1 / 256  # of measured against expected, by a drafting step
+    _FIRM = 64.0  # steps as expected that these start with
+    _LONGEST = 1.5  # times its expected seconds, what a step can count as
+    _LEAST_LOSS = 0.05  # of a plain step: what a trial is taken to lose at least, so that trials stay rare
+
+    def __init__(self, costs: StepCosts, max_draft_tokens: int, learn_budget: float = 0.08) -> None:
+        if not 1 <= max_draft_tokens <= costs.max_draft_tokens:
+            raise ValueError(
+                f"max_draft_tokens is {max_draft_tokens}, but costs are known from 1 to {costs.max_draft_tokens}; "
+                "profile deeper drafts or draft fewer tokens"
+            )
+        self._costs, self._acceptance = TrackedCosts(costs), Acceptance(max_draft_tokens)
+        self._max, self._learn_budget = max_draft_tokens, learn_budget
+        self._is_on, self._is_probing = True, False  # probing: on for now, as long as it takes to tell
+        self._num_drafted_steps = self._num_drafts = 0  # since drafting was last switched on
+        self._saved = -0.3 * costs.verify_seconds[0][0]  # what trials may lose, in seconds of the profile's machine
+        self._trial_depth, self._trial_steps_left, self._is_trial = 0, 0, False
+        self._num_failed = self._num_probes = self._num_switches = 0
+        self._measured, self._expected = _Sums(self._FIRM, self._FIRM), _Sums(self._FIRM, self._FIRM)
+        self._best = Choice([], 0.0)
+        self._plain_seconds = costs.verify_seconds[0][0]  # of a step without drafts
+        self._num_losing = 0  # choices in a row
+        self._missed: dict[Hashable, int] = {}  # steps since a request last drafted
+
+    @property
+    def learn_share(self) -> float:
+        """Share of decoding time that learning may take now."""
+        if self._is_on and not self._is_probing:
+            return self._learn_budget
+        return min(self._learn_budget, self.OFF_LEARN_SHARE)
+
+    # --- before a step ------------------------------------------------------------------------------------------
+
+    def choose(self, request_ids: Sequence[Hashable], limits_B: Sequence[int]) -> list[int]:
+        """How many tokens each request is to draft in the next step.
+
+        Args:
+            limits_B: Most that each may; what is left to generate less one, say.
+        """
+        limits = [max(0, min(limit, self._max)) for limit in limits_B]
+        plain = [0] * len(limits)
+        if not any(limits) or not (self._is_on or self._is_probe_due):
+            return plain
+        if not self._is_on:
+            self._begin_probe()
+        self._weigh(request_ids, limits)
+        if self._is_losing():
+            return plain
+        if self._is_trial_due:
+            return self._trial(limits)
+        return self._best.num_draft_tokens_B
+
+    def _weigh(self, request_ids: Sequence[Hashable], limits: Sequence[int]) -> None:
+        """Looks for the best drafting step, and what plain decoding brings beside it."""
+        batch = len(limits)
+        verify_by_rows = self._costs.verify_by_rows(batch, sum(limits))
+        draft_by_depth = self._costs.draft_by_depth(batch, max(limits))
+        survival = [self._acceptance.survival(*one) for one in zip(request_ids, limits, strict=True)]
+        best = most_per_second(survival, verify_by_rows, draft_by_depth)
+        self._best = best._replace(goodput=best.goodput * self._measured_over_expected)
+        self._plain_seconds = verify_by_rows[0]
+
+    def _is_losing(self) -> bool:
+        """Whether plain decoding is better now; switches drafting off, or a probe on for good, once that is certain."""
+        if self._num_drafted_steps < self._LEAST_STEPS or self._num_drafts < self._LEAST_DRAFTS:
+            return False
+        gain = self._best.goodput * self._plain_seconds / len(self._best.num_draft_tokens_B)
+        self._num_losing = self._num_losing + 1 if gain < self._STAY else 0
+        if self._num_losing >= self._LOSING_STEPS:
+            self._switch_off()
+        elif self._is_probing and self._num_drafted_steps >= (
+            self._RETURN_STEPS if gain > self._RETURN else self._PROBE_STEPS
+        ):
+            self._return()
+        return self._num_losing > 0
+
+    def _switch_off(self) -> None:
+        if self._is_probing:
+            self._num_failed += 1
+        else:
+            self._num_switches, self._saved = self._num_switches + 1, 0.0
+        self._saved = min(self._saved, -self._plain_seconds)  # a probe has spent from it
+        self._is_on = self._is_probing = False
+        self._trial_steps_left = 0
+
+    def _return(self) -> None:
+        self._is_probing, self._num_failed, self._saved = False, 0, 0.0
+        self._num_switches += 1
+
+    @property
+    def _is_probe_due(self) -> bool:
+        return self._saved >= 0
+
+    @property
+    def _is_trial_due(self) -> bool:
+        return not self._is_probing and (self._saved >= 0 or self._trial_steps_left > 0)
+
+    def _trial(self, limits: Sequence[int]) -> list[int]:
+        if not self._trial_steps_left:
+            self._trial_depth, self._trial_steps_left = self._costs.stalest(len(limits), max(limits)), self._TRIAL_STEPS
+        self._trial_steps_left -= 1
+        self._is_trial = True
+        return [min(self._trial_depth, limit) for limit in limits]
+
+    def _begin_probe(self) -> None:
+        self._is_on = self._is_probing = True
+        self._num_drafted_steps = self._num_drafts = self._num_losing = 0
+        self._num_probes += 1
+        self._saved = 0.0
+        self._acceptance.doubt(self._KEPT_IN_PROBE)
+
+    # --- after a step -------------------------------------------------------------------------------------------
+
+    def observe(self, record: StepRecord) -> None:
+        """Hears of a step: of every one, whoever chose its shape."""
+        drafted, is_trial = sum(record.num_draft_tokens_B), self._is_trial
+        self._is_trial = False
+        expected_seconds = sum(self._costs.step_seconds(record.num_draft_tokens_B))
+        ratio = min((record.draft_seconds + record.verify_seconds) / expected_seconds, self._LONGEST)
+        seconds = ratio * expected_seconds / self._costs.scale
+        draft_seconds = 0.0 if self._catches_up(record) else record.draft_seconds
+        self._costs.observe(record.num_draft_tokens_B, draft_seconds, record.verify_seconds)
+        expected_tokens = tokens = float(len(record.request_ids))
+        if drafted:
+            expected_tokens += sum(
+                sum(self._acceptance.survival(*one))
+                for one in zip(record.request_ids, record.num_draft_tokens_B, strict=True)
+            )
+            tokens += sum(record.num_accepted_B)
+            self._acceptance.observe(record.request_ids, record.num_draft_tokens_B, record.num_accepted_B)
+            self._num_drafted_steps += 1
+            self._num_drafts += sum(K > 0 for K in record.num_draft_tokens_B)
+        if self._is_on and drafted and not is_trial and not self._is_probing:
+            self._measured = self._measured.plus(tokens / len(record.request_ids), ratio, self._FADING)
+            self._expected = self._expected.plus(expected_tokens / len(record.request_ids), 1.0, self._FADING)
+        self._account(seconds, tokens / len(record.request_ids), expected_tokens, is_trial)
+
+    def forget(self, request_id: Hashable) -> None:
+        """The request is over."""
+        self._acceptance.forget(request_id)
+        self._missed.pop(request_id, None)
+
+    def report(self) -> dict[str, Any]:
+        """What it is doing and why, for metrics and a live page; goodputs in committed tokens a second."""
+        drafted = self._best.num_draft_tokens_B if self._is_on else []
+        return {
+            "is_drafting": self._is_on,
+            "is_probing": self._is_probing,
+            "num_draft_tokens": sum(drafted) / len(drafted) if drafted else 0.0,
+            "goodput_drafting": self._best.goodput / self._costs.scale,
+            "goodput_plain": len(self._best.num_draft_tokens_B) / (self._plain_seconds * self._costs.scale),
+            "measured_over_expected": self._measured_over_expected,
+            "acceptance_by_position": tuple(self._acceptance.probs),
+            "num_probes": self._num_probes,
+            "num_switches": self._num_switches,
+            "learn_share": self.learn_share,
+        }
+
+    def _catches_up(self, record: StepRecord) -> bool:
+        """Whether the drafter had to read what it missed in a pause first, which says nothing of other steps."""
+        most = 0
+        for request_id, num_drafted in zip(record.request_ids, record.num_draft_tokens_B, strict=True):
+            if num_drafted:
+                most = max(most, self._missed.pop(request_id, 0))
+            else:
+                self._missed[request_id] = self._missed.get(request_id, 0) + 1
+        return most > self._FEW_MISSED
+
+    @property
+    def _measured_over_expected(self) -> float:
+        return self._measured.goodput / self._expected.goodput
+
+    def _account(self, seconds: float, tokens_each: float, expected_tokens: float, is_trial: bool) -> None:
+        """Earns and spends what may be lost on trials."""
+        if not self._is_on:
+            share = self._FIRST_PROBE_SHARE * 0.5 ** min(self._num_failed, 10)
+            self._saved += max(share, self._LEAST_PROBE_SHARE) * seconds
+        elif self._is_probing:
+            self._saved -= seconds - tokens_each * self._plain_seconds
+        elif is_trial:
+            self._saved -= max(seconds - expected_tokens / self._best.goodput, self._LEAST_LOSS * self._plain_seconds)
+        else:
+            self._saved += self._TRIAL_SHARE * seconds
+
+
+class _Sums(NamedTuple):
+    """Tokens and seconds, in units of anything."""
+
+    tokens: float
+    seconds: float
+
+    @property
+    def goodput(self) -> float:
+        return self.tokens / self.seconds
+
+    def plus(self, tokens: float, seconds: float, fading: float) -> _Sums:
+        return _Sums(fading * self.tokens + tokens, fading * self.seconds + seconds)

@@ -1,0 +1,273 @@
+"""What a step costs by its shape: measured before serving, then corrected by the steps that are served.
+
+Nothing here reads a clock: seconds come in. Axis letters: B requests, K drafted tokens, G batch sizes of the profile,
+N its numbers of drafted tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step in which every one of a batch's requests drafts the same number of tokens.
+
+    `draft_seconds[g][n]` drafts `num_draft_tokens[n]` tokens for `batch_sizes[g]` requests, 0 for none;
+    `verify_seconds[g][n]` is all the rest of that step: target forward, verification, commit.
+
+    >>> costs = StepCosts((1, 4), (0, 2), ((0.0, 1e-3), (0.0, 2e-3)), ((4e-3, 5e-3), (8e-3, 9e-3)))
+    >>> costs.max_draft_tokens
+    2
+    """
+
+    batch_sizes: tuple[int, ...]
+    num_draft_tokens: tuple[int, ...]
+    draft_seconds: tuple[tuple[float, ...], ...]
+    verify_seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check_rising("batch_sizes", self.batch_sizes, 1)
+        _check_rising("num_draft_tokens", self.num_draft_tokens, 0)
+        if self.num_draft_tokens[0] != 0:
+            raise ValueError(
+                f"num_draft_tokens starts at {self.num_draft_tokens[0]}; start at 0, so that plain decoding is measured"
+            )
+        shape = len(self.batch_sizes), len(self.num_draft_tokens)
+        for name, seconds in (("draft_seconds", self.draft_seconds), ("verify_seconds", self.verify_seconds)):
+            found = len(seconds), *{len(row) for row in seconds}
+            if found != shape:
+                raise ValueError(f"{name} has shape {found}, expected {shape}: a row a batch size, a column a K")
+        columns = {"draft_seconds": [row[1:] for row in self.draft_seconds], "verify_seconds": self.verify_seconds}
+        for name, rows in columns.items():
+            wrong = [cell for row in rows for cell in row if not 0 < cell < math.inf]
+            if wrong:
+                raise ValueError(f"{name} has {wrong[0]}; measured seconds are positive numbers, measure again")
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """The deepest draft that was measured."""
+        return self.num_draft_tokens[-1]
+
+
+def _check_rising(name: str, counts: Sequence[int], least: int) -> None:
+    if not counts or counts[0] < least or any(a >= b for a, b in itertools.pairwise(counts)):
+        raise ValueError(f"{name} is {tuple(counts)}; give rising counts of at least {least}")
+
+
+def profile(
+    measure: Callable[[int, int], tuple[float, float]],
+    batch_sizes: Sequence[int],
+    num_draft_tokens: Sequence[int],
+    repeats: int = 5,
+) -> StepCosts:
+    """Medians of steps of every shape. Shapes take turns, so that a machine whose speed drifts hurts all alike.
+
+    Args:
+        measure: Runs a step in which so many requests draft so many tokens each; its draft and verify seconds.
+        repeats: Timed steps of a shape; one more goes before them, to warm up.
+    """
+    shapes = [(batch, depth) for batch in batch_sizes for depth in num_draft_tokens]
+    seen: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in shapes}
+    for number in range(repeats + 1):
+        for shape in shapes:
+            seconds = measure(*shape)
+            if number:
+                seen[shape].append(seconds)
+
+    def medians(part: int) -> tuple[tuple[float, ...], ...]:
+        return tuple(
+            tuple(statistics.median(one[part] for one in seen[batch, depth]) for depth in num_draft_tokens)
+            for batch in batch_sizes
+        )
+
+    return StepCosts(tuple(batch_sizes), tuple(num_draft_tokens), medians(0), medians(1))
+
+
+class TrackedCosts:
+    """The profile as it stands now: one common scale for the machine's speed, one correction for each of its cells.
+
+    Each timed step tells the log of measured over expected seconds. A surprise in a cell that steps visit all the time
+    is mostly the machine's, so the scale takes it and all cells follow; one in a cell that was not seen for long is
+    mostly the cell's, so a wrong profile heals where it is visited (a Kalman filter, the covariances left out). Only
+    what two visits of a cell in a row agree on counts: a hiccup, however long, moves nothing.
+
+    Only ratios matter to who chooses, so tables are in seconds of the profile's machine; `scale` tells the rest.
+    """
+
+    _NOISE = 0.1**2  # variance of a step's log seconds
+    _SCALE_DRIFT = 0.02**2  # of the scale, by a step
+    _LIKELY = 3.0  # standard deviations: more, if visits agree on it, is the machine's leap, and a hiccup if they don't
+
+    def __init__(self, costs: StepCosts) -> None:
+        self.costs = costs
+        drafted = np.array(costs.draft_seconds)
+        added = np.maximum(np.diff(drafted, axis=1, prepend=0.0), 1e-3 * drafted)  # noise may have them fall
+        self._draft, self._verify = _Grid(added), _Grid(np.array(costs.verify_seconds))
+        self._log_scale, self._scale_variance = 0.0, 0.0
+        self._now = 0  # timed steps so far
+
+    @property
+    def scale(self) -> float:
+        """By how much the machine is slower than when it was profiled."""
+        return math.exp(self._log_scale)
+
+    def verify_by_rows(self, batch: int, num_drafted: int) -> list[float]:
+        """Verify seconds of a step of `batch` requests with 0, 1, ... num_drafted drafted tokens in all."""
+        by_batch = _between(self.costs.batch_sizes, batch)
+        seconds = by_batch @ self._verify.seconds @ _by_rows(self.costs.num_draft_tokens, batch, num_drafted)
+        return [float(x) for x in seconds]
+
+    def draft_by_depth(self, batch: int, depth: int) -> list[list[float]]:
+        """Seconds that the d-th drafted token adds to a step if n requests draft it: [d - 1][n], n from 0 to batch."""
+        by_batch = _by_batch(self.costs.batch_sizes, batch)
+        seconds: list[list[float]] = (
+            by_batch @ self._draft.seconds @ _added(self.costs.num_draft_tokens, depth)
+        ).T.tolist()
+        return seconds
+
+    def step_seconds(self, num_draft_tokens_B: Sequence[int]) -> tuple[float, float]:
+        """Draft and verify seconds expected of a step, on the machine as it is now."""
+        batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
+        by_depth = self.draft_by_depth(batch, depth) if depth else []
+        draft = sum(by_depth[d][sum(d < K for K in num_draft_tokens_B)] for d in range(depth))
+        weights = np.outer(
+            _between(self.costs.batch_sizes, batch), _between(self.costs.num_draft_tokens, drafted / batch)
+        )
+        return draft * self.scale, float((weights * self._verify.seconds).sum()) * self.scale
+
+    def observe(self, num_draft_tokens_B: Sequence[int], draft_seconds: float, verify_seconds: float) -> None:
+        """A step of this shape took so long; 0 for what is not known. Verification alone tells the machine's speed:
+        what a draft costs hangs on what the drafter has yet to read."""
+        self._now += 1
+        batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
+        batches, depths = self.costs.batch_sizes, self.costs.num_draft_tokens
+        if verify_seconds > 0:
+            self._scale_variance += self._SCALE_DRIFT
+            weights = np.outer(_between(batches, batch), _between(depths, drafted / batch))
+            cell = _nearest(batches, batch), _nearest(depths, drafted / batch)
+            surprise = math.log(verify_seconds / self.step_seconds(num_draft_tokens_B)[1])
+            self._correct(self._verify, weights, cell, surprise)
+        if depth and draft_seconds > 0:
+            together = drafted / depth  # requests that draft at a depth, on average
+            weights = np.outer(_between(batches, together), _added(depths, depth).sum(1))
+            cell = _nearest(batches, together), _nearest(depths, depth)
+            surprise = math.log(draft_seconds / self.step_seconds(num_draft_tokens_B)[0])
+            self._correct(self._draft, weights, cell, surprise, moves_scale=False)
+
+    def stalest(self, batch: int, limit: int) -> int:
+        """The profile's number of drafted tokens, at most `limit`, that a batch of about this size drafted longest ago;
+        the smallest of those that it never did."""
+        row = _nearest(self.costs.batch_sizes, batch)
+        columns = [n for n, depth in enumerate(self.costs.num_draft_tokens) if depth <= limit]
+        return self.costs.num_draft_tokens[min(columns, key=lambda n: self._verify.visited[row, n])]
+
+    def _correct(
+        self, grid: _Grid, weights: Floats, cell: tuple[int, int], surprise: float, moves_scale: bool = True
+    ) -> None:
+        shares, variance = grid.visit(weights, cell, self._now)
+        scale_variance = self._scale_variance if moves_scale else 0.0
+        total = scale_variance + float((shares * variance).sum()) + self._NOISE
+        likely = self._LIKELY * math.sqrt(total)
+        agreed = grid.agreed(cell, surprise)
+        if agreed is None or abs(surprise - agreed) > likely:
+            return
+        if moves_scale:
+            leap = agreed**2 if abs(agreed) > likely else 0.0
+            scale_variance, total = scale_variance + leap, total + leap
+            self._log_scale += scale_variance / total * agreed
+            self._scale_variance = scale_variance * (1 - scale_variance / total)
+        grid.correct(shares, variance / total, agreed)
+
+
+class _Grid:
+    """Seconds by batch size and drafted tokens, and how far each cell is to be trusted.
+
+    A step's seconds are a weighted sum of cells; each has its share in the sum, and in what the sum was wrong by.
+    """
+
+    _AT_START = 0.4**2  # variance of a cell's log seconds before it is served: wrong by three times is within reach
+    _DRIFT = 3e-5  # of it, by a step in which it is not visited: answers get longer, caches fill
+
+    def __init__(self, seconds: Floats) -> None:
+        self.seconds = seconds
+        self.visited = np.zeros(seconds.shape, dtype=np.int64)  # step number, 0 for never
+        self._updated = np.zeros(seconds.shape, dtype=np.int64)  # step number of `_variance`
+        self._variance = np.full(seconds.shape, self._AT_START)
+        self._last = np.full(seconds.shape, math.nan)  # surprise
+
+    def agreed(self, cell: tuple[int, int], surprise: float) -> float | None:
+        """What this surprise and the last at its cell have in common: the smaller, or nothing; None the first time."""
+        last, self._last[cell] = float(self._last[cell]), surprise
+        if math.isnan(last):
+            return None
+        return math.copysign(min(abs(last), abs(surprise)), surprise) if last * surprise > 0 else 0.0
+
+    def visit(self, weights: Floats, cell: tuple[int, int], now: int) -> tuple[Floats, Floats]:
+        """Marks a cell; the share of every cell in a weighted sum, and that times its variance."""
+        shares = np.maximum(weights, 0) * self.seconds
+        shares /= shares.sum()
+        touched = shares > 0
+        self._variance[touched] += self._DRIFT * (now - self._updated[touched])
+        np.minimum(self._variance, self._AT_START, out=self._variance)
+        self._updated[touched] = now
+        self.visited[cell] = now
+        return shares, shares * self._variance
+
+    def correct(self, shares: Floats, gains: Floats, surprise: float) -> None:
+        self.seconds *= np.exp(gains * surprise)
+        self._variance *= 1 - shares * gains
+
+
+# Interpolation. Linear between the profile's shapes, and beyond its largest batch along its last two.
+
+
+@lru_cache(maxsize=4096)
+def _between(grid: tuple[int, ...], x: float) -> Any:
+    """How much each point of a rising grid counts at x."""
+    weights = np.zeros(len(grid))
+    if len(grid) == 1:
+        weights[0] = 1
+        return weights
+    right = min(max(int(np.searchsorted(grid, x)), 1), len(grid) - 1)
+    weights[right] = (x - grid[right - 1]) / (grid[right] - grid[right - 1])
+    weights[right - 1] = 1 - weights[right]
+    return weights
+
+
+@lru_cache(maxsize=256)
+def _by_batch(grid: tuple[int, ...], batch: int) -> Any:
+    """[batch + 1, G]; no request costs nothing."""
+    return np.stack([np.zeros(len(grid)), *(_between(grid, n) for n in range(1, batch + 1))])
+
+
+@lru_cache(maxsize=1024)
+def _by_rows(grid: tuple[int, ...], batch: int, num_drafted: int) -> Any:
+    """[N, num_drafted + 1], the drafted tokens shared among a batch."""
+    return np.stack([_between(grid, drafted / batch) for drafted in range(num_drafted + 1)], axis=1)
+
+
+@lru_cache(maxsize=256)
+def _added(grid: tuple[int, ...], depth: int) -> Any:
+    """[N, depth]: how much of what each point of the grid adds to the one before it is the d-th token's."""
+    reached = np.stack(
+        [[min(max(d - a, 0) / (b - a), 1.0) for d in range(depth + 1)] for a, b in itertools.pairwise(grid)]
+    )
+    return np.vstack([np.zeros(depth), np.diff(reached, axis=1)])
+
+
+@lru_cache(maxsize=4096)
+def _nearest(grid: tuple[int, ...], x: float) -> int:
+    """Place of the point that counts most at x."""
+    return int(np.argmax(_between(grid, x)))
