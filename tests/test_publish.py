@@ -140,6 +140,17 @@ def test_weights_that_draft_nothing_finite_keep_nothing(temperature):
     assert kept > nothing == 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_is_ruled_out_costs_nothing_where_it_is_not_wanted(temperature):
+    never = TARGET.logits.argmin()
+    ruled_out = TARGET.logits.index_put((never // VOCAB, never % VOCAB), torch.tensor(-torch.inf))
+    (records,) = traffic([3], temperature=temperature)
+    all_of_them, but_one = lengths_of(
+        Bigram(TARGET.logits), [{"logits": TARGET.logits}, {"logits": ruled_out}], records, 4
+    ).accepted
+    assert but_one == pytest.approx(all_of_them, rel=0.05)
+
+
 def test_records_of_several_requests_at_once_are_refused():
     drafter = Eagle.fresh(rigs.random_target())
     recorder = Recorder()

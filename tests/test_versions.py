@@ -323,6 +323,18 @@ def test_a_version_is_never_written_twice(tmp_path, drafter):
         save(store, drafter, 1)
 
 
+def test_an_event_of_another_version_is_refused(tmp_path, drafter):
+    with pytest.raises(ValueError, match="the event is of version 2, the weights are version 1"):
+        save(Versions(tmp_path), drafter, 1, happened("promoted", 2, 0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_beyond_six_digits_are_numbers(tmp_path, drafter):
+    store = filled(tmp_path, drafter, [999_999, 1_000_000])
+    assert (store.numbers(), store.next_version) == ([999_999, 1_000_000], 1_000_001)
+    assert store.latest_good(NAME).number == 1_000_000
+
+
 def test_numbers_are_never_used_again_whatever_was_lost(tmp_path, drafter):
     store = filled(tmp_path, drafter, range(3))
     store.note(happened("promoted", 7, 2))  # served, and never saved
@@ -555,6 +567,7 @@ def test_files_that_cannot_grow_leave_what_was_there(most_bytes, tmp_path, draft
     assert store.numbers() == [0, 1, 2]
     assert store.latest_good(NAME).number == 2
     assert not list(tmp_path.glob("versions/.*"))
+    assert (tmp_path / "history.jsonl").read_bytes()[-1:] in (b"", b"\n")
     assert [event.version for event in store.history()] in ([], [3])
     assert save(store, drafter, 3).number == 3
 

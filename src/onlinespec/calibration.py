@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import Feedback
-from onlinespec.decode import DecodeLoop
+from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.models.loading import Target
+from onlinespec.step_costs import StepCosts, profile
 
 _PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening. " * 12  # context costs too
 _INTERVAL = 16  # steps, as at a run's start: rounds of few rows, and every second one with replayed rows beside them
@@ -108,3 +109,56 @@ def _middle(rounds: list[_Round], step_seconds: float) -> tuple[float, float]:
         statistics.fmean(one.rows for one in rounds),
         statistics.median(one.seconds for one in rounds) / step_seconds,
     )
+
+
+# --- what steps cost, by their shape ----------------------------------------------------------------------------------
+
+
+_DEPTHS = (0, 1, 2, 4, 8, 16)
+_STEPS_OF_A_SHAPE = 4
+_ROOM = 600  # tokens that a request of the measurement may come to, beside its prompt
+
+
+def measure_step_costs(
+    target: Target,
+    drafter: Drafter,
+    max_running: int,
+    max_draft_tokens: int,
+    sampling: SamplingParams | None = None,
+) -> StepCosts:
+    """What steps of every shape cost on this machine, as far as `max_running` requests that draft `max_draft_tokens`.
+
+    Decodes for some seconds; nothing of it is learned, and the drafter's weights are left alone.
+    """
+    loop = DecodeLoop(target, drafter)
+    context = target.decoder.config.max_positions
+    prompt_ids = target.encode(_PROMPT)[: max(1, min(context // 2, context - _ROOM))]
+    params = GenerationParams(_ROOM, MAX_DRAFT_TOKENS, sampling or SamplingParams(), ignore_end_tokens=True)
+
+    def started(seed: int) -> Request:
+        return loop.start(prompt_ids, replace(params, seed=seed), learns=False)
+
+    requests = [started(i) for i in range(max_running)]
+
+    def measure(batch: int, depth: int) -> tuple[float, float]:
+        for i, request in enumerate(requests[:batch]):
+            if request.max_tokens - len(request.trace.token_ids) < 4 * MAX_DRAFT_TOKENS:  # it nears its end
+                loop.finish(request)
+                requests[i] = started(i)
+        chosen = requests[:batch]
+        loop.step(chosen, [max(depth, 1)] * batch)  # reads what the drafter missed while others had their turn
+        step = loop.step(chosen, [depth] * batch)
+        return step.draft_seconds, step.verify_seconds
+
+    batches = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < max_running] + [max_running]
+    depths = [depth for depth in _DEPTHS if depth < max_draft_tokens] + [max_draft_tokens]
+    try:
+        return profile(measure, _few(batches), depths, _STEPS_OF_A_SHAPE)
+    finally:
+        for request in requests:
+            loop.finish(request)
+
+
+def _few(batches: Sequence[int]) -> list[int]:
+    """The first, the last, and every other one between; what lies between is interpolated."""
+    return sorted({*batches[::2], batches[-1]})

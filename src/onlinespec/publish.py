@@ -94,7 +94,7 @@ def lengths_of(
 
 def _acceptance(logits_ENV: Tensor, target: TargetRows, temperature: float) -> tuple[Tensor, Tensor]:
     """Chances that a draft is kept, and that it is kept and the text's own token; 0 where logits are not finite."""
-    is_usable_EN = logits_ENV.sum(-1).isfinite()
+    is_usable_EN = logits_ENV.amax(-1).isfinite()  # a token may be ruled out (-inf)
     if temperature == 0:
         is_kept_EN = ((logits_ENV.argmax(-1) == target.token_ids_N) & is_usable_EN).float()
         return is_kept_EN, is_kept_EN

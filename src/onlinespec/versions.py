@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,13 +136,15 @@ class Versions:
         Raises:
             NotSaved: if the disk is full, or can't be written to. Nothing of the version is left, all others are as
                 they were; saving it again later is fine.
-            ValueError: if there is such a version, or the state holds what can't be saved.
+            ValueError: if there is such a version, the event is of another, or the state holds what can't be saved.
         """
         folder = self._folder_of(weights.version)
         if folder.exists():
             raise ValueError(
                 f"{folder} exists; a version is never written twice: the next number is {self.next_version}"
             )
+        if event.version != weights.version:
+            raise ValueError(f"the event is of version {event.version}, the weights are version {weights.version}")
         tensors, nodes = flattened({"params": weights.params, "state": state})
         twin = copy.copy(drafter)  # saves other weights in the same format, while the original goes on
         twin.weights = weights
@@ -321,11 +324,12 @@ class Versions:
         if event in self.history():  # noted by a save that could not be finished
             return
         is_new = not self._history.exists()
-        with self._history.open("ab") as file:
+        with self._history.open("ab", buffering=0) as file:  # else closing it would try once more
             size = file.tell()
+            line = memoryview(self._break_before(size) + msgspec.json.encode(event) + b"\n")
             try:
-                file.write(self._break_before(size) + msgspec.json.encode(event) + b"\n")
-                file.flush()
+                while line:
+                    line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -379,8 +383,8 @@ def record_of(folder: Path) -> VersionRecord | None:
 
 
 def _number_of(path: Path) -> int | None:
-    digits = path.name.lstrip(".")[:_DIGITS]
-    return int(digits) if digits.isdecimal() else None
+    digits = re.match(r"\.*(\d+)", path.name, re.ASCII)
+    return int(digits[1]) if digits else None
 
 
 def _files_in(folder: Path) -> list[str]:

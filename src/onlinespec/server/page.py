@@ -1,4 +1,4 @@
-"""The live page: one file that asks `/live` for its figures, with its chart script inside. No network but this server."""
+"""The live page: one file that asks `/live` for its figures, with its chart script inside; nothing from elsewhere."""
 
 from __future__ import annotations
 
