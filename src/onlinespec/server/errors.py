@@ -21,7 +21,9 @@ from onlinespec.server.schema import ErrorBody, ErrorDetail, Message
 Body = TypeVar("Body", bound=BaseModel)
 
 _LONGEST_VALUE = 80  # characters of a refused value that are told
-_BRANCH = re.compile(r"\W|^(str|int|float|bool|dict|list)$")  # how pydantic calls a union's members in a path
+_BRANCH = re.compile(
+    r"[^\w-]|^(constrained-)?(str|int|float|bool|dict|list)$"
+)  # how pydantic calls a union's members in a path
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 DESCRIPTIONS = {
@@ -163,7 +165,7 @@ def from_asking(error: Exception, retry_after: int, prompt: str) -> ApiError:
 
 def _path(error: Any) -> list[str | int]:
     """Where it is, without the names of a union's members."""
-    return [part for part in error["loc"] if isinstance(part, int) or not _BRANCH.search(part.replace("-", "_"))]
+    return [part for part in error["loc"] if isinstance(part, int) or not _BRANCH.search(part)]
 
 
 def _told(value: object) -> str:
