@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
@@ -129,13 +129,15 @@ def _completions(service: Service) -> APIRouter:
     async def completions(request: Request, tags: Annotated[Tags, Depends(_tags)]) -> Response:
         """Goes on behind a prompt, or several."""
         body = await service.read(request, CompletionRequest)
-        return await service.answer(request, body, service.texts.of_completion(body), CompletionReply, tags)
+        prompts = await service.texts.of_completion(body)
+        return await service.answer(request, body, prompts, CompletionReply, tags)
 
     @router.post("/chat/completions", responses=answers(ChatCompletion))
     async def chat_completions(request: Request, tags: Annotated[Tags, Depends(_tags)]) -> Response:
         """Answers a conversation."""
         body = await service.read(request, ChatRequest)
-        return await service.answer(request, body, _alone(service.texts.of_chat(body)), ChatReply, tags)
+        prompt = await service.texts.of_chat(body)
+        return await service.answer(request, body, [prompt], ChatReply, tags)
 
     return router
 
@@ -188,7 +190,3 @@ def _document(app: FastAPI) -> dict[str, Any]:
             schemas.pop(name, None)
         app.openapi_schema = document
     return app.openapi_schema
-
-
-async def _alone(encoding: Awaitable[list[int]]) -> list[list[int]]:
-    return [await encoding]

@@ -19,6 +19,7 @@ _MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+ListsOfIds = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -103,7 +104,7 @@ class Sampled(_Asked):
 class CompletionRequest(Sampled):
     """The body of /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | TokenIds | list[TokenIds] = Field(
+    prompt: str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | TokenIds | ListsOfIds = Field(
         description="a text, a list of texts, a list of token ids, or a list of lists of token ids"
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -27,7 +26,7 @@ from onlinespec.server.texts import Texts
 JSON = "application/json"
 _GONE = 499  # nobody reads this status, but metrics count it
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=Sampled)
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,15 @@ class Service:
         self.texts = Texts(engine.scheduler.loop.target)
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
-        """A request's body, checked."""
+        """A request's body, checked; the request's time begins."""
+        request.state.began = time.perf_counter()
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             # what a foreign web page may send without asking has other types
             raise ApiError(415, "send the body with `Content-Type: application/json`", code="unsupported_media_type")
-        return parsed(kind, await self._bounded(request))
+        body = parsed(kind, await self._bounded(request))
+        if body.model is not None:
+            check_model(body.model, self.settings)
+        return body
 
     async def _bounded(self, request: Request) -> bytes:
         most, raw = self.settings.max_body_bytes, bytearray()
@@ -69,16 +72,15 @@ class Service:
         self,
         request: Request,
         body: Sampled,
-        encoding: Awaitable[list[list[int]]],
+        prompts: Sequence[Sequence[int]],
         kind: type[Reply],
         tags: Tags,
     ) -> Response:
-        """Answers a body whose prompts are being encoded."""
-        began = time.perf_counter()
-        prompts = await self._checked(body, encoding)
+        """Answers a body that was read, for each of its prompts."""
+        self._check(body, prompts)
         reply = kind(self.settings.model, self.texts, body.num_logprobs is not None)
         answers = self._ask(prompts, body, tags, reply.id)
-        pieces = self._metrics.timed(merged(answers), began)
+        pieces = self._metrics.timed(merged(answers), request.state.began)
         if body.stream:
             return EventStream(self._events(answers, pieces, body, reply))
         try:
@@ -87,11 +89,8 @@ class Service:
             raise ApiError(_GONE, "the client left") from None
         return Response(to_json(reply.whole(choices, usage_of(answers, body.num_choices))), media_type=JSON)
 
-    async def _checked(self, body: Sampled, encoding: Awaitable[list[list[int]]]) -> list[list[int]]:
-        """The prompts, if they may be asked."""
-        if body.model is not None:
-            check_model(body.model, self.settings)
-        prompts = await encoding
+    def _check(self, body: Sampled, prompts: Sequence[Sequence[int]]) -> None:
+        """Refuses what is longer, or more, than may be."""
         longest, most = max(map(len, prompts)), self.settings.max_prompt_tokens
         if most is not None and longest > most:
             message = f"the prompt has {longest} tokens; it must have at most {most} here"
@@ -101,7 +100,6 @@ class Service:
         if (total := len(prompts) * body.num_choices) > allowed:
             message = f"{len(prompts)} prompts times n = {body.num_choices} are {total} choices; at most {allowed} go"
             raise ApiError(400, message, "n", "invalid_value")
-        return prompts
 
     def _ask(self, prompts: Sequence[Sequence[int]], body: Sampled, tags: Tags, request_id: str) -> list[Answer]:
         """Choices for each prompt, all or none."""
