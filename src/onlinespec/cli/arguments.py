@@ -383,6 +383,7 @@ def check(command: Command) -> None:
             _check_demo(command.target, command.drafter_name)
             check_that(0 <= command.port < 2**16, "port", command.port, "between 0 (any that is free) and 65535")
             check_that(0 <= command.prefix_megabytes < inf, "prefix_megabytes", command.prefix_megabytes, "0 or a size")
+            check_that(0 < command.max_body_megabytes < inf, "max_body_megabytes", command.max_body_megabytes, "a size")
         case Demo():
             command.decoding.params(command.temperature)
             _check_demo("demo", "demo")

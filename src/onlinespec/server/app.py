@@ -25,6 +25,7 @@ from onlinespec.server.errors import ApiError, documented, install
 from onlinespec.server.metrics import CountResponses, Metrics
 from onlinespec.server.replies import ChatReply, CompletionReply
 from onlinespec.server.schema import (
+    ChatChunk,
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -38,7 +39,10 @@ from onlinespec.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-_BODIES: dict[str, type[BaseModel]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+_BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {  # and chunks of streams
+    "/v1/completions": (CompletionRequest, Completion),
+    "/v1/chat/completions": (ChatRequest, ChatChunk),
+}
 
 
 def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
@@ -57,8 +61,8 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     app.include_router(_models(engine, settings))
     app.include_router(_completions(Service(engine, settings, metrics)))
     app.include_router(_operations(engine, metrics))
-    app.add_middleware(CountResponses, metrics=metrics)
     install(app)
+    app.add_middleware(CountResponses, metrics=metrics)  # around all others
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
@@ -122,8 +126,7 @@ def _completions(service: Service) -> APIRouter:
     failures = documented(400, 404, 413, 415, 429, 500, 503)
 
     def answers(kind: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-        stream = {"text/event-stream": {"schema": {"type": "string"}}}
-        return failures | {200: {"model": kind, "content": stream, "description": "The answer, whole or as a stream."}}
+        return failures | {200: {"model": kind, "description": "The answer, whole or as a stream."}}
 
     @router.post("/completions", responses=answers(Completion))
     async def completions(request: Request, tags: Annotated[Tags, Depends(_tags)]) -> Response:
@@ -176,17 +179,34 @@ def _document(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = document["components"]["schemas"]
-        for path, kind in _BODIES.items():
-            schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= schema.pop("$defs", {}) | {kind.__name__: schema}
-            reference = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
-            document["paths"][path]["post"]["requestBody"] = {
-                "required": True,
-                "content": {"application/json": reference},
-            }
+        for path, (body, chunk) in _BODIES.items():
+            operation = document["paths"][path]["post"]
+            for kind in (body, chunk):
+                schema = kind.model_json_schema(ref_template=_REFERENCE)
+                schemas |= schema.pop("$defs", {}) | {kind.__name__: schema}
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _refer_to(body)}}}
+            operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _event_schema(chunk)}
         for operation in (one for path in document["paths"].values() for one in path.values()):
             operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def _refer_to(kind: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=kind.__name__)}
+
+
+def _event_schema(chunk: type[BaseModel]) -> dict[str, Any]:
+    """Of each event of a stream."""
+    data = {
+        "type": "string",
+        "description": "A chunk; [DONE] behind the last; of an event named error, what went wrong.",
+        "contentMediaType": "application/json",
+        "contentSchema": _refer_to(chunk),
+    }
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}

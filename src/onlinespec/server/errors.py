@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,11 +13,15 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onlinespec.decode import ContextOverflow
 from onlinespec.scheduler import Busy, TooLarge
+from onlinespec.server import schema
 from onlinespec.server.engine import Closed
-from onlinespec.server.schema import ErrorBody, ErrorDetail, Message
+from onlinespec.server.schema import ErrorBody, ErrorDetail
+
+log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -90,13 +95,34 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return from_validation(error.errors()).response()
 
-    async def unknown(_: Request, error: Exception) -> Response:
-        return ApiError(500, f"the server failed ({type(error).__name__}); its log says more").response()
-
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, unknown)
+    app.add_middleware(_AnswerBugs)
+
+
+class _AnswerBugs:
+    """ASGI middleware: what no one expected is logged and answered, and the connection goes on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = has_begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            failed = ApiError(500, f"the server failed ({type(error).__name__}); its log says more")
+            await failed.response()(scope, receive, send)
 
 
 def parsed(kind: type[Body], raw: bytes) -> Body:
@@ -108,7 +134,7 @@ def parsed(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        raise from_validation(error.errors(include_url=False), _shapes(kind) | _shapes(Message)) from error
+        raise from_validation(error.errors(include_url=False), _shapes(kind) | _shapes(schema.Message)) from error
 
 
 def _shapes(kind: type[BaseModel]) -> dict[str, str]:

@@ -122,11 +122,7 @@ class CountResponses:
                 self._http.labels(_path(scope), message["status"]).inc()
             await send(message)
 
-        try:
-            await self._app(scope, receive, counted)
-        except Exception:  # answered further out
-            self._http.labels(_path(scope), 500).inc()
-            raise
+        await self._app(scope, receive, counted)
 
 
 def _path(scope: Scope) -> str:

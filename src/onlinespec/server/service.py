@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from onlinespec.config import GenerationParams
-from onlinespec.scheduler import CANCELLED, ERROR
-from onlinespec.server.engine import Answer, Engine, Piece
+from onlinespec.scheduler import CANCELLED, ERROR, Busy
+from onlinespec.server.engine import Answer, Closed, Engine, Piece
 from onlinespec.server.errors import ApiError, from_asking, parsed, to_json
 from onlinespec.server.metrics import Metrics
 from onlinespec.server.replies import Choice, Reply, usage_of
@@ -107,7 +107,7 @@ class Service:
             params = params_of(body, self.settings.defaults)
             jobs = [(ids, each) for ids in prompts for each in _seeded(params, body.num_choices)]
             return self._engine.ask(jobs, request_id=request_id, tenant=tags.tenant, learns=tags.learns)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, Busy, Closed) as error:
             raise from_asking(error, self.settings.retry_after, _source(body)) from error
 
     async def _events(
