@@ -44,7 +44,7 @@ def serve(command: Serve) -> int:
     config = checked_learner(command.learner or _DEFAULT_LEARNER, command.learning)
     check_save(command.save)
     limits = _limits(command)
-    settings = _settings(command, command.served_model_name or command.target)
+    _settings(command)
     with listening(command.host, command.port) as door:
         target = load(command.target, command.machine)
         drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
@@ -53,7 +53,7 @@ def serve(command: Serve) -> int:
         prefixes = PrefixCache(int(command.prefix_megabytes * 1e6)) if command.prefix_megabytes and is_ours else None
         loop = DecodeLoop(target, drafter, learning, prefixes)
         engine = Engine(Scheduler(loop, limits if is_ours else _one_by_one(limits)))
-        settings = _settings(command, settings.model, target)
+        settings = _settings(command, target)
         greet = partial(_greet, command, settings, target, learning, door)
         stopped_by = run(create_app(engine, settings), engine, door, settings.grace_seconds, greet)
     if command.save:
@@ -73,9 +73,10 @@ def _one_by_one(limits: Limits) -> Limits:
     return Limits(1, limits.max_waiting, limits.cache_megabytes)
 
 
-def _settings(command: Serve, model: str, target: Target | None = None) -> ServerSettings:
+def _settings(command: Serve, target: Target | None = None) -> ServerSettings:
+    """As the app takes them; without a target only to see whether they are fine."""
     return ServerSettings(
-        model=model,
+        model=command.target if command.served_model_name is None else command.served_model_name,
         defaults=command.defaults(target.sampling) if target else command.defaults(),
         api_key=command.api_key if command.api_key is not None else os.environ.get(_KEY_VARIABLE) or None,
         max_body_bytes=int(command.max_body_megabytes * 1e6),
