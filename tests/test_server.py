@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.server.app import create_app
 from onlinespec.server.engine import Engine
-from onlinespec.server.run import listening
+from onlinespec.server.run import _Server, listening
 from onlinespec.server.schema import ChatRequest, CompletionRequest
 from onlinespec.server.service import params_of
 from onlinespec.server.settings import ServerSettings
@@ -682,6 +683,28 @@ def test_who_is_cut_off_by_the_end_is_told(long):
     with pytest.raises(openai.APIError, match="stopped before"):
         list(stream)
     assert_error(long.post(COMPLETIONS, {"prompt": "a"}), 503, None, "shutting down", code="unavailable")
+
+
+def test_a_third_signal_ends_the_process_even_if_a_step_never_comes_back(monkeypatch):
+    exits = []
+    monkeypatch.setattr("onlinespec.server.run.os._exit", exits.append)
+
+    class Stuck:
+        async def stop(self, seconds):
+            stops.append(seconds)
+            await asyncio.sleep(60)
+
+    async def signal_three_times():
+        server = _Server(uvicorn.Config(None), Stuck(), 30.0, lambda: None)
+        for _ in range(3):
+            server.handle_exit(signal.SIGTERM, None)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        return server.signal
+
+    stops = []
+    assert asyncio.run(signal_three_times()) == signal.SIGTERM
+    assert (stops, exits) == ([30.0, 0.0], [143])
 
 
 # --- operators ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import time
@@ -41,7 +42,7 @@ def listening(host: str, port: int) -> socket.socket:
 def run(
     app: FastAPI, engine: Engine, at: socket.socket, grace_seconds: float, on_start: Callable[[], None]
 ) -> signal.Signals | None:
-    """Serves until SIGTERM or SIGINT, and finishes what runs. A second signal gives it up.
+    """Serves until SIGTERM or SIGINT, and finishes what runs. A second signal gives it up, a third ends the process.
 
     Returns:
         The first signal.
@@ -66,6 +67,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.signal: signal.Signals | None = None
         self._engine, self._grace_seconds, self._on_start = engine, grace_seconds, on_start
+        self._num_signals = 0
         self._stops: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -74,9 +76,12 @@ class _Server(uvicorn.Server):
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        is_first = self.signal is None
+        if self._num_signals == 2:  # a step that does not come back would hold up the gentler ways
+            os._exit(128 + sig)
+        self._num_signals += 1
         self.signal = self.signal or signal.Signals(sig)
-        asyncio.get_running_loop().call_soon_threadsafe(self._stop, self._grace_seconds if is_first else 0.0)
+        seconds = self._grace_seconds if self._num_signals == 1 else 0.0
+        asyncio.get_running_loop().call_soon_threadsafe(self._stop, seconds)
 
     def _stop(self, seconds: float) -> None:
         self._stops.add(asyncio.create_task(self._finish(seconds)))
