@@ -3,11 +3,15 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -95,6 +99,7 @@ def assert_refused(result, *words):
 GENERATE = ("generate", "target", "-p", "hi")
 COMPARE = ("compare", "target", "--data", "a.jsonl")
 DISTILL = ("distill", "target", "--out", "new")
+SERVE = ("serve", "target")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +176,24 @@ DISTILL = ("distill", "target", "--out", "new")
         ((*DISTILL, "--data", "a.jsonl"), LATE, ["a.jsonl hold 4 prompts", "at least 12", "--num-requests"]),
         ((*DISTILL, "--data", "a.jsonl", "--drafter", "ngram"), LATE, ["ngram does not learn", "eagle"]),
         ((*DISTILL[:3], "foreign", "--data", "builtin:sql"), LATE, ["no drafter of ours", "--out"]),
+        ((*SERVE, "--port", "70000"), EARLY, ["port is 70000", "65535"]),
+        ((*SERVE, "--host", "no.such.host.invalid"), EARLY, ["no.such.host.invalid", "--host"]),
+        ((*SERVE, "--host", "192.0.2.1", "--port", "0"), EARLY, ["can't listen on 192.0.2.1", "--host"]),
+        ((*SERVE, "--api-key", ""), EARLY, ["api_key is empty"]),
+        ((*SERVE, "--served-model-name", ""), EARLY, ["model", "a name"]),
+        ((*SERVE, "--max-running", "0"), EARLY, ["max_running is 0"]),
+        ((*SERVE, "--max-waiting", "-1"), EARLY, ["max_waiting is -1"]),
+        ((*SERVE, "--cache-megabytes", "nan"), EARLY, ["cache_megabytes is nan"]),
+        ((*SERVE, "--prefix-megabytes", "-1"), EARLY, ["prefix_megabytes is -1"]),
+        ((*SERVE, "--max-body-megabytes", "0"), EARLY, ["max_body", "0"]),
+        ((*SERVE, "--max-body-megabytes", "inf"), EARLY, ["max_body_megabytes is inf"]),
+        ((*SERVE, "--max-prompt-tokens", "0"), EARLY, ["max_prompt_tokens is 0"]),
+        ((*SERVE, "--grace-seconds", "-1"), EARLY, ["grace_seconds is -1"]),
+        ((*SERVE, "--temperature", "-1"), EARLY, ["temperature is -1"]),
+        ((*SERVE, "--learner", "magic"), EARLY, ["magic", "frozen, online_gradient"]),
+        ((*SERVE, "--save", "foreign"), EARLY, ["foreign", "choose another"]),
+        (("serve", "./nowhere", "--port", "0"), LATE, ["nowhere", "no directory"]),
+        ((*SERVE, "--port", "0", "--learner", "optimistic"), LATE, ["ngram does not learn", "--learner"]),
         (("inspect", "./nowhere"), EARLY, ["nowhere"]),
         (("inspect", "foreign"), EARLY, ["config.json is missing"]),
     ],
@@ -230,7 +253,7 @@ def test_the_missing_package_for_hub_data_is_named(run, monkeypatch):
     assert_refused(run("compare", "target", "--data", "hf:some/thing"), 'pip install "onlinespec[hub]"')
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "compare", "distill", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "generate", "compare", "distill", "serve", "inspect"])
 def test_help_names_every_choice_and_no_python(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0
@@ -635,8 +658,8 @@ def test_the_bars_of_distilling_fit_in_80_columns(monkeypatch):
 # --- as a process ---
 
 
-def start(*argv):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(*argv, **more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
     command = [sys.executable, "-m", "onlinespec.cli", *map(str, argv)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -703,6 +726,120 @@ def test_a_killed_comparison_leaves_whole_lines_and_the_finished_segments(tmp_pa
     assert len(lines) >= sum(one.totals.requests for one in report.runs) >= 3 * 4
 
 
+# --- serve ---
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(checks, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_refused(run(*SERVE, "--port", port), f"127.0.0.1:{port}", "in use", "another --port")
+
+
+def test_the_missing_packages_for_serving_are_named(run, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("onlinespec.cli.serve", "onlinespec.server."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert_refused(run(*SERVE), "uvicorn", 'pip install "onlinespec[server]"')
+
+
+@contextmanager
+def serving(*argv, **environment):
+    """A server as a process of its own, its address, and what it said when it began."""
+    process = start("serve", *argv, "--port", "0", **environment)
+    try:
+        said = []
+        while not (said and said[-1].startswith("try: curl")):
+            said.append(process.stderr.readline())
+            assert said[-1], process.communicate()
+        yield process, said[-1].split()[2].partition("/v1")[0], "".join(said)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(url, **body):
+    """Opens a stream; lines of it can be read."""
+    raw = json.dumps({"stream": True, "ignore_eos": True, "temperature": 0} | body).encode()
+    headers = {"Content-Type": "application/json"}
+    return urlopen(Request(f"{url}/v1/completions", raw, headers), timeout=60)
+
+
+def streamed(response):
+    """Text of a stream to its end, and whether that came."""
+    datas = [
+        line.removeprefix(b"data: ").strip() for line in response.read().splitlines() if line.startswith(b"data: ")
+    ]
+    chunks = [json.loads(data) for data in datas if data != b"[DONE]"]
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks if "choices" in chunk), datas[-1] == b"[DONE]"
+
+
+def refusal(url):
+    """The first answer that is none."""
+    while True:
+        try:
+            ask(url, prompt="late", max_tokens=1).close()
+        except HTTPError as error:
+            return error
+
+
+def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_path):
+    options = ("--drafter", "drafter", "--save", tmp_path / "saved")
+    with serving("target", *options) as (process, url, said):
+        assert "drafter drafter learns (optimistic)" in said
+        assert "warning" not in said
+        prompts = [f"a b {i} a b" for i in range(6)]
+        streams = [ask(url, prompt=prompt, max_tokens=900) for prompt in prompts]
+        process.send_signal(signal.SIGTERM)
+        refused = refusal(url)
+        assert (refused.code, refused.headers["Retry-After"]) == (503, "1")
+        target, params = load_target("target"), GenerationParams(900, ignore_end_tokens=True)
+        for prompt, stream in zip(prompts, streams, strict=True):
+            expected = DecodeLoop(target).complete(target.encode(prompt, is_chat=False), params)
+            assert streamed(stream) == (expected.text.text, True)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "saved to" in err
+        assert "Traceback" not in err
+    assert json.loads((tmp_path / "saved" / "onlinespec.json").read_text())["weights_version"] >= 1
+
+
+@pytest.mark.parametrize("seconds", ["0", "60"], ids=["no grace", "a second Ctrl-C"])
+def test_what_may_not_finish_is_cut_off_and_told(seconds):
+    options = ("--grace-seconds", seconds, "--num-draft-tokens", "0", "--max-running", "1")
+    with serving("target", *options) as (process, url, _):
+        streams = [ask(url, prompt="a b", max_tokens=1000) for _ in range(8)]
+        process.send_signal(signal.SIGINT)
+        if seconds != "0":
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+        ends = [streamed(stream)[1] for stream in streams]
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert not all(ends)
+
+
+def test_who_serves_everyone_without_a_key_is_warned_and_a_key_is_taken_from_the_environment():
+    with serving("target", "--host", "0.0.0.0") as (_, _, said):
+        assert "warning: anyone" in said
+        assert "--api-key" in said
+    with serving("target", ONLINESPEC_API_KEY="secret") as (_, url, said):
+        assert "secret" not in said
+        assert "Authorization: Bearer KEY" in said
+        with pytest.raises(HTTPError, match="401"):
+            ask(url, prompt="a")
+
+
+def test_a_target_that_runs_through_transformers_is_served_one_request_at_a_time():
+    with serving("gpt2") as (_, url, said):
+        assert "one request at a time" in said
+        streams = [ask(url, prompt="a b", max_tokens=20) for _ in range(2)]
+        first, second = map(streamed, streams)
+        assert first == second
+        assert first[1]
+
+
 def run_python(code, *argv):
     command = [sys.executable, "-c", code, *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -721,6 +858,8 @@ main()
     [
         (("--help",), 0),
         (("demo", "--help"), 0),
+        (("serve", "--help"), 0),
+        ((*SERVE, "--port", "-1"), 2),
         (("dance",), 2),
         ((*GENERATE, "--bogus", "3"), 2),
         ((*GENERATE, "--num-draft-tokens", "99"), 2),
@@ -737,7 +876,7 @@ def test_help_and_plain_mistakes_wait_for_no_large_import(argv, status):
     assert done.returncode == status, done.stderr
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "onlinespec.cli.dispatch" in loaded
-    assert not loaded & {"torch", "numpy", "transformers", "matplotlib", "huggingface_hub"}
+    assert not loaded & {"torch", "numpy", "transformers", "matplotlib", "huggingface_hub", "fastapi", "uvicorn"}
 
 
 def test_inspecting_waits_for_torch_only():

@@ -1,4 +1,8 @@
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import rigs
@@ -170,3 +174,35 @@ def test_an_idle_engine_wakes_for_work_and_not_by_the_clock(monkeypatch):
         return asyncio.get_running_loop().time() - began
 
     assert run(use) < 6
+
+
+NUM_THREADS = """
+import asyncio, ctypes, re, sys
+import torch
+from test_engine import GenerationParams, make
+
+openmp = ctypes.CDLL(re.search(r"\\S*lib[gi]omp\\S*[.]so\\S*", open("/proc/self/maps").read())[0])
+seen = []
+
+async def main():
+    engine = make()
+    step = engine.scheduler.step
+    engine.scheduler.step = lambda: seen.append(openmp.omp_get_max_threads()) or step()
+    engine.start()
+    async for _ in engine.ask([([5, 9], GenerationParams(3))])[0]:
+        pass
+    await engine.stop(5)
+
+torch.set_num_threads(1)
+asyncio.run(main())
+print(*set(seen))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds OpenMP by the process's files")
+def test_the_number_of_threads_holds_in_the_engines_own_thread_too():
+    environment = os.environ | {"OMP_NUM_THREADS": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", NUM_THREADS], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == "1\n", done.stderr

@@ -67,15 +67,15 @@ install_torch() {
 
 install_packages() {
     rm -f $packages
-    say "Installing onlinespec and its libraries in the versions of constraints.txt: some forty packages, so this takes a minute or two."
+    say "Installing onlinespec and its libraries in the versions of constraints.txt: some fifty packages, so this takes a minute or two."
     pip install --quiet -c constraints.txt -e "$target"
     printf '%s\n' "$set" "$sum" >$packages
 }
 
 set=${1-}
 case $set in
-run) target=. ;;
-dev) target='.[dev]' ;;
+run) target='.[server]' ;;
+dev) target='.[server,dev]' ;;
 *) fail "usage: sh tools/setup.sh run|dev" ;;
 esac
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,12 @@ import tyro
 from tyro.conf import Positional, arg
 
 from onlinespec import demo
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_that
 from onlinespec.workloads import load_workload
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
 SaveFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not saved)")]
-Recommended = arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's in generate, else off)")
+Recommended = arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's in generate and serve, else off)")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Learning:
     shows more. inf is no limit."""
     learn_costs: Annotated[
         tuple[float, float] | None,
-        arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate)"),
+        arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate and serve)"),
     ] = None
     """What an update costs, in decode steps, by itself and for each of its rows: what the budget is counted in."""
     tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
@@ -269,6 +270,64 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Answer over HTTP as OpenAI's API does, while the drafter learns. SIGTERM or Ctrl-C: what runs is finished first.
+
+    What a request says of temperature, max_tokens and so on goes before what is said here."""
+
+    target: TargetName
+    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    drafter: Annotated[
+        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
+    ] = None
+    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
+    learner: Annotated[
+        str | None, arg(metavar="LEARNER", help_behavior_hint="(default: optimistic, where the drafter can learn)")
+    ] = None
+    """How the drafter learns while it serves: frozen, online_gradient, optimistic, ensemble, surrogate_ensemble, osd,
+    momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 127.0.0.1 is reached from this machine alone, 0.0.0.0 from everywhere."""
+    port: int = 8000
+    """0 takes a free one."""
+    api_key: Annotated[
+        str | None, arg(metavar="KEY", help_behavior_hint="(default: ONLINESPEC_API_KEY, else none)")
+    ] = None
+    """What clients must send as `Authorization: Bearer KEY`. The environment keeps it out of the list of processes."""
+    served_model_name: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: TARGET)")] = None
+    """What clients call the model."""
+    temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
+    """0 is greedy."""
+    max_running: int = 16
+    """Requests that decode at once."""
+    max_waiting: int = 256
+    """Requests that wait for their turn; more are turned away with 429."""
+    cache_megabytes: float = 1024.0
+    """Memory for the keys, values and states of requests that run."""
+    prefix_megabytes: float = 256.0
+    """Memory for what was computed of prompts, so that what begins alike is read once; 0 is off."""
+    max_body_megabytes: float = 4.0
+    """Largest body that is read."""
+    max_prompt_tokens: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the context)")] = None
+    """Longest prompt."""
+    grace_seconds: float = 30.0
+    """Time for requests that run when the server is stopped."""
+    save: SaveFolder = None
+    """Write the adapted drafter to this directory when the server is stopped."""
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(max_new_tokens=512)
+    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
+
+    @property
+    def drafter_name(self) -> str:
+        return ("demo" if self.target == "demo" else "ngram") if self.drafter is None else self.drafter
+
+    def defaults(self, defaults: SamplingParams = SamplingParams()) -> GenerationParams:
+        """What requests do not say; `defaults` stands in for what is not said here either."""
+        return self.decoding.params(self.temperature, defaults)
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Say what a drafter or target directory is: format, shape, size, version, whom it fits."""
 
@@ -278,12 +337,13 @@ class Inspect:
     """Show Python's traceback when something goes wrong."""
 
 
-Command = Demo | Generate | Compare | Distill | Inspect
+Command = Demo | Generate | Compare | Distill | Serve | Inspect
 COMMANDS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "generate": Generate,
     "compare": Compare,
     "distill": Distill,
+    "serve": Serve,
     "inspect": Inspect,
 }
 
@@ -318,6 +378,12 @@ def check(command: Command) -> None:
             _check_demo(command.target, command.drafter)
             for spec in command.data:
                 load_workload(spec)
+        case Serve():
+            command.defaults()
+            _check_demo(command.target, command.drafter_name)
+            check_that(0 <= command.port < 2**16, "port", command.port, "between 0 (any that is free) and 65535")
+            check_that(0 <= command.prefix_megabytes < inf, "prefix_megabytes", command.prefix_megabytes, "0 or a size")
+            check_that(0 < command.max_body_megabytes < inf, "max_body_megabytes", command.max_body_megabytes, "a size")
         case Demo():
             command.decoding.params(command.temperature)
             _check_demo("demo", "demo")

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff
 
 from onlinespec import __version__
-from onlinespec.cli.arguments import COMMANDS, Command, Compare, Demo, Distill, Generate, Inspect, check
+from onlinespec.cli.arguments import COMMANDS, Command, Compare, Demo, Distill, Generate, Inspect, Serve, check
 from onlinespec.cli.terminal import complain, err
 
 
@@ -78,6 +78,10 @@ def _find(command: Command) -> Callable[[], int]:
             from onlinespec.cli.distill import distill
 
             return partial(distill, command)
+        case Serve():
+            from onlinespec.cli.serve import serve
+
+            return partial(serve, command)
         case Demo():
             from onlinespec.cli.compare import compare, demo_comparison
 

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, TokenLogprobs
 from onlinespec.decode import Request
@@ -154,6 +156,7 @@ class Engine:
     # --- in its own thread --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        torch.get_num_threads()  # oneDNN asks OpenMP, which keeps a number for each thread: this sets this thread's
         try:
             while not (self._is_stopping and not self.scheduler.has_work):
                 if self.scheduler.wait(_IDLE_SECONDS):

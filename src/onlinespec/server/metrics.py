@@ -1,0 +1,130 @@
+"""What Prometheus reads: the engine's counts as they are at that moment, and how long HTTP answers took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from onlinespec.server.engine import Engine, Piece
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """A registry of its own, so that several apps in one process don't mix."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))
+        self.http = Counter("onlinespec_http_responses", "HTTP responses.", ["path", "status"], registry=self.registry)
+        self._first = Histogram(
+            "onlinespec_time_to_first_token_seconds",
+            "From an HTTP request's arrival to the first token of an answer.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._between = Histogram(
+            "onlinespec_time_between_chunks_seconds",
+            "Between two pieces of an answer; a piece is what one step added.",
+            buckets=_SHORT_SECONDS,
+            registry=self.registry,
+        )
+        self._whole = Histogram(
+            "onlinespec_request_seconds",
+            "From an HTTP request's arrival to the end of its last answer.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    async def timed(
+        self, pieces: AsyncGenerator[tuple[int, Piece], None], began: float
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Passes pieces on and measures when they come.
+
+        Args:
+            began: When the HTTP request arrived, by `time.perf_counter`.
+        """
+        last: dict[int, float] = {}
+        try:
+            async for index, piece in pieces:
+                now = time.perf_counter()
+                if index in last:
+                    self._between.observe(now - last[index])
+                elif piece.token_ids:
+                    self._first.observe(now - began)
+                last[index] = now
+                yield index, piece
+            self._whole.observe(time.perf_counter() - began)
+        finally:
+            await pieces.aclose()
+
+
+class _EngineCollector(Collector):
+    """Reads an engine's counts when it is asked."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        totals, scheduler = self._engine.totals, self._engine.scheduler
+        stats = totals.stats
+        finished = CounterMetricFamily(
+            "onlinespec_requests", "Requests that ended, one for each choice.", labels=["finish_reason"]
+        )
+        for reason, count in dict(totals.finished).items():
+            finished.add_metric([reason], count)
+        yield finished
+        for name, help_text, value in (
+            ("prompt_tokens", "Tokens of prompts.", totals.prompt_tokens),
+            ("known_prompt_tokens", "Of these, tokens that an earlier request had read.", totals.known_tokens),
+            ("tokens", "Tokens of answers.", stats.tokens),
+            ("steps", "Verifications by the target.", stats.steps),
+            ("drafted_tokens", "Tokens that were drafted.", stats.drafted),
+            ("accepted_tokens", "Drafted tokens that were kept.", stats.accepted),
+            ("decode_seconds", "Time spent reading prompts and decoding.", stats.decode_seconds),
+            ("learn_seconds", "Time spent learning.", stats.learn_seconds),
+        ):
+            yield CounterMetricFamily(f"onlinespec_{name}", f"{help_text} Of requests that ended.", value)
+        loop = scheduler.loop
+        for name, help_text, number in (
+            ("requests_waiting", "Requests in the queue.", len(scheduler.waiting)),
+            ("requests_reading", "Requests whose prompts are being read.", len(scheduler.reading)),
+            ("requests_running", "Requests that decode.", len(scheduler.running)),
+            ("weights_version", "Of the drafter.", loop.drafter.weights.version if loop.drafter else 0),
+            ("prefix_cache_bytes", "Of prompts kept for later ones.", loop.prefixes.num_bytes if loop.prefixes else 0),
+            ("ready", "Whether the server takes requests.", int(self._engine.is_ready)),
+        ):
+            yield GaugeMetricFamily(f"onlinespec_{name}", help_text, number)
+
+
+class CountResponses:
+    """ASGI middleware: counts responses by path, parameters left out, and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._http = app, metrics.http
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._http.labels(_path(scope), message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)
+
+
+def _path(scope: Scope) -> str:
+    """The path as it was declared: what clients make up must not fill the registry."""
+    return getattr(scope.get("route"), "path", "other")

@@ -1,0 +1,94 @@
+"""Runs an app until it is asked to stop: then what runs is finished first, and nothing new is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from onlinespec.server.engine import Engine
+
+_LEAST_SECONDS = 1.0  # for the last bytes to reach who reads them, whatever the grace
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that clients can connect to from now on; they are answered once the app runs.
+
+    Raises:
+        OSError: if the address is in use or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(f"host {host} can't be found ({error.strerror}); give another --host") from error
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+        opened.listen(2048)
+    except OSError as error:
+        opened.close()
+        raise OSError(f"can't listen on {host}:{port} ({error.strerror}); give another --port or --host") from error
+    return opened
+
+
+def run(
+    app: FastAPI, engine: Engine, at: socket.socket, grace_seconds: float, on_start: Callable[[], None]
+) -> signal.Signals | None:
+    """Serves until SIGTERM or SIGINT, and finishes what runs. A second signal gives it up, a third ends the process.
+
+    Returns:
+        The first signal.
+
+    Raises:
+        RuntimeError: if the app did not start.
+    """
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, log_level="warning")
+    server = _Server(config, engine, grace_seconds, on_start)
+    server.run(sockets=[at])
+    if not server.started:
+        raise RuntimeError("the server did not start")
+    return server.signal
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn closes its door at the first signal; here it stays open until all is finished, to say 503."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, grace_seconds: float, on_start: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self.signal: signal.Signals | None = None
+        self._engine, self._grace_seconds, self._on_start = engine, grace_seconds, on_start
+        self._num_signals = 0
+        self._stops: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._num_signals == 2:  # a step that does not come back would hold up the gentler ways
+            os._exit(128 + sig)
+        self._num_signals += 1
+        self.signal = self.signal or signal.Signals(sig)
+        seconds = self._grace_seconds if self._num_signals == 1 else 0.0
+        asyncio.get_running_loop().call_soon_threadsafe(self._stop, seconds)
+
+    def _stop(self, seconds: float) -> None:
+        self._stops.add(asyncio.create_task(self._finish(seconds)))
+
+    async def _finish(self, seconds: float) -> None:
+        began = time.monotonic()
+        await self._engine.stop(seconds)
+        left = max(_LEAST_SECONDS, seconds - (time.monotonic() - began))
+        self.config.timeout_graceful_shutdown = min(left, self.config.timeout_graceful_shutdown or left)  # type: ignore[assignment]
+        self.should_exit = True

@@ -1,0 +1,378 @@
+"""What is asked and answered over HTTP, in OpenAI's shapes.
+
+Types are strict: "3" is no number. Fields that nobody here knows are ignored, as every server of this protocol does.
+Fields that are known and not offered are listed with the values that change nothing; any other value is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from onlinespec.config import MAX_DRAFT_TOKENS, MAX_LOGPROBS
+from onlinespec.server.settings import MAX_CHOICES
+
+_MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
+
+Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+ListsOfIds = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
+class Refusal(PydanticCustomError):
+    """A field whose value does not go with another's."""
+
+    def __new__(cls, field: str, message: str) -> Self:
+        return super().__new__(cls, "refused", "{message}", {"field": field, "message": message})
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(_Asked):
+    """What a stream carries beside the text."""
+
+    include_usage: bool | None = None
+    include_speculation: bool | None = Field(
+        None, description="In every chunk the new tokens, and which of them were drafted."
+    )
+
+
+class TextFormat(_Asked):
+    """The one response format that is offered."""
+
+    type: Literal["text"]
+
+
+class Sampled(_Asked):
+    """What both kinds of request have in common. What is left out or null is as the server was started."""
+
+    model: str | None = Field(None, description="The name under /v1/models.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer; the context bounds it, too.")
+    temperature: float | None = Field(None, ge=0, description="0 is greedy; left out, what the checkpoint recommends.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 and -1 are off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Left out, a fresh one for each request.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS, fail_fast=True)] | None = Field(
+        None, description=f"a text or up to {_MAX_STOPS} of them, each of 1 to {_MAX_STOP_LENGTH} characters"
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    ignore_eos: bool | None = Field(None, description="Go on behind an end token, for benchmarks of a fixed length.")
+    num_draft_tokens: int | None = Field(None, ge=0, le=MAX_DRAFT_TOKENS, description="0 is plain decoding.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
+
+    @model_validator(mode="after")
+    def _streams_if_it_says_how(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise Refusal("stream_options", "stream_options needs stream to be true")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens asked for."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to report beside each; None reports nothing."""
+        return None
+
+
+class CompletionRequest(Sampled):
+    """The body of /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | TokenIds | ListsOfIds = Field(
+        description="a text, a list of texts, a list of token ids, or a list of lists of token ids"
+    )
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Offered as the same number as n alone.")
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_number_of_choices(self) -> Self:
+        if self.best_of not in (None, self.num_choices):
+            raise Refusal("best_of", f"best_of is {self.best_of}; it must be n ({self.num_choices}), or left out")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each prompt by itself."""
+        given: Any = self.prompt
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(_Asked):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Asked):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        description="a text, or a list of text parts"
+    )
+    tool_calls: Nothing | None = None
+    function_call: None = None
+    audio: None = None
+
+    @property
+    def text(self) -> str:
+        """The content in one piece."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampled):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = Field(False, description="Go on in the last message, instead of answering it.")
+    chat_template_kwargs: dict[str, bool | int] | None = Field(
+        None, description="Settings of the checkpoint's chat template, such as enable_thinking."
+    )
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    web_search_options: None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal("top_logprobs", "top_logprobs needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise Refusal("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+class Speculation(BaseModel):
+    """What drafting did for an answer."""
+
+    drafted: int
+    accepted: int
+    steps: int
+    acceptance_length: float = Field(description="Mean tokens per step, 1 + accepted / steps.")
+
+
+class PromptDetails(BaseModel):
+    """Of a prompt's tokens, those that an earlier request had read."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """What an answer took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    speculation: Speculation
+
+
+class NewToken(BaseModel):
+    """A token of a chunk. Bytes of a character that another token ends show as U+FFFD."""
+
+    id: int
+    text: str
+    drafted: bool = Field(description="Kept from a draft; else the target's own.")
+
+
+class ChunkSpeculation(Speculation):
+    """What drafting did for a choice so far, and the tokens that are new."""
+
+    tokens: list[NewToken]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class LegacyLogprobs(BaseModel):
+    """How likely tokens were, as completions have it: natural logarithms, before any sampling setting."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TopLogprob(BaseModel):
+    """A token and how likely it was."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the likeliest in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """How likely tokens were, as chats have it."""
+
+    content: list[TokenLogprob]
+
+
+class CompletionChoice(BaseModel):
+    """An answer, or what is new of it."""
+
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | None
+    finish_reason: FinishReason | None
+    speculation: ChunkSpeculation | None = None
+
+
+class Completion(BaseModel):
+    """The body of an answer, and of a chunk of one."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatMessage(BaseModel):
+    """An answer."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """An answer and how it ended."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletion(BaseModel):
+    """The body of an answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """What is new of a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """What is new of an answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    speculation: ChunkSpeculation | None = None
+
+
+class ChatChunk(BaseModel):
+    """The body of a chunk."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """A model that answers."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "onlinespec"
+    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+
+
+class ModelList(BaseModel):
+    """All of them: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Status(BaseModel):
+    """Whether the server works."""
+
+    status: str
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is none."""
+
+    error: ErrorDetail

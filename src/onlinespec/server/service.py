@@ -1,0 +1,211 @@
+"""From the body of an HTTP request to its answer: read, check, encode, ask for all choices or none, send them on."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from onlinespec.config import GenerationParams
+from onlinespec.scheduler import CANCELLED, ERROR, Busy
+from onlinespec.server.engine import Answer, Closed, Engine, Piece
+from onlinespec.server.errors import ApiError, from_asking, parsed, to_json
+from onlinespec.server.metrics import Metrics
+from onlinespec.server.replies import Choice, Reply, usage_of
+from onlinespec.server.schema import ChatRequest, Sampled
+from onlinespec.server.settings import MAX_CHOICES, ServerSettings
+from onlinespec.server.streams import ClientGone, EventStream, event, merged, while_connected
+from onlinespec.server.texts import Texts
+
+JSON = "application/json"
+_GONE = 499  # nobody reads this status, but metrics count it
+
+Body = TypeVar("Body", bound=Sampled)
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What headers say of a request beside its body."""
+
+    learns: bool = True
+    tenant: str = ""
+
+
+class Service:
+    """What the two routes that answer have in common."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings, metrics: Metrics) -> None:
+        self._engine, self.settings, self._metrics = engine, settings, metrics
+        self.texts = Texts(engine.scheduler.loop.target)
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """A request's body, checked; the request's time begins."""
+        request.state.began = time.perf_counter()
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+            # what a foreign web page may send without asking has other types
+            raise ApiError(415, "send the body with `Content-Type: application/json`", code="unsupported_media_type")
+        body = parsed(kind, await self._bounded(request))
+        if body.model is not None:
+            check_model(body.model, self.settings)
+        return body
+
+    async def _bounded(self, request: Request) -> bytes:
+        most, raw = self.settings.max_body_bytes, bytearray()
+        try:
+            if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared) > most:
+                raise _too_large(most)
+            async for part in request.stream():
+                raw += part
+                if len(raw) > most:
+                    raise _too_large(most)
+        except ClientDisconnect:
+            raise ApiError(_GONE, "the client left") from None
+        return bytes(raw)
+
+    async def answer(
+        self,
+        request: Request,
+        body: Sampled,
+        prompts: Sequence[Sequence[int]],
+        kind: type[Reply],
+        tags: Tags,
+    ) -> Response:
+        """Answers a body that was read, for each of its prompts."""
+        self._check(body, prompts)
+        reply = kind(self.settings.model, self.texts, body.num_logprobs is not None)
+        answers = self._ask(prompts, body, tags, reply.id)
+        pieces = self._metrics.timed(merged(answers), request.state.began)
+        if body.stream:
+            return EventStream(self._events(answers, pieces, body, reply))
+        try:
+            choices = await while_connected(request.receive, _collected(answers, pieces, self.settings.retry_after))
+        except ClientGone:
+            raise ApiError(_GONE, "the client left") from None
+        return Response(to_json(reply.whole(choices, usage_of(answers, body.num_choices))), media_type=JSON)
+
+    def _check(self, body: Sampled, prompts: Sequence[Sequence[int]]) -> None:
+        """Refuses what is longer, or more, than may be."""
+        longest, most = max(map(len, prompts)), self.settings.max_prompt_tokens
+        if most is not None and longest > most:
+            message = f"the prompt has {longest} tokens; it must have at most {most} here"
+            raise ApiError(400, message, _source(body), "context_length_exceeded")
+        limits = self._engine.scheduler.limits
+        allowed = min(MAX_CHOICES, limits.max_running + limits.max_waiting)
+        if (total := len(prompts) * body.num_choices) > allowed:
+            message = f"{len(prompts)} prompts times n = {body.num_choices} are {total} choices; at most {allowed} go"
+            raise ApiError(400, message, "n", "invalid_value")
+
+    def _ask(self, prompts: Sequence[Sequence[int]], body: Sampled, tags: Tags, request_id: str) -> list[Answer]:
+        """Choices for each prompt, all or none."""
+        try:
+            params = params_of(body, self.settings.defaults)
+            jobs = [(ids, each) for ids in prompts for each in _seeded(params, body.num_choices)]
+            return self._engine.ask(jobs, request_id=request_id, tenant=tags.tenant, learns=tags.learns)
+        except (ValueError, Busy, Closed) as error:
+            raise from_asking(error, self.settings.retry_after, _source(body)) from error
+
+    async def _events(
+        self,
+        answers: Sequence[Answer],
+        pieces: AsyncGenerator[tuple[int, Piece], None],
+        body: Sampled,
+        reply: Reply,
+    ) -> AsyncGenerator[bytes, None]:
+        """A stream's events, to the last."""
+        options = body.stream_options
+        has_tokens = bool(options and options.include_speculation)
+        choices = [Choice() for _ in answers]
+        try:
+            async with _watched(answers, pieces):
+                async for index, piece in pieces:
+                    _check_piece(piece, self.settings.retry_after)
+                    choice = choices[index]
+                    if piece.text or piece.finish_reason or piece.logprobs or has_tokens:
+                        yield event(to_json(reply.chunk(index, choice, piece, has_tokens)))
+                        choice.num_pieces += 1
+                if options and options.include_usage:
+                    yield event(to_json(reply.last(usage_of(answers, body.num_choices))))
+                yield event(b"[DONE]")
+        except ApiError as error:
+            yield event(to_json(error.body), b"error")
+
+
+def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
+    """A body's settings as the engine takes them; what it does not say is as in `defaults`.
+
+    Raises:
+        ValueError: naming what is not allowed.
+    """
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if body.top_k is not None:
+        given["top_k"] = max(0, body.top_k)
+    return GenerationParams(
+        max_new_tokens=body.longest or defaults.max_new_tokens,
+        num_draft_tokens=defaults.num_draft_tokens if body.num_draft_tokens is None else body.num_draft_tokens,
+        sampling=replace(defaults.sampling, **given),
+        stop_strings=body.stops,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_end_tokens=bool(body.ignore_eos),
+        num_logprobs=body.num_logprobs,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+    )
+
+
+def _seeded(params: GenerationParams, num_choices: int) -> list[GenerationParams]:
+    """The same settings for each choice, with seeds that follow each other, within 64 bits."""
+    seeds = ((params.seed + i + 2**63) % 2**64 - 2**63 for i in range(num_choices))
+    return [replace(params, seed=seed) for seed in seeds]
+
+
+async def _collected(
+    answers: Sequence[Answer], pieces: AsyncGenerator[tuple[int, Piece], None], retry_after: int
+) -> list[Choice]:
+    """Answers to their end."""
+    choices = [Choice() for _ in answers]
+    async with _watched(answers, pieces):
+        async for index, piece in pieces:
+            _check_piece(piece, retry_after)
+            choices[index].add(piece)
+    return choices
+
+
+@asynccontextmanager
+async def _watched(answers: Sequence[Answer], pieces: AsyncGenerator[Any, None]) -> AsyncIterator[None]:
+    """However the block is left, nothing goes on behind it."""
+    try:
+        yield
+    finally:
+        for answer in answers:
+            if answer.request.finish_reason is None:
+                answer.cancel()
+        await pieces.aclose()
+
+
+def _check_piece(piece: Piece, retry_after: int) -> None:
+    if piece.finish_reason == ERROR:
+        raise ApiError(500, f"the answer failed: {piece.error}", code="answer_failed")
+    if piece.finish_reason == CANCELLED:
+        headers = {"Retry-After": str(retry_after)}
+        raise ApiError(503, "the server stopped before the answer was complete", code="unavailable", headers=headers)
+
+
+def check_model(name: str, settings: ServerSettings) -> None:
+    """Refuses a model that is not there."""
+    if name != settings.model:
+        message = f"model is {name!r}; it must be {settings.model!r}, which is the one served here"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+def _source(body: Sampled) -> str:
+    return "messages" if isinstance(body, ChatRequest) else "prompt"
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes, the most that is read", code="body_too_large")
