@@ -36,6 +36,7 @@ class Acceptance:
     _IDLE_FADING = 1 - 1 / 512  # ... or by a step in which it drafts nothing, so that it is tried again
     _SHRINKAGES = (6.0, 24.0, 1e4)  # tokens; the last: all requests are alike
     _LOSS_FADING = 1 - 1 / 512  # by a token
+    _EVIDENCE = 3.0  # nats, before requests are told apart
 
     def __init__(self, max_draft_tokens: int) -> None:
         self._kept, self._reached = [0.0] * max_draft_tokens, [0.0] * max_draft_tokens
@@ -109,7 +110,9 @@ class Acceptance:
 
     @property
     def _best_shrinkage(self) -> int:
-        return min(range(len(self._losses)), key=self._losses.__getitem__)
+        *told_apart, alike = self._losses
+        best = min(told_apart)
+        return told_apart.index(best) if best < alike - self._EVIDENCE else len(told_apart)
 
     def _factor(self, request_id: Hashable) -> float:
         request = self._requests.get(request_id)

@@ -133,7 +133,7 @@ class Controller:
     _FEW_MISSED = 4  # steps without drafts that a drafter makes up for unnoticed
     _FADING = 1 - 1 / 256  # of measured against expected, by a drafting step
     _FIRM = 64.0  # steps as expected that these start with
-    _LONGEST = 1.5  # times its expected seconds, what a step can count as
+    _LONGEST, _LONGEST_CATCHING_UP = 1.5, 20.0  # times its expected seconds, what a step can count as; after a pause
     _LEAST_LOSS = 0.05  # of a plain step: what a trial is taken to lose at least, so that trials stay rare
 
     def __init__(self, costs: StepCosts, max_draft_tokens: int, learn_budget: float = 0.08) -> None:
@@ -153,6 +153,7 @@ class Controller:
         self._best = Choice([], 0.0)
         self._plain_seconds = costs.verify_seconds[0][0]  # of a step without drafts
         self._num_losing = 0  # choices in a row
+        self._known: set[Hashable] = set()  # requests
         self._missed: dict[Hashable, int] = {}  # steps since a request last drafted
 
     @property
@@ -172,11 +173,15 @@ class Controller:
         """
         limits = [max(0, min(limit, self._max)) for limit in limits_B]
         plain = [0] * len(limits)
-        if not any(limits) or not (self._is_on or self._is_probe_due):
+        has_new = not self._known.issuperset(request_ids)
+        self._known.update(request_ids)
+        if not any(limits) or not (self._is_on or self._is_probe_due or has_new):
             return plain
-        if not self._is_on:
-            self._begin_probe()
         self._weigh(request_ids, limits)
+        if not self._is_on:
+            if not self._is_probe_due and self._gain < self._RETURN:
+                return plain
+            self._begin_probe()
         if self._is_losing():
             return plain
         if self._is_trial_due:
@@ -193,11 +198,16 @@ class Controller:
         self._best = best._replace(goodput=best.goodput * self._measured_over_expected)
         self._plain_seconds = verify_by_rows[0]
 
+    @property
+    def _gain(self) -> float:
+        """Goodput of the best drafting step over that of plain decoding."""
+        return self._best.goodput * self._plain_seconds / len(self._best.num_draft_tokens_B)
+
     def _is_losing(self) -> bool:
         """Whether plain decoding is better now; switches drafting off, or a probe on for good, once that is certain."""
         if self._num_drafted_steps < self._LEAST_STEPS or self._num_drafts < self._LEAST_DRAFTS:
             return False
-        gain = self._best.goodput * self._plain_seconds / len(self._best.num_draft_tokens_B)
+        gain = self._gain
         self._num_losing = self._num_losing + 1 if gain < self._STAY else 0
         if self._num_losing >= self._LOSING_STEPS:
             self._switch_off()
@@ -239,7 +249,7 @@ class Controller:
         self._is_on = self._is_probing = True
         self._num_drafted_steps = self._num_drafts = self._num_losing = 0
         self._num_probes += 1
-        self._saved = 0.0
+        self._saved = min(self._saved, 0.0)
         self._acceptance.doubt(self._KEPT_IN_PROBE)
 
     # --- after a step -------------------------------------------------------------------------------------------
@@ -248,11 +258,12 @@ class Controller:
         """Hears of a step: of every one, whoever chose its shape."""
         drafted, is_trial = sum(record.num_draft_tokens_B), self._is_trial
         self._is_trial = False
-        expected_seconds = sum(self._costs.step_seconds(record.num_draft_tokens_B))
-        ratio = min((record.draft_seconds + record.verify_seconds) / expected_seconds, self._LONGEST)
-        seconds = ratio * expected_seconds / self._costs.scale
-        draft_seconds = 0.0 if self._catches_up(record) else record.draft_seconds
-        self._costs.observe(record.num_draft_tokens_B, draft_seconds, record.verify_seconds)
+        catches_up, scale = self._catches_up(record), self._costs.scale
+        draft_seconds = 0.0 if catches_up else record.draft_seconds
+        expected_seconds = sum(self._costs.observe(record.num_draft_tokens_B, draft_seconds, record.verify_seconds))
+        longest = self._LONGEST_CATCHING_UP if catches_up else self._LONGEST
+        ratio = min((record.draft_seconds + record.verify_seconds) / expected_seconds, longest)
+        seconds = ratio * expected_seconds / scale
         expected_tokens = tokens = float(len(record.request_ids))
         if drafted:
             expected_tokens += sum(
@@ -263,7 +274,7 @@ class Controller:
             self._acceptance.observe(record.request_ids, record.num_draft_tokens_B, record.num_accepted_B)
             self._num_drafted_steps += 1
             self._num_drafts += sum(K > 0 for K in record.num_draft_tokens_B)
-        if self._is_on and drafted and not is_trial and not self._is_probing:
+        if self._is_on and drafted and not (is_trial or self._is_probing or catches_up):
             self._measured = self._measured.plus(tokens / len(record.request_ids), ratio, self._FADING)
             self._expected = self._expected.plus(expected_tokens / len(record.request_ids), 1.0, self._FADING)
         self._account(seconds, tokens / len(record.request_ids), expected_tokens, is_trial)
@@ -272,6 +283,7 @@ class Controller:
         """The request is over."""
         self._acceptance.forget(request_id)
         self._missed.pop(request_id, None)
+        self._known.discard(request_id)
 
     def report(self) -> dict[str, Any]:
         """What it is doing and why, for metrics and a live page; goodputs in committed tokens a second."""

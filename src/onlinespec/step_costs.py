@@ -147,24 +147,31 @@ class TrackedCosts:
         )
         return draft * self.scale, float((weights * self._verify.seconds).sum()) * self.scale
 
-    def observe(self, num_draft_tokens_B: Sequence[int], draft_seconds: float, verify_seconds: float) -> None:
+    def observe(
+        self, num_draft_tokens_B: Sequence[int], draft_seconds: float, verify_seconds: float
+    ) -> tuple[float, float]:
         """A step of this shape took so long; 0 for what is not known. Verification alone tells the machine's speed:
-        what a draft costs hangs on what the drafter has yet to read."""
+        what a draft costs hangs on what the drafter has yet to read.
+
+        Returns:
+            The draft and verify seconds that were expected.
+        """
         self._now += 1
         batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
-        batches, depths = self.costs.batch_sizes, self.costs.num_draft_tokens
+        batches, depths, scale = self.costs.batch_sizes, self.costs.num_draft_tokens, self.scale
+        expected_draft, expected_verify = self.step_seconds(num_draft_tokens_B)
         if verify_seconds > 0:
             self._scale_variance += self._SCALE_DRIFT
             weights = np.outer(_between(batches, batch), _between(depths, drafted / batch))
             cell = _nearest(batches, batch), _nearest(depths, drafted / batch)
-            surprise = math.log(verify_seconds / self.step_seconds(num_draft_tokens_B)[1])
-            self._correct(self._verify, weights, cell, surprise)
+            self._correct(self._verify, weights, cell, math.log(verify_seconds / expected_verify))
         if depth and draft_seconds > 0:
             together = drafted / depth  # requests that draft at a depth, on average
             weights = np.outer(_between(batches, together), _added(depths, depth).sum(1))
             cell = _nearest(batches, together), _nearest(depths, depth)
-            surprise = math.log(draft_seconds / self.step_seconds(num_draft_tokens_B)[0])
+            surprise = math.log(draft_seconds / expected_draft * scale / self.scale)
             self._correct(self._draft, weights, cell, surprise, moves_scale=False)
+        return expected_draft, expected_verify
 
     def stalest(self, batch: int, limit: int) -> int:
         """The profile's number of drafted tokens, at most `limit`, that a batch of about this size drafted longest ago;
