@@ -775,14 +775,14 @@ def small():
         yield running
 
 
-def test_schemathesis_finds_nothing_that_the_document_does_not_say(small):
+def test_schemathesis_finds_nothing_that_the_document_does_not_say(small, tmp_path):
     """945 requests, the same ones every time: what each field's bounds suggest, and some of chance."""
     options = "--checks all --phases coverage,fuzzing --max-examples 20 --generation-deterministic --no-color"
     # what two fields may not say together, and prompts without tokens, a schema can't say
     options += " --exclude-checks positive_data_acceptance"
     program = str(Path(sys.executable).with_name("schemathesis"))
     command = [program, "run", f"{small.url}/openapi.json", *options.split()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
     assert "Tested: 7" in ended.stdout
     wait_for(small.is_idle)
