@@ -147,6 +147,9 @@ class Recorder:
         if self._next:
             self._next.offer(feedback)
 
+    def set_share(self, share: float) -> None:
+        pass
+
     def of(self, request: Request) -> list[Feedback]:
         """One request's feedback, in order."""
         return [record for record in self.feedback if record.trace is request.trace]

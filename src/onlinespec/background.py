@@ -185,12 +185,16 @@ class ThreadLearning(BackgroundLearning):
         self._thread.join(seconds)
 
     def _run(self) -> None:
+        torch.get_num_threads()  # which sets this thread's; see `Engine._run`
         self._budget.begin()
+        reported = -_REPORT_SECONDS
         try:
             while records := self._take():
                 if published := self.trainer.offer(records):
                     self._publish(published)
-                self._figures = self.trainer.figures() | {"share_spent": self._budget.share_spent}
+                if time.monotonic() - reported > _REPORT_SECONDS:
+                    self._figures = self.trainer.figures() | {"share_spent": self._budget.share_spent}
+                    reported = time.monotonic()
                 if reason := self.trainer.failure:
                     return self._fail(reason)
         except Exception as error:  # as in learn.py: nothing that fails here may reach serving

@@ -113,14 +113,14 @@ class Budget:
     _SAVED_AT_START = 8  # on credit: a drafter is most often cold then
 
     def __init__(self, share: float, round_cost: float, row_cost: float, max_rows: int) -> None:
-        self._share, self._round_cost, self._row_cost = share, round_cost, row_cost
+        self.share, self._round_cost, self._row_cost = share, round_cost, row_cost
         self._full_round = round_cost + row_cost * max_rows
         self._saved = self._SAVED_AT_START * self._full_round
         self.spent = 0.0
 
     def earn(self) -> None:
         """One more step was decoded."""
-        self._saved = min(self._saved + self._share, self._MOST_SAVED * self._full_round)
+        self._saved = min(self._saved + self.share, self._MOST_SAVED * self._full_round)
 
     def spend(self, num_rows: int, num_evaluations: float = 1.0) -> None:
         """A round trained so many rows, with a gradient so many times."""
@@ -131,7 +131,7 @@ class Budget:
     @property
     def has_room(self) -> bool:
         """Whether what was spent is earned again, and a round's cost beside it."""
-        return self._saved >= self._full_round or math.isinf(self._share)
+        return self._saved >= self._full_round or math.isinf(self.share)
 
 
 class ClockBudget:

@@ -41,6 +41,9 @@ class Learning(Protocol):
 
     def offer(self, feedback: Sequence[Feedback]) -> None: ...
 
+    def set_share(self, share: float) -> None:
+        """Learning may take this share of time from now on."""
+
 
 class ContextOverflow(ValueError):
     """The prompt leaves no room in the target's context."""

@@ -114,6 +114,10 @@ class InlineLearning:
             self._domain = feedback[-1].domain
             self._guarded(self._expect)
 
+    def set_share(self, share: float) -> None:
+        """Learning may take this share of decoding time from now on."""
+        self.budget.share = share
+
     def report(self) -> dict[str, Any]:
         """What the learner says of itself: meta weights, hint errors."""
         return dict(self._learner.report(self._state))

@@ -81,6 +81,10 @@ class Flow:
 class Control(Protocol):
     """What chooses how many tokens to draft; `control.py` has it."""
 
+    @property
+    def learn_share(self) -> float:
+        """Of time, learning may take so much now."""
+
     def choose(self, request_ids: Sequence[Hashable], limits_B: Sequence[int]) -> list[int]: ...
     def observe(self, record: StepRecord) -> None: ...
     def forget(self, request_id: Hashable) -> None: ...
@@ -103,6 +107,7 @@ class Scheduler:
     def __init__(self, loop: DecodeLoop, limits: Limits | None = None, control: Control | None = None) -> None:
         self.loop, self.limits, self.control = loop, limits or Limits(), control
         self.flow = Flow()
+        self._learn_share = -1.0  # as learning was last told
         self.waiting: deque[Request] = deque()
         self.reading: list[Request] = []  # admitted, their prompts not yet read to the end
         self.running: list[Request] = []
@@ -227,6 +232,9 @@ class Scheduler:
                 verify_seconds=step.verify_seconds,
             )
         )
+        if self.loop.learning and self.control.learn_share != self._learn_share:
+            self._learn_share = self.control.learn_share
+            self.loop.learning.set_share(self._learn_share)
 
     def _together(self, work: Callable[[list[Request]], object], requests: list[Request]) -> None:
         """Works on requests at once; if that fails, on each alone, without a drafter, only those at fault end."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -312,10 +312,23 @@ class Serve:
     """Longest prompt."""
     grace_seconds: float = 30.0
     """Time for requests that run when the server is stopped."""
+    fixed_draft_length: bool = False
+    """Always draft --num-draft-tokens, whatever that costs. Else that is the most: how many pay, none included, is
+    measured at the start and all the time."""
+    learn_in: Annotated[
+        Literal["process", "thread", "inline"] | None,
+        arg(metavar="PLACE", help_behavior_hint="(default: process on a CPU, thread on a GPU)"),
+    ] = None
+    """Where learning runs: process or thread, beside serving, --learn-budget being its share of a core; or inline,
+    between steps. Beside serving, weights are served once they have drafted better on the same requests."""
+    versions: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not kept)")] = None
+    """Keep the versions that are served here, with the learner's state: a restart goes on from the newest good one."""
+    reset_drafter: bool = False
+    """Begin with --drafter as it is; what is in --versions is moved aside."""
     save: SaveFolder = None
     """Write the adapted drafter to this directory when the server is stopped."""
-    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(max_new_tokens=512)
-    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(max_new_tokens=512, num_draft_tokens=8)
+    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning(learn_budget=0.25)
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
     @property

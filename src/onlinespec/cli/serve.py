@@ -7,20 +7,29 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
+from onlinespec.calibration import measure_step_costs
 from onlinespec.cli.arguments import Serve
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err
 from onlinespec.compare import FROZEN
 from onlinespec.config import LearnConfig
-from onlinespec.decode import DecodeLoop
+from onlinespec.control import Controller
+from onlinespec.core import DrafterWeights
+from onlinespec.decode import DecodeLoop, Learning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.scheduler import Limits, Scheduler
+from onlinespec.versions import Versions
 
 try:
     from onlinespec.server.app import create_app
@@ -45,23 +54,97 @@ def serve(command: Serve) -> int:
     check_save(command.save)
     limits = _limits(command)
     _settings(command)
+    if command.reset_drafter and not command.versions:
+        raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
     with listening(command.host, command.port) as door:
         target = load(command.target, command.machine)
         drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
-        learning = InlineLearning(drafter, config=_learner(command, config, drafter), seed=command.machine.seed)
-        is_ours = target.path == "own"
+        config = _learner(command, config, drafter)
+        if command.versions and drafter.is_trainable:
+            _resume(command, command.versions, target, drafter)
+        start, is_ours = drafter.weights.version, target.path == "own"
+        limits = limits if is_ours else _one_by_one(limits)
         prefixes = PrefixCache(int(command.prefix_megabytes * 1e6)) if command.prefix_megabytes and is_ours else None
-        loop = DecodeLoop(target, drafter, learning, prefixes)
-        engine = Engine(Scheduler(loop, limits if is_ours else _one_by_one(limits)))
-        settings = _settings(command, target)
-        greet = partial(_greet, command, settings, target, learning, door)
-        stopped_by = run(create_app(engine, settings), engine, door, settings.grace_seconds, greet)
+        control = None if command.fixed_draft_length else _control(command, target, drafter, limits)
+        settings, facts = _settings(command, target), _facts(command, config, target)
+        with _learning(command, config, target, drafter) as learning:
+            engine = Engine(Scheduler(DecodeLoop(target, drafter, learning, prefixes), limits, control))
+            greet = partial(_greet, command, settings, target, facts, door)
+            stopped_by = run(create_app(engine, settings, facts), engine, door, settings.grace_seconds, greet)
     if command.save:
         whose = f"drafter (weights version {drafter.weights.version})"
-        save(drafter, command.save, learning.num_rounds > 0, whose)
+        save(drafter, command.save, drafter.weights.version > start, whose)
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     return 0
+
+
+def _resume(command: Serve, folder: Path, target: Target, drafter: Drafter) -> None:
+    """Goes on with the newest good version, or begins anew."""
+    versions = Versions(folder)
+    if command.reset_drafter and (aside := versions.reset()):
+        err.print(f"the versions in {folder} are kept in {aside.name}", highlight=False, soft_wrap=True)
+    if found := versions.latest_good(target.fingerprint):
+        found.resume(drafter)
+        err.print(f"going on with version {found.number} of {folder}", highlight=False, soft_wrap=True)
+    elif (number := versions.next_version) > drafter.weights.version:  # a number is never used again
+        drafter.swap(DrafterWeights(drafter.weights.params, number))
+
+
+def _control(command: Serve, target: Target, drafter: Drafter, limits: Limits) -> Controller | None:
+    """What chooses the number of drafted tokens, once it has measured what steps cost here."""
+    most = command.decoding.num_draft_tokens
+    if not most:
+        return None
+    with err.status("measuring what steps cost"):
+        sampling = command.defaults(target.sampling).sampling
+        costs = measure_step_costs(target, drafter, limits.max_running, most, sampling)
+    return Controller(costs, most, command.learning.learn_budget)
+
+
+@contextmanager
+def _learning(command: Serve, config: LearnConfig, target: Target, drafter: Drafter) -> Iterator[Learning | None]:
+    """Learning where it was asked for; it ends with the block."""
+    place = _place(command, config, target)
+    if place in ("", "inline"):
+        yield InlineLearning(drafter, config=config, seed=command.machine.seed) if place else None
+        return
+    recipe = Recipe(
+        drafter=command.drafter_name,
+        learner=command.learner or _DEFAULT_LEARNER,
+        config=config,
+        seed=command.machine.seed,
+        tuning=command.learning.tuning(),
+        share=command.learning.learn_budget,
+        versions=str(command.versions.absolute()) if command.versions else "",
+    )
+    learning = (ProcessLearning if place == "process" else ThreadLearning)(target, drafter, recipe)
+    learning.start()
+    try:
+        yield learning
+    finally:
+        learning.stop()
+
+
+def _place(command: Serve, config: LearnConfig, target: Target) -> str:
+    """Where learning runs; empty if nothing is learned."""
+    if config.learner == FROZEN:
+        return ""
+    if command.learn_in:
+        return command.learn_in
+    is_apart = target.decoder.device.type == "cpu" and target.decoder.has_plain_head
+    return "process" if is_apart else "thread"
+
+
+def _facts(command: Serve, config: LearnConfig, target: Target) -> dict[str, Any]:
+    """What the page says of the server."""
+    place = _place(command, config, target)
+    where = {"inline": "between steps", "thread": "in a thread", "process": "in a process of its own"}
+    return {
+        "drafter": command.drafter_name,
+        "learning_mode": f"learns {where[place]} ({config.learner})" if place else "does not learn",
+        "has_chat": bool(target.tokenizer.chat_template),
+    }
 
 
 def _limits(command: Serve) -> Limits:
@@ -95,18 +178,13 @@ def _learner(command: Serve, config: LearnConfig, drafter: Drafter) -> LearnConf
 
 
 def _greet(
-    command: Serve, settings: ServerSettings, target: Target, learning: InlineLearning, door: socket.socket
+    command: Serve, settings: ServerSettings, target: Target, facts: dict[str, Any], door: socket.socket
 ) -> None:
     """What is served, where, and how to ask."""
     host, port = door.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    how = (
-        "does not learn"
-        if learning.is_frozen or learning.config.learner == FROZEN
-        else f"learns ({learning.config.learner})"
-    )
-    lines = [f"serving {settings.model} at {url}; drafter {command.drafter_name} {how}"]
+    lines = [f"serving {settings.model} at {url}; drafter {command.drafter_name} {facts['learning_mode']}"]
     if target.path != "own":
         lines.append("this model runs through transformers: one request at a time, no shared prompts")
     if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:

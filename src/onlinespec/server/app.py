@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -22,7 +23,9 @@ from starlette.responses import Response
 from onlinespec import __version__
 from onlinespec.server.engine import Engine
 from onlinespec.server.errors import ApiError, documented, install
+from onlinespec.server.live import Live
 from onlinespec.server.metrics import CountResponses, Metrics
+from onlinespec.server.page import routes
 from onlinespec.server.replies import ChatReply, CompletionReply
 from onlinespec.server.schema import (
     ChatChunk,
@@ -45,15 +48,24 @@ _BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {  # and chunks of
 }
 
 
-def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
-    """The app; it starts the engine when it starts, and stops it when it ends."""
+def create_app(engine: Engine, settings: ServerSettings, facts: dict[str, Any] | None = None) -> FastAPI:
+    """The app; it starts the engine when it starts, and stops it when it ends.
+
+    Args:
+        facts: What the page says of the server: drafter, learning_mode, has_chat.
+    """
+    live = Live(
+        engine, {"model": settings.model, "drafter": "", "learning_mode": "", "has_chat": False} | (facts or {})
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        sampling = asyncio.create_task(live.run())
         try:
             yield
         finally:
+            sampling.cancel()
             await engine.stop(settings.grace_seconds)
 
     metrics = Metrics(engine)
@@ -61,6 +73,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     app.include_router(_models(engine, settings))
     app.include_router(_completions(Service(engine, settings, metrics)))
     app.include_router(_operations(engine, metrics))
+    app.include_router(routes(live))
     install(app)
     app.add_middleware(CountResponses, metrics=metrics)  # around all others
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
