@@ -10,7 +10,7 @@ from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.wire import Blob, Forget, Incoming, Outgoing, Published, Report, Rows, Said, Setting, decode, encode
+from onlinespec.wire import Batch, Blob, Forget, Incoming, Outgoing, Published, Report, Said, Setting, decode, encode
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200, 31, 5, 9], [7], [31, 77, 14, 9] * 20]
@@ -24,16 +24,12 @@ def served(prompts=PROMPTS, count=20):
     return recorder.feedback, requests
 
 
-def passed_on(feedback):
+def passed_on(feedback, size=1):
     """The same at the other end."""
     outgoing, incoming, arrived = Outgoing(), Incoming(), []
-    for record in feedback:
-        for message in map(decode, map(encode, outgoing.messages(record))):
-            if isinstance(message, Rows):
-                arrived.append(incoming.record(message))
-            else:
-                incoming.forget(message)
-    return arrived, incoming
+    for i in range(0, len(feedback), size):
+        arrived += incoming.records(decode(encode(outgoing.batch(feedback[i : i + size]))))
+    return arrived
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
@@ -45,9 +41,10 @@ def test_a_tensor_arrives_as_it_was(dtype, shape):
     assert torch.equal(arrived, sent.T if sent.dim() == 2 else sent)
 
 
-def test_feedback_arrives_as_it_was_and_every_state_is_sent_once():
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_feedback_arrives_as_it_was_and_every_state_is_sent_once(size):
     feedback, requests = served()
-    arrived, _ = passed_on(feedback)
+    arrived = passed_on(feedback, size)
     names = [field.name for field in fields(Feedback) if field.name != "trace"]
     for record, sent in zip(arrived, feedback, strict=True):
         assert [getattr(record, name) for name in names] == [getattr(sent, name) for name in names]
@@ -58,13 +55,13 @@ def test_feedback_arrives_as_it_was_and_every_state_is_sent_once():
         states = trace.hidden_states_SD[: trace.num_features]
         assert torch.equal(states, request.trace.hidden_states_SD[: request.trace.num_features])
     outgoing = Outgoing()
-    sizes = [len(m.states_SD.tensor()) for record in feedback for m in outgoing.messages(record) if isinstance(m, Rows)]
+    sizes = [len(rows.states_SD.tensor()) for rows in outgoing.batch(feedback).messages]
     assert sum(sizes) == sum(request.trace.num_features for request in requests)
 
 
 def test_records_that_were_dropped_leave_their_text_whole():
     feedback, requests = served()
-    arrived, _ = passed_on(feedback[::3] + [record for record in feedback if record.is_last])
+    arrived = passed_on(feedback[::3] + [record for record in feedback if record.is_last])
     for record in arrived:
         request = next(one for one in requests if one.request_id == record.request_id)
         end = record.start + record.num_rows
@@ -75,33 +72,27 @@ def test_records_that_were_dropped_leave_their_text_whole():
 def test_both_ends_let_go_of_a_text_that_no_one_holds():
     outgoing, incoming = Outgoing(), Incoming()
 
-    def send(record):
-        for message in outgoing.messages(record):
-            if isinstance(message, Rows):
-                incoming.record(message)
-            else:
-                incoming.forget(message)
+    def send(records):
+        incoming.records(outgoing.batch(records))
 
     for _ in range(3):
         feedback, requests = served()
-        for record in feedback:
-            send(record)
-        del feedback, requests, record
+        send(feedback)
+        del feedback, requests
         gc.collect()
     feedback, _ = served(PROMPTS[:1], 1)
-    send(feedback[0])
+    send(feedback[:1])
     assert len(incoming) == len(outgoing._sent) == 1
 
 
 def test_a_message_that_is_missing_is_noticed():
     feedback, _ = served(PROMPTS[:1])
     outgoing, incoming = Outgoing(), Incoming()
-    first, second = (outgoing.messages(record)[0] for record in feedback[:2])
+    first, second = (outgoing.batch([record]) for record in feedback[:2])
     with pytest.raises(ValueError, match="text 0 goes on at token 7, of it 0 are known"):
-        incoming.record(second)
-    incoming.forget(Forget(0))
-    incoming.record(first)
-    incoming.record(second)
+        incoming.records(second)
+    incoming.records(Batch([Forget(0)]))
+    assert len(incoming.records(first) + incoming.records(second)) == 2
 
 
 def test_weights_arrive_with_their_number_and_a_changed_bit_is_noticed():

@@ -32,7 +32,7 @@ from onlinespec.models.head_only import Ends
 from onlinespec.models.loading import Target
 from onlinespec.trainer import Keeping, Trainer
 from onlinespec.versions import Versions
-from onlinespec.wire import Forget, Incoming, Message, Outgoing, Published, Report, Rows, Said, Setting, decode, encode
+from onlinespec.wire import Batch, Incoming, Message, Outgoing, Published, Report, Said, Setting, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -190,8 +190,9 @@ class ThreadLearning(BackgroundLearning):
         reported = -_REPORT_SECONDS
         try:
             while records := self._take():
-                if published := self.trainer.offer(records):
-                    self._publish(published)
+                for record in records:  # one by one: each may bring a round
+                    if published := self.trainer.offer([record]):
+                        self._publish(published)
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     self._figures = self.trainer.figures() | {"share_spent": self._budget.share_spent}
                     reported = time.monotonic()
@@ -244,9 +245,7 @@ class ProcessLearning(BackgroundLearning):
         outgoing = Outgoing()
         try:
             while records := self._take():
-                for record in records:
-                    for message in outgoing.messages(record):
-                        self._connection.send_bytes(encode(message))
+                self._connection.send_bytes(encode(outgoing.batch(records)))
                 while self._settings:
                     self._connection.send_bytes(encode(self._settings.popleft()))
             self._connection.send_bytes(b"")
@@ -291,15 +290,15 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
     trainer = recipe.trainer(ends.target(), published.weights(), budget)
     with contextlib.suppress(OSError, AttributeError):
         os.nice(recipe.niceness)
+    budget.begin()
     incoming, reported = Incoming(), -_REPORT_SECONDS
     with contextlib.suppress(EOFError, OSError):
         while data := connection.recv_bytes():
             match decode(data):
-                case Rows() as rows:
-                    if version := trainer.offer([incoming.record(rows)]):
-                        send(Published.of(version))
-                case Forget() as gone:
-                    incoming.forget(gone)
+                case Batch() as batch:
+                    for record in incoming.records(batch):  # one by one: each may bring a round
+                        if version := trainer.offer([record]):
+                            send(Published.of(version))
                 case Setting(share):
                     budget.share = share
             if time.monotonic() - reported > _REPORT_SECONDS or trainer.failure:

@@ -12,6 +12,7 @@ import itertools
 import weakref
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -66,6 +67,12 @@ class Forget(Struct, frozen=True, tag=True):
     text: int
 
 
+class Batch(Struct, frozen=True, tag=True):
+    """Several messages at once: a sender that shares an interpreter with others gets its turn only so often."""
+
+    messages: list[Rows | Forget]
+
+
 class Published(Struct, frozen=True, tag=True):
     """Weights to draft with from now on."""
 
@@ -105,7 +112,7 @@ class Setting(Struct, frozen=True, tag=True):
     share: float
 
 
-Message = Rows | Forget | Published | Report | Said | Setting
+Message = Batch | Published | Report | Said | Setting
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -131,10 +138,10 @@ class Outgoing:
         self._numbers = itertools.count()
         self._gone: deque[Forget] = deque()
 
-    def messages(self, record: Feedback) -> list[Message]:
-        """A record, behind what became of other texts. Records of a text may be left out, but keep their order."""
+    def batch(self, records: Sequence[Feedback]) -> Batch:
+        """Records, behind what became of other texts. Records of a text may be left out, but keep their order."""
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
-        return [*gone, self._rows(record)]
+        return Batch([*gone, *map(self._rows, records)])
 
     def _rows(self, record: Feedback) -> Rows:
         trace, end = record.trace, record.start + record.num_rows
@@ -167,8 +174,21 @@ class Incoming:
     def __len__(self) -> int:
         return len(self._traces)
 
-    def record(self, rows: Rows) -> Feedback:
-        """The record, over a text of this end's own."""
+    def records(self, batch: Batch) -> list[Feedback]:
+        """The records, over texts of this end's own.
+
+        Raises:
+            ValueError: if something of a text did not come.
+        """
+        return [record for message in batch.messages if (record := self._take(message))]
+
+    def _take(self, message: Rows | Forget) -> Feedback | None:
+        if isinstance(message, Rows):
+            return self._record(message)
+        self._traces.pop(message.text, None)  # learning may still hold it
+        return None
+
+    def _record(self, rows: Rows) -> Feedback:
         states_SD = rows.states_SD.tensor()
         trace = self._traces.get(rows.text)
         if trace is None:
@@ -183,10 +203,6 @@ class Incoming:
         trace.hidden_states_SD[trace.num_features : trace.num_features + len(states_SD)] = states_SD
         trace.num_features += len(states_SD)
         return Feedback(trace=trace, **rows.record)
-
-    def forget(self, message: Forget) -> None:
-        """Lets go of a text; learning may still hold it."""
-        self._traces.pop(message.text, None)
 
 
 def _checksum(params: dict[str, Blob]) -> int:
