@@ -380,6 +380,20 @@ def test_candidates_that_are_refused_come_up_less_and_less_often():
     assert gaps[:10] == [0, 8, 16, 24, 32, 40, 48, 56, 64, 64]
 
 
+def test_what_is_on_trial_when_the_traffic_moves_is_dropped():
+    good, bad = better_and_worse()
+    publisher = publisher_with(good)
+    for _ in range(3):
+        assert tried(publisher, bad, traffic(range(8)))[0] is None
+        publisher._pause = 0
+    publisher.propose({"logits": bad})
+    assert not publisher.wants_candidate
+    publisher.begin_anew()
+    assert publisher.wants_candidate
+    assert tried(publisher, bad, traffic(range(8)))[0] is None
+    assert publisher.wants_candidate  # as after a first refusal
+
+
 def test_a_lower_training_loss_is_no_reason_to_promote():
     """More certain of the text, and yet never of its token first: the loss falls, and so does acceptance."""
     own = torch.eye(VOCAB)[TARGET.logits.argmax(-1)]

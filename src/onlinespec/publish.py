@@ -329,6 +329,10 @@ class Publisher:
         elif not self._events or self._events[-1].reason != _NOT_FINITE:  # once, however often it is offered
             self._refuse(_NOT_FINITE)
 
+    def begin_anew(self) -> None:
+        """The traffic has moved: what is on trial was not made for it, and refusals were of another time."""
+        self._trial, self._num_refused, self._pause = None, 0, 0
+
     def check(self) -> DrafterWeights | None:
         """A new version to serve, if there is one: a candidate that drafts better, or the one before again."""
         return self._check_watch() or self._check_trial()

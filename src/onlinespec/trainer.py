@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 
 _SHOWN_EVENTS = 50
+_ROUNDS_AFTER_DRIFT = 4
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Trainer:
         self.learning = InlineLearning(drafter, config=config, seed=seed, budget=budget, on_failure=self._fail)
         self.publisher = self._resumed(publishing) if keeping else Publisher(drafter, publishing)
         self._proposed = self.learning.num_rounds  # when a candidate was last proposed
+        self._num_drifts = 0  # noticed so far
         self._heard: dict[int, int] = {}  # tokens of each text, by the id of a trace that others keep alive
         self.failure = ""  # why nothing is learned any more
 
@@ -77,9 +79,7 @@ class Trainer:
             self._hear(record)
         self.publisher.offer(records)
         self.learning.offer(records)
-        if self.publisher.wants_candidate and self.learning.num_rounds > self._proposed:
-            self._proposed = self.learning.num_rounds
-            self.publisher.propose(self._drafter.weights.params)
+        self._propose()
         version = self.publisher.check()
         num_new = self.publisher.num_events - before
         events = self.publisher.history[-num_new:] if num_new else ()
@@ -88,6 +88,17 @@ class Trainer:
         if self._keeping:
             self._keep(self._keeping, events, version)
         return version
+
+    def _propose(self) -> None:
+        """A candidate, when there is something new to it; after a drift one that has learned of it."""
+        learning = self.learning
+        if learning.cadence.num_drifts > self._num_drifts:
+            self._num_drifts = learning.cadence.num_drifts
+            self._proposed = learning.num_rounds + _ROUNDS_AFTER_DRIFT - 1
+            self.publisher.begin_anew()
+        if self.publisher.wants_candidate and learning.num_rounds > self._proposed:
+            self._proposed = learning.num_rounds
+            self.publisher.propose(self._drafter.weights.params)
 
     def figures(self) -> dict[str, Any]:
         """How it fares, in plain numbers and words."""
