@@ -88,22 +88,20 @@ class Acceptance:
 
     def _observe_request(self, request_id: Hashable, num_accepted: int, is_refused: bool) -> None:
         request = self._requests.setdefault(request_id, _Misses())
+        factors = [self._shrunk(request, shrinkage) for shrinkage in self._SHRINKAGES]
+        best, fading = self._best_shrinkage, self._LOSS_FADING
         for position in range(num_accepted + is_refused):
             is_kept = position < num_accepted
             self._kept[position] += is_kept
             self._reached[position] += 1
             miss_prob = 1 - self.probs[position]
-            foretold = [
-                min(max(1 - self._shrunk(request, shrinkage) * miss_prob, self._LEAST), self._MOST)
-                for shrinkage in self._SHRINKAGES
-            ]
+            foretold = [min(max(1 - factor * miss_prob, self._LEAST), self._MOST) for factor in factors]
             self._losses = [
-                self._LOSS_FADING * loss - math.log(prob if is_kept else 1 - prob)
+                fading * loss - math.log(prob if is_kept else 1 - prob)
                 for loss, prob in zip(self._losses, foretold, strict=True)
             ]
-            prob = foretold[self._best_shrinkage]
-            self._surprise += is_kept - prob
-            self._surprise_variance += prob * (1 - prob)
+            self._surprise += is_kept - foretold[best]
+            self._surprise_variance += foretold[best] * (1 - foretold[best])
             request.fade(self._REQUEST_FADING)
             request.missed += not is_kept
             request.expected += miss_prob

@@ -126,6 +126,7 @@ class Controller:
     _RETURN_STEPS, _PROBE_STEPS = 16, 32  # with drafts, before a probe is won, and after which it is if it is not lost
 
     _FIRST_PROBE_SHARE, _LEAST_PROBE_SHARE = 0.01, 0.004  # of time while off; halved by each probe that fails
+    _PROBE_REQUESTS = 2  # that draft in a step
     _KEPT_IN_PROBE = 24.0  # tokens: what is still believed of a drafter that was off
     _TRIAL_SHARE = 0.003  # of time while on
     _TRIAL_STEPS = 2  # in a row: costs believe what two visits agree on
@@ -186,7 +187,7 @@ class Controller:
             return plain
         if self._is_trial_due:
             return self._trial(limits)
-        return self._best.num_draft_tokens_B
+        return self._probe(request_ids) if self._is_probing else self._best.num_draft_tokens_B
 
     def _weigh(self, request_ids: Sequence[Hashable], limits: Sequence[int]) -> None:
         """Looks for the best drafting step, and what plain decoding brings beside it."""
@@ -244,6 +245,14 @@ class Controller:
         self._trial_steps_left -= 1
         self._is_trial = True
         return [min(self._trial_depth, limit) for limit in limits]
+
+    def _probe(self, request_ids: Sequence[Hashable]) -> list[int]:
+        """The best step's drafts, of the few requests that have missed least: what was missed must be read first."""
+        best = self._best.num_draft_tokens_B
+        drafting = [i for i, num_draft_tokens in enumerate(best) if num_draft_tokens]
+        drafting.sort(key=lambda i: self._missed.get(request_ids[i], 0))
+        chosen = set(drafting[: self._PROBE_REQUESTS])
+        return [num_draft_tokens if i in chosen else 0 for i, num_draft_tokens in enumerate(best)]
 
     def _begin_probe(self) -> None:
         self._is_on = self._is_probing = True
