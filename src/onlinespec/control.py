@@ -127,6 +127,7 @@ class Controller:
 
     _FIRST_PROBE_SHARE, _LEAST_PROBE_SHARE = 0.01, 0.004  # of time while off; halved by each probe that fails
     _PROBE_REQUESTS = 2  # that draft in a step
+    _LEAST_PROBE_COST = 0.25  # plain steps
     _KEPT_IN_PROBE = 24.0  # tokens: what is still believed of a drafter that was off
     _TRIAL_SHARE = 0.003  # of time while on
     _TRIAL_STEPS = 2  # in a row: costs believe what two visits agree on
@@ -187,7 +188,7 @@ class Controller:
             return plain
         if self._is_trial_due:
             return self._trial(limits)
-        return self._probe(request_ids) if self._is_probing else self._best.num_draft_tokens_B
+        return self._probe(request_ids, limits) if self._is_probing else self._best.num_draft_tokens_B
 
     def _weigh(self, request_ids: Sequence[Hashable], limits: Sequence[int]) -> None:
         """Looks for the best drafting step, and what plain decoding brings beside it."""
@@ -223,7 +224,7 @@ class Controller:
             self._num_failed += 1
         else:
             self._num_switches, self._saved = self._num_switches + 1, 0.0
-        self._saved = min(self._saved, -self._plain_seconds)  # a probe has spent from it
+        self._saved = min(self._saved, -self._LEAST_PROBE_COST * self._plain_seconds)  # a probe has spent from it
         self._is_on = self._is_probing = False
         self._trial_steps_left = 0
 
@@ -246,13 +247,13 @@ class Controller:
         self._is_trial = True
         return [min(self._trial_depth, limit) for limit in limits]
 
-    def _probe(self, request_ids: Sequence[Hashable]) -> list[int]:
-        """The best step's drafts, of the few requests that have missed least: what was missed must be read first."""
-        best = self._best.num_draft_tokens_B
-        drafting = [i for i, num_draft_tokens in enumerate(best) if num_draft_tokens]
-        drafting.sort(key=lambda i: self._missed.get(request_ids[i], 0))
-        chosen = set(drafting[: self._PROBE_REQUESTS])
-        return [num_draft_tokens if i in chosen else 0 for i, num_draft_tokens in enumerate(best)]
+    def _probe(self, request_ids: Sequence[Hashable], limits: Sequence[int]) -> list[int]:
+        """Drafts for the few requests that have missed least: what a drafter missed it must read first."""
+        order = sorted((self._missed.get(request_ids[i], 0), i) for i, limit in enumerate(limits) if limit)
+        chosen = [0] * len(limits)
+        for _, i in order[: self._PROBE_REQUESTS]:
+            chosen[i] = max(1, self._best.num_draft_tokens_B[i])
+        return chosen
 
     def _begin_probe(self) -> None:
         self._is_on = self._is_probing = True
@@ -280,9 +281,10 @@ class Controller:
                 for one in zip(record.request_ids, record.num_draft_tokens_B, strict=True)
             )
             tokens += sum(record.num_accepted_B)
-            self._acceptance.observe(record.request_ids, record.num_draft_tokens_B, record.num_accepted_B)
             self._num_drafted_steps += 1
             self._num_drafts += sum(K > 0 for K in record.num_draft_tokens_B)
+            if self._acceptance.observe(record.request_ids, record.num_draft_tokens_B, record.num_accepted_B):
+                self._num_drafted_steps = self._num_drafts = 0  # judge anew
         if self._is_on and drafted and not (is_trial or self._is_probing or catches_up):
             self._measured = self._measured.plus(tokens / len(record.request_ids), ratio, self._FADING)
             self._expected = self._expected.plus(expected_tokens / len(record.request_ids), 1.0, self._FADING)

@@ -112,8 +112,8 @@ class TrackedCosts:
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
-        drafted = np.array(costs.draft_seconds)
-        added = np.maximum(np.diff(drafted, axis=1, prepend=0.0), 1e-3 * drafted)  # noise may have them fall
+        drafted = np.stack([_mended(costs.num_draft_tokens, row) for row in costs.draft_seconds])
+        added = np.maximum(np.diff(drafted, axis=1, prepend=0.0), 1e-3 * drafted)
         self._draft, self._verify = _Grid(added), _Grid(np.array(costs.verify_seconds))
         self._log_scale, self._scale_variance = 0.0, 0.0
         self._now = 0  # timed steps so far
@@ -249,6 +249,13 @@ class _Grid:
         gains = shares * self._variance / total_variance
         self.seconds *= np.exp(gains * surprise)
         self._variance *= 1 - shares * gains
+
+
+def _mended(depths: Sequence[int], seconds: Sequence[float]) -> Floats:
+    """Draft seconds without those that are above a deeper draft's, which can't be: a hiccup while measuring."""
+    row = np.array(seconds)
+    is_fine = row <= np.minimum.accumulate(row[::-1])[::-1]
+    return np.interp(depths, np.array(depths)[is_fine], row[is_fine])
 
 
 # Interpolation. Linear between the profile's shapes, and beyond its largest batch along its last two.
