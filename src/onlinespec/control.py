@@ -175,6 +175,7 @@ class Controller:
         """
         limits = [max(0, min(limit, self._max)) for limit in limits_B]
         plain = [0] * len(limits)
+        self._is_trial = False
         has_new = not self._known.issuperset(request_ids)
         self._known.update(request_ids)
         if not any(limits) or not (self._is_on or self._is_probe_due or has_new):

@@ -252,10 +252,13 @@ class _Grid:
 
 
 def _mended(depths: Sequence[int], seconds: Sequence[float]) -> Floats:
-    """Draft seconds without those that are above a deeper draft's, which can't be: a hiccup while measuring."""
-    row = np.array(seconds)
-    is_fine = row <= np.minimum.accumulate(row[::-1])[::-1]
-    return np.interp(depths, np.array(depths)[is_fine], row[is_fine])
+    """Draft seconds that rise with depth, as they must: what fits least, a hiccup while measuring, is drawn anew."""
+    rising: list[list[int]] = []  # for each column the longest rising row of columns that ends there
+    for n, cell in enumerate(seconds):
+        before = [row for row in rising if seconds[row[-1]] <= cell]
+        rising.append([*max(before, key=len, default=[]), n])
+    fine = max(rising, key=len)
+    return np.interp(depths, [depths[n] for n in fine], [seconds[n] for n in fine])
 
 
 # Interpolation. Linear between the profile's shapes, and beyond its largest batch along its last two.
