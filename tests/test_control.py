@@ -143,7 +143,17 @@ def test_an_answer_too_short_for_a_draft_is_no_reason_to_stop():
 
 
 def test_learning_has_its_budget_while_drafting_pays():
-    assert seen(controller_of(QUIET, learn_budget=0.08), 50, num_accepted=3).learn_share == 0.08
+    controller = controller_of(QUIET, learn_budget=0.08)
+    assert controller.learn_share == 0.08
+    seen(controller, 50, num_accepted=3).choose(["a"], [8])
+    assert controller.learn_share == 0.08
+
+
+@pytest.mark.parametrize("prob", [0.2, 0.25, 0.3])
+def test_learning_spends_no_more_than_drafting_gains(prob):
+    run = simulate(controller_of(QUIET), QUIET, always(prob), num_tokens=6_000, learning=True)
+    plain = simulate(Fixed(0), QUIET, always(prob), num_tokens=6_000)
+    assert run.seconds <= plain.seconds / 0.97
 
 
 def test_learning_backs_off_to_1_percent_while_drafting_is_off_and_returns_with_it():

@@ -92,6 +92,7 @@ class Acceptance:
             if reached > num_tokens:
                 self._kept[position] *= num_tokens / reached
                 self._reached[position] = num_tokens
+        self._lately_kept, self._lately_reached = [0.0] * len(self.probs), [0.0] * len(self.probs)
 
     def forget(self, request_id: Hashable) -> None:
         """The request is over."""

@@ -118,14 +118,14 @@ class Controller:
         learn_budget: Share of decoding time that learning may take while drafting pays.
     """
 
-    OFF_LEARN_SHARE = 0.01  # most of the time that learning may take while drafting is off
+    OFF_LEARN_SHARE = 0.01  # most of the time that learning may take while drafting is off or gains less than that
 
     _STAY, _RETURN = 0.99, 1.02  # drafting goodput over plain: off below the one, back for good above the other
     _LEAST_STEPS, _LEAST_DRAFTS = 2, 4  # until drafting is judged; a draft is one request's in one step
     _LOSING_STEPS = 8  # in a row, plain all of them, until it is off: an answer's last few may be too short for drafts
     _RETURN_STEPS, _PROBE_STEPS = 16, 32  # with drafts, before a probe is won, and after which it is if it is not lost
 
-    _FIRST_PROBE_SHARE, _LEAST_PROBE_SHARE = 0.01, 0.004  # of time while off; halved by each probe that fails
+    _FIRST_PROBE_SHARE, _LEAST_PROBE_SHARE = 0.02, 0.004  # of time while off; halved by each probe that fails
     _PROBE_REQUESTS = 2  # that draft in a step
     _LEAST_PROBE_COST = 0.25  # plain steps
     _KEPT_IN_PROBE = 24.0  # tokens: what is still believed of a drafter that was off
@@ -160,10 +160,11 @@ class Controller:
 
     @property
     def learn_share(self) -> float:
-        """Share of decoding time that learning may take now."""
-        if self._is_on and not self._is_probing:
+        """Share of decoding time that learning may take now: no more than drafting gains, little while it is off."""
+        if not self._best.num_draft_tokens_B:  # nothing is known yet
             return self._learn_budget
-        return min(self._learn_budget, self.OFF_LEARN_SHARE)
+        gained = 1 - 1 / self._gain if self._is_on and not self._is_probing else 0.0
+        return min(self._learn_budget, max(gained, self.OFF_LEARN_SHARE))
 
     # --- before a step ------------------------------------------------------------------------------------------
 
