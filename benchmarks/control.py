@@ -146,8 +146,8 @@ def main(options: Options) -> None:
         f"{machine.target * 1e3:g} ms, each further row {machine.row * 1e3:g}, a drafting depth "
         f"{machine.draft * 1e3:g} and {machine.draft_row * 1e3:g} for each request, a token to read after a pause "
         f"{machine.missed * 1e3:g}. *Noisy*: what the controller sees has 10 % of noise, and one step in a hundred "
-        "takes ten times as long; what is counted has neither. *Hopeless* keeps 5 % of its tokens, *good* 80, 75 and 70 % "
-        "by position; a change comes at half of the tokens. *With learning*: over plain decoding, when learning "
+        "takes ten times as long; what is counted has neither. *Hopeless* keeps 5 % of its tokens, *good* 80, 75, "
+        "70 % by position; a change comes at half of the tokens. *With learning*: over plain decoding, when learning "
         "takes all that it may, at most 8 %, and brings nothing. Mean of the seeds (worst of them)."
     )
     for line in (*tables(options), *choice_costs()):
