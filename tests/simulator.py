@@ -1,7 +1,8 @@
 """A serving machine made of formulas: known costs, known acceptance, no clock. For `control`.
 
 A token's fate hangs on its place alone: a uniform number per request and position decides whether a draft of it is
-kept, so that contenders differ by what they choose and not by luck. Time is counted, not taken.
+kept, so that contenders differ by what they choose and not by luck. Time is counted, not taken; noise is in what the
+controller sees and not in what is counted, where the luck of hiccups would drown the differences.
 """
 
 from __future__ import annotations
@@ -109,9 +110,9 @@ def simulate(
         late = sum(count for count, depth in zip(missed, depths, strict=True) if depth)
         hiccup = 10.0 if machine.hiccup and rng.random() < machine.hiccup else 1.0
         noise = hiccup * np.exp(machine.noise * rng.standard_normal(2)) if machine.noise else (1.0, 1.0)
-        draft = machine.draft_seconds(depths, late) * float(noise[0])
-        verify = machine.verify_seconds(depths) * float(noise[1])
-        controller.observe(StepRecord(list(numbers), depths, accepted, draft, verify))
+        draft, verify = machine.draft_seconds(depths, late), machine.verify_seconds(depths)
+        noisy = draft * float(noise[0]), verify * float(noise[1])
+        controller.observe(StepRecord(list(numbers), depths, accepted, *noisy))
         run.seconds += (draft + verify) * (1 + controller.learn_share * learning)
         run.steps += 1
         is_drafting = any(depths)

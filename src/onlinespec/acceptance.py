@@ -29,8 +29,9 @@ class Acceptance:
 
     _FAST = 1 - 1 / 16  # of surprises, by a step that drafts
     _ALARM = 3.5  # standard deviations
-    _KEPT_AFTER_ALARM = 4.0  # tokens at each position ...
-    _FADING_AFTER_ALARM = 0.25  # ... and this share of a request's counts
+    _LATELY = 1 - 1 / 8  # counts, by a step that drafts, that an alarm starts from ...
+    _KEPT_AFTER_ALARM = 4.0  # ... as so many tokens at each position ...
+    _FADING_AFTER_ALARM = 0.25  # ... beside this share of a request's counts
 
     _REQUEST_FADING = 1 - 1 / 64  # of a request's counts, by a token of its own ...
     _IDLE_FADING = 1 - 1 / 512  # ... or by a step in which it drafts nothing, so that it is tried again
@@ -40,6 +41,7 @@ class Acceptance:
 
     def __init__(self, max_draft_tokens: int) -> None:
         self._kept, self._reached = [0.0] * max_draft_tokens, [0.0] * max_draft_tokens
+        self._lately_kept, self._lately_reached = self._kept.copy(), self._kept.copy()
         self._requests: dict[Hashable, _Misses] = {}
         self._losses = [0.0] * len(self._SHRINKAGES)  # of each shrinkage, in nats
         self._surprise = self._surprise_variance = 0.0
@@ -56,11 +58,17 @@ class Acceptance:
 
     def observe(
         self, request_ids: Sequence[Hashable], num_draft_tokens_B: Iterable[int], num_accepted_B: Iterable[int]
-    ) -> None:
-        """Hears what became of a step's drafts."""
+    ) -> bool:
+        """Hears what became of a step's drafts.
+
+        Returns:
+            Whether that came as such a surprise that most of what was believed is forgotten.
+        """
         rows = list(zip(request_ids, num_draft_tokens_B, num_accepted_B, strict=True))
         self._kept = [self._FADING * count for count in self._kept]
         self._reached = [self._FADING * count for count in self._reached]
+        self._lately_kept = [self._LATELY * count for count in self._lately_kept]
+        self._lately_reached = [self._LATELY * count for count in self._lately_reached]
         self._surprise *= self._FAST
         self._surprise_variance *= self._FAST**2
         for request_id, num_drafted, num_accepted in rows:
@@ -68,12 +76,15 @@ class Acceptance:
                 self._observe_request(request_id, num_accepted, is_refused=num_drafted > num_accepted)
             elif request_id in self._requests:
                 self._requests[request_id].fade(self._IDLE_FADING)
-        if abs(self._surprise) > self._ALARM * math.sqrt(self._surprise_variance + 0.25):
+        is_alarm = abs(self._surprise) > self._ALARM * math.sqrt(self._surprise_variance + 0.25)
+        if is_alarm:
+            self._kept, self._reached = self._lately_kept.copy(), self._lately_reached.copy()
             self.doubt(self._KEPT_AFTER_ALARM)
             for request in self._requests.values():
                 request.fade(self._FADING_AFTER_ALARM)
             self._surprise = self._surprise_variance = 0.0
         self._estimate()
+        return is_alarm
 
     def doubt(self, num_tokens: float) -> None:
         """Keeps what is believed, but no more firmly than so many tokens at each position would make it believed."""
@@ -81,6 +92,7 @@ class Acceptance:
             if reached > num_tokens:
                 self._kept[position] *= num_tokens / reached
                 self._reached[position] = num_tokens
+        self._lately_kept, self._lately_reached = [0.0] * len(self.probs), [0.0] * len(self.probs)
 
     def forget(self, request_id: Hashable) -> None:
         """The request is over."""
@@ -88,22 +100,22 @@ class Acceptance:
 
     def _observe_request(self, request_id: Hashable, num_accepted: int, is_refused: bool) -> None:
         request = self._requests.setdefault(request_id, _Misses())
+        factors = [self._shrunk(request, shrinkage) for shrinkage in self._SHRINKAGES]
+        best, fading = self._best_shrinkage, self._LOSS_FADING
         for position in range(num_accepted + is_refused):
             is_kept = position < num_accepted
             self._kept[position] += is_kept
             self._reached[position] += 1
+            self._lately_kept[position] += is_kept
+            self._lately_reached[position] += 1
             miss_prob = 1 - self.probs[position]
-            foretold = [
-                min(max(1 - self._shrunk(request, shrinkage) * miss_prob, self._LEAST), self._MOST)
-                for shrinkage in self._SHRINKAGES
-            ]
+            foretold = [min(max(1 - factor * miss_prob, self._LEAST), self._MOST) for factor in factors]
             self._losses = [
-                self._LOSS_FADING * loss - math.log(prob if is_kept else 1 - prob)
+                fading * loss - math.log(prob if is_kept else 1 - prob)
                 for loss, prob in zip(self._losses, foretold, strict=True)
             ]
-            prob = foretold[self._best_shrinkage]
-            self._surprise += is_kept - prob
-            self._surprise_variance += prob * (1 - prob)
+            self._surprise += is_kept - foretold[best]
+            self._surprise_variance += foretold[best] * (1 - foretold[best])
             request.fade(self._REQUEST_FADING)
             request.missed += not is_kept
             request.expected += miss_prob

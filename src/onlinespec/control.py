@@ -104,13 +104,14 @@ class Controller:
     """Drafts while that brings more committed tokens per second than plain decoding, and as deep as brings the most.
 
     Expected tokens over expected seconds, both from what was measured: acceptance by position and request, costs by
-    shape. What the drafting steps of late really brought, against what was expected of them, corrects the estimate, so
-    that a mistaken model of either cannot keep a losing drafter on.
+    shape. What the drafting steps of late really brought, against what was expected of them, corrects the estimate, for
+    the model of either may be mistaken. (A step counts as at most half as long again as expected: hiccups are no news.)
 
     Everything tried for the sake of knowing is paid for out of shares of time. While drafting, `_TRIAL_SHARE` goes into
     steps of the shape that was seen longest ago, plain decoding among them. While it is off, drafting is tried again
-    for a few steps: soon at first, then rarer as trials fail, until they take `_LEAST_PROBE_SHARE` and no less, for a
-    drafter may have learned. A trial that looks well is not ended, and so becomes the return.
+    for a few steps, a probe: soon at first, then rarer as probes fail, until they take `_LEAST_PROBE_SHARE` and no
+    less, for a drafter may have learned. A probe that looks well is not ended, and so becomes the return. A new
+    request ends a pause too, if by what is known of all requests drafting pays: that some miss says little of it.
 
     Args:
         costs: Measured at start, by `step_costs.profile`.
@@ -118,14 +119,18 @@ class Controller:
         learn_budget: Share of decoding time that learning may take while drafting pays.
     """
 
-    OFF_LEARN_SHARE = 0.01  # most of the time that learning may take while drafting is off
+    OFF_LEARN_SHARE = 0.01  # most of the time that learning may take while drafting is off or gains less than that
 
     _STAY, _RETURN = 0.99, 1.02  # drafting goodput over plain: off below the one, back for good above the other
     _LEAST_STEPS, _LEAST_DRAFTS = 2, 4  # until drafting is judged; a draft is one request's in one step
     _LOSING_STEPS = 8  # in a row, plain all of them, until it is off: an answer's last few may be too short for drafts
     _RETURN_STEPS, _PROBE_STEPS = 16, 32  # with drafts, before a probe is won, and after which it is if it is not lost
 
-    _FIRST_PROBE_SHARE, _LEAST_PROBE_SHARE = 0.01, 0.004  # of time while off; halved by each probe that fails
+    _FIRST_PROBE_SHARE, _LEAST_PROBE_SHARE = 0.02, 0.004  # of time while off; halved by each probe that fails
+    _PROBE_REQUESTS = 2  # that draft in a step
+    _LEAST_PROBE_COST, _MOST_DEBT = 0.25, 4.0  # plain steps that a probe is taken to have lost, which bounds the wait
+    _LASTING, _BRIEF_COST = 32, 0.1  # drafting steps of a return that was none, and plain steps that each has lost
+    _PARDON = 0.1  # of what drafting fell short of, in each probe: old mistakes must not keep it off
     _KEPT_IN_PROBE = 24.0  # tokens: what is still believed of a drafter that was off
     _TRIAL_SHARE = 0.003  # of time while on
     _TRIAL_STEPS = 2  # in a row: costs believe what two visits agree on
@@ -158,10 +163,11 @@ class Controller:
 
     @property
     def learn_share(self) -> float:
-        """Share of decoding time that learning may take now."""
-        if self._is_on and not self._is_probing:
+        """Share of decoding time that learning may take now: no more than drafting gains, little while it is off."""
+        if not self._best.num_draft_tokens_B:  # nothing is known yet
             return self._learn_budget
-        return min(self._learn_budget, self.OFF_LEARN_SHARE)
+        gained = 1 - 1 / self._gain if self._is_on and not self._is_probing else 0.0
+        return min(self._learn_budget, max(gained, self.OFF_LEARN_SHARE))
 
     # --- before a step ------------------------------------------------------------------------------------------
 
@@ -173,20 +179,21 @@ class Controller:
         """
         limits = [max(0, min(limit, self._max)) for limit in limits_B]
         plain = [0] * len(limits)
+        self._is_trial = False
         has_new = not self._known.issuperset(request_ids)
         self._known.update(request_ids)
         if not any(limits) or not (self._is_on or self._is_probe_due or has_new):
             return plain
         self._weigh(request_ids, limits)
         if not self._is_on:
-            if not self._is_probe_due and self._gain < self._RETURN:
+            if not self._is_probe_due and (self._gain < self._RETURN or self._is_in_debt):
                 return plain
             self._begin_probe()
         if self._is_losing():
             return plain
         if self._is_trial_due:
             return self._trial(limits)
-        return self._best.num_draft_tokens_B
+        return self._probe(request_ids, limits) if self._is_probing else self._best.num_draft_tokens_B
 
     def _weigh(self, request_ids: Sequence[Hashable], limits: Sequence[int]) -> None:
         """Looks for the best drafting step, and what plain decoding brings beside it."""
@@ -221,18 +228,27 @@ class Controller:
         if self._is_probing:
             self._num_failed += 1
         else:
-            self._num_switches, self._saved = self._num_switches + 1, 0.0
-        self._saved = min(self._saved, -self._plain_seconds)  # a probe has spent from it
+            self._num_switches += 1
+            is_brief = self._num_probes > 0 and self._num_drafted_steps < self._LASTING
+            self._num_failed = self._num_failed + 1 if is_brief else 0
+            self._saved = -self._BRIEF_COST * self._num_drafted_steps * self._plain_seconds if is_brief else 0.0
+        dearest, cheapest = self._MOST_DEBT * self._plain_seconds, self._LEAST_PROBE_COST * self._plain_seconds
+        self._saved = max(-dearest, min(self._saved, -cheapest))  # a probe has spent from it
         self._is_on = self._is_probing = False
         self._trial_steps_left = 0
 
     def _return(self) -> None:
-        self._is_probing, self._num_failed, self._saved = False, 0, 0.0
+        self._is_probing, self._saved = False, 0.0
         self._num_switches += 1
 
     @property
     def _is_probe_due(self) -> bool:
         return self._saved >= 0
+
+    @property
+    def _is_in_debt(self) -> bool:
+        """Whether trials have lost so much that not even a new request is a reason for one."""
+        return self._saved < -0.5 * self._MOST_DEBT * self._plain_seconds
 
     @property
     def _is_trial_due(self) -> bool:
@@ -245,12 +261,23 @@ class Controller:
         self._is_trial = True
         return [min(self._trial_depth, limit) for limit in limits]
 
+    def _probe(self, request_ids: Sequence[Hashable], limits: Sequence[int]) -> list[int]:
+        """Drafts for the few requests that have missed least: what a drafter missed it must read first."""
+        order = sorted((self._missed.get(request_ids[i], 0), i) for i, limit in enumerate(limits) if limit)
+        chosen = [0] * len(limits)
+        for _, i in order[: self._PROBE_REQUESTS]:
+            chosen[i] = max(1, self._best.num_draft_tokens_B[i])
+        return chosen
+
     def _begin_probe(self) -> None:
         self._is_on = self._is_probing = True
         self._num_drafted_steps = self._num_drafts = self._num_losing = 0
         self._num_probes += 1
         self._saved = min(self._saved, 0.0)
         self._acceptance.doubt(self._KEPT_IN_PROBE)
+        self._measured = _Sums(
+            *(m + self._PARDON * (e - m) for m, e in zip(self._measured, self._expected, strict=True))
+        )
 
     # --- after a step -------------------------------------------------------------------------------------------
 
@@ -271,9 +298,10 @@ class Controller:
                 for one in zip(record.request_ids, record.num_draft_tokens_B, strict=True)
             )
             tokens += sum(record.num_accepted_B)
-            self._acceptance.observe(record.request_ids, record.num_draft_tokens_B, record.num_accepted_B)
             self._num_drafted_steps += 1
             self._num_drafts += sum(K > 0 for K in record.num_draft_tokens_B)
+            if self._acceptance.observe(record.request_ids, record.num_draft_tokens_B, record.num_accepted_B):
+                self._num_drafts = 0  # judge anew
         if self._is_on and drafted and not (is_trial or self._is_probing or catches_up):
             self._measured = self._measured.plus(tokens / len(record.request_ids), ratio, self._FADING)
             self._expected = self._expected.plus(expected_tokens / len(record.request_ids), 1.0, self._FADING)

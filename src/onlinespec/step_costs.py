@@ -108,12 +108,12 @@ class TrackedCosts:
 
     _NOISE = 0.1**2  # variance of a step's log seconds
     _SCALE_DRIFT = 0.02**2  # of the scale, by a step
-    _LIKELY = 3.0  # standard deviations: more, if visits agree on it, is the machine's leap, and a hiccup if they don't
+    _LIKELY = 3.0  # standard deviations: more, if visits agree on it, is a leap, and a hiccup if they don't
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
-        drafted = np.array(costs.draft_seconds)
-        added = np.maximum(np.diff(drafted, axis=1, prepend=0.0), 1e-3 * drafted)  # noise may have them fall
+        drafted = np.stack([_mended(costs.num_draft_tokens, row) for row in costs.draft_seconds])
+        added = np.maximum(np.diff(drafted, axis=1, prepend=0.0), 1e-3 * drafted)
         self._draft, self._verify = _Grid(added), _Grid(np.array(costs.verify_seconds))
         self._log_scale, self._scale_variance = 0.0, 0.0
         self._now = 0  # timed steps so far
@@ -183,19 +183,23 @@ class TrackedCosts:
     def _correct(
         self, grid: _Grid, weights: Floats, cell: tuple[int, int], surprise: float, moves_scale: bool = True
     ) -> None:
-        shares, variance = grid.visit(weights, cell, self._now)
-        scale_variance = self._scale_variance if moves_scale else 0.0
-        total = scale_variance + float((shares * variance).sum()) + self._NOISE
-        likely = self._LIKELY * math.sqrt(total)
+        shares = grid.visit(weights, cell, self._now)
+        known = grid.variance(shares), self._scale_variance if moves_scale else 0.0
+        likely = self._LIKELY * math.sqrt(sum(known) + self._NOISE)
         agreed = grid.agreed(cell, surprise)
         if agreed is None or abs(surprise - agreed) > likely:
             return
+        if abs(agreed) > likely:  # whatever is known less has leapt
+            if known[0] > known[1]:
+                grid.loosen(shares, agreed**2)
+            else:
+                self._scale_variance += agreed**2
+        scale_variance = self._scale_variance if moves_scale else 0.0
+        total = grid.variance(shares) + scale_variance + self._NOISE
         if moves_scale:
-            leap = agreed**2 if abs(agreed) > likely else 0.0
-            scale_variance, total = scale_variance + leap, total + leap
             self._log_scale += scale_variance / total * agreed
-            self._scale_variance = scale_variance * (1 - scale_variance / total)
-        grid.correct(shares, variance / total, agreed)
+            self._scale_variance *= 1 - scale_variance / total
+        grid.correct(shares, agreed, total)
 
 
 class _Grid:
@@ -204,7 +208,7 @@ class _Grid:
     A step's seconds are a weighted sum of cells; each has its share in the sum, and in what the sum was wrong by.
     """
 
-    _AT_START = 0.4**2  # variance of a cell's log seconds before it is served: wrong by three times is within reach
+    _AT_START = 0.1**2  # variance of a cell's log seconds before it is served
     _DRIFT = 3e-5  # of it, by a step in which it is not visited: answers get longer, caches fill
 
     def __init__(self, seconds: Floats) -> None:
@@ -221,20 +225,40 @@ class _Grid:
             return None
         return math.copysign(min(abs(last), abs(surprise)), surprise) if last * surprise > 0 else 0.0
 
-    def visit(self, weights: Floats, cell: tuple[int, int], now: int) -> tuple[Floats, Floats]:
-        """Marks a cell; the share of every cell in a weighted sum, and that times its variance."""
-        shares = np.maximum(weights, 0) * self.seconds
+    def visit(self, weights: Floats, cell: tuple[int, int], now: int) -> Floats:
+        """Marks a cell; the share of every cell in a weighted sum."""
+        shares: Floats = np.maximum(weights, 0) * self.seconds
         shares /= shares.sum()
         touched = shares > 0
         self._variance[touched] += self._DRIFT * (now - self._updated[touched])
         np.minimum(self._variance, self._AT_START, out=self._variance)
         self._updated[touched] = now
         self.visited[cell] = now
-        return shares, shares * self._variance
+        return shares
 
-    def correct(self, shares: Floats, gains: Floats, surprise: float) -> None:
+    def variance(self, shares: Floats) -> float:
+        """Of the sum's logarithm."""
+        return float((shares * shares * self._variance).sum())
+
+    def loosen(self, shares: Floats, variance: float) -> None:
+        """Trusts these cells less."""
+        self._variance[shares > 0] += variance
+
+    def correct(self, shares: Floats, surprise: float, total_variance: float) -> None:
+        """Takes the cells' part of a surprise."""
+        gains = shares * self._variance / total_variance
         self.seconds *= np.exp(gains * surprise)
         self._variance *= 1 - shares * gains
+
+
+def _mended(depths: Sequence[int], seconds: Sequence[float]) -> Floats:
+    """Draft seconds that rise with depth, as they must: what fits least, a hiccup while measuring, is drawn anew."""
+    rising: list[list[int]] = []  # for each column the longest rising row of columns that ends there
+    for n, cell in enumerate(seconds):
+        before = [row for row in rising if seconds[row[-1]] <= cell]
+        rising.append([*max(before, key=len, default=[]), n])
+    fine = max(rising, key=len)
+    return np.interp(depths, [depths[n] for n in fine], [seconds[n] for n in fine])
 
 
 # Interpolation. Linear between the profile's shapes, and beyond its largest batch along its last two.
