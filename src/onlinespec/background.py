@@ -171,6 +171,7 @@ class ThreadLearning(BackgroundLearning):
     def __init__(self, target: Target, drafter: Drafter, recipe: Recipe, most_waiting: int = 4096) -> None:
         super().__init__(drafter, most_waiting)
         self._budget = ClockBudget(recipe.share, taken=time.thread_time)
+        self._share_spent = 0.0
         self.trainer = recipe.trainer(target, drafter.weights, self._budget)
         self._thread = threading.Thread(target=self._run, name="onlinespec-learning", daemon=True)
 
@@ -180,6 +181,10 @@ class ThreadLearning(BackgroundLearning):
     def set_share(self, share: float) -> None:
         self._budget.share = share
 
+    def figures(self) -> dict[str, Any]:
+        self._figures = self.trainer.figures() | {"share_spent": self._share_spent}
+        return super().figures()
+
     def stop(self, seconds: float = 10.0) -> None:
         self._end()
         self._thread.join(seconds)
@@ -187,15 +192,12 @@ class ThreadLearning(BackgroundLearning):
     def _run(self) -> None:
         torch.get_num_threads()  # which sets this thread's; see `Engine._run`
         self._budget.begin()
-        reported = -_REPORT_SECONDS
         try:
             while records := self._take():
                 for record in records:  # one by one: each may bring a round
                     if published := self.trainer.offer([record]):
                         self._publish(published)
-                if time.monotonic() - reported > _REPORT_SECONDS:
-                    self._figures = self.trainer.figures() | {"share_spent": self._budget.share_spent}
-                    reported = time.monotonic()
+                self._share_spent = self._budget.share_spent
                 if reason := self.trainer.failure:
                     return self._fail(reason)
         except Exception as error:  # as in learn.py: nothing that fails here may reach serving
@@ -293,7 +295,14 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
     budget.begin()
     incoming, reported = Incoming(), -_REPORT_SECONDS
     with contextlib.suppress(EOFError, OSError):
-        while data := connection.recv_bytes():
+        while not trainer.failure:
+            if time.monotonic() - reported > _REPORT_SECONDS:
+                send(Report(trainer.figures() | {"share_spent": budget.share_spent}))
+                reported = time.monotonic()
+            if not connection.poll(_REPORT_SECONDS):
+                continue
+            if not (data := connection.recv_bytes()):
+                return
             match decode(data):
                 case Batch() as batch:
                     for record in incoming.records(batch):  # one by one: each may bring a round
@@ -301,11 +310,7 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
                             send(Published.of(version))
                 case Setting(share):
                     budget.share = share
-            if time.monotonic() - reported > _REPORT_SECONDS or trainer.failure:
-                send(Report(trainer.figures() | {"share_spent": budget.share_spent}))
-                reported = time.monotonic()
-            if trainer.failure:
-                break
+        send(Report(trainer.figures()))
 
 
 class _Forwarding(logging.Handler):
