@@ -1,7 +1,7 @@
 """What serving over HTTP is like: for who waits for tokens, for who pays for the machine.
 
     python benchmarks/serving.py stream        net tokens per second of none, frozen and learned along a shifting stream
-    python benchmarks/serving.py interference  to the first token and between chunks: learning off, in a thread, a process
+    python benchmarks/serving.py interference  to the first token, between chunks: learning off, in a thread, a process
     python benchmarks/serving.py load          many streams for minutes: errors, memory, every greedy answer checked
     python benchmarks/serving.py never-slower  with a drafter that knows nothing, and against fixed draft lengths
 
