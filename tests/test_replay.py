@@ -137,6 +137,21 @@ def test_the_newest_requests_are_always_kept(sizes, seed):
     assert newest <= set(held(buffer))
 
 
+def test_a_request_is_forgotten_when_its_time_is_over():
+    now = [0.0]
+    buffer = ReplayBuffer(20 * cost(3), max_seconds=60, clock=lambda: now[0])
+    for place in range(16):  # ring and reservoir
+        now[0] = 10.0 * place
+        buffer.offer(request(str(place)))
+        assert len(buffer) == min(place + 1, 7)
+        assert buffer.num_bytes == len(buffer) * cost(3)
+    now[0] = 210.0
+    assert {record.request_id for _ in range(50) for record in buffer.draw(10)} == {"15"}
+    now[0] = 211.0
+    assert buffer.draw(10) == []
+    assert (len(buffer), buffer.num_bytes) == (0, 0)
+
+
 def test_a_request_beyond_the_bound_changes_nothing():
     buffer = filled([10] * 8, max_bytes=cost(60))
     before = held(buffer)

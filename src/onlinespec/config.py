@@ -152,6 +152,7 @@ class LearnConfig:
     max_rows: int = 64  # newest rows a round trains; bounds what a long answer can cost
     replay_every: int = 6  # every so many rounds rows of a stored request join; 0 for no memory
     replay_megabytes: float = 64.0  # of memory
+    replay_minutes: float = float("inf")  # after which a request is forgotten
     budget: float = 0.08  # most of decoding time that learning may take; inf for no limit
     round_cost: float = 1.0  # what a round costs, in steps, whatever its rows: what the budget is counted in ...
     row_cost: float = 0.03  # ... and what each of its rows adds
@@ -177,6 +178,7 @@ class LearnConfig:
         check_that(self.least_gain >= 0, "least_gain", self.least_gain, "0 or a positive number")
         check_that(self.replay_every >= 0, "replay_every", self.replay_every, "0 (no memory) or a number of rounds")
         check_that(0 < self.replay_megabytes < float("inf"), "replay_megabytes", self.replay_megabytes, "positive")
+        check_that(self.replay_minutes > 0, "replay_minutes", self.replay_minutes, "positive; inf for ever")
         check_that(self.budget > 0, "budget", self.budget, "positive; inf for no limit")
         check_that(0 <= self.round_cost < float("inf"), "round_cost", self.round_cost, "0 or a positive number")
         check_that(0 < self.row_cost < float("inf"), "row_cost", self.row_cost, "positive")

@@ -68,7 +68,7 @@ class InlineLearning:
         self.budget = budget or Budget(
             self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows
         )
-        self.replay = ReplayBuffer(int(self.config.replay_megabytes * 1e6), seed) if self.config.replay_every else None
+        self.replay = self._memory(seed) if self.config.replay_every else None
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
         self._steps_waited = self._requests_waited = 0
         self._state = self._learner.init(drafter.weights.params)
@@ -81,6 +81,9 @@ class InlineLearning:
         self.is_frozen = not drafter.is_trainable
         self._on_failure = on_failure or self._say
         self.telemetry = Telemetry(drafter) if self.config.telemetry and not self.is_frozen else None
+
+    def _memory(self, seed: int) -> ReplayBuffer:
+        return ReplayBuffer(int(self.config.replay_megabytes * 1e6), seed, 60 * self.config.replay_minutes)
 
     @property
     def work(self) -> float:

@@ -6,10 +6,12 @@ target's hidden states, so that labels are rebuilt as exactly as for fresh rows.
 
 from __future__ import annotations
 
+import math
+import time
 import weakref
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from random import Random
@@ -28,6 +30,7 @@ class Stored:
 
     records: tuple[Feedback, ...]
     num_bytes: int
+    at: float = 0.0  # when it was stored, in seconds
 
     @property
     def domain(self) -> str:
@@ -64,12 +67,19 @@ class ReplayBuffer:
 
     Args:
         max_bytes: Of hidden states and token ids together, ring and reservoir.
+        max_seconds: After which a request is forgotten; no clock is read where that is never.
 
     Reference: bottom-k sampling, Cohen and Kaplan (2007).
     """
 
-    def __init__(self, max_bytes: int, seed: int = 0) -> None:
-        self.max_bytes = max_bytes
+    def __init__(
+        self,
+        max_bytes: int,
+        seed: int = 0,
+        max_seconds: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_bytes, self._max_seconds, self._clock = max_bytes, max_seconds, clock
         self._rng = Random(f"replay/{seed}")
         self._unfinished = Unfinished()
         self._ring: deque[Stored] = deque()
@@ -82,11 +92,13 @@ class ReplayBuffer:
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Follows requests step by step; one that ends is stored, one that is given up is forgotten with its trace."""
+        self._forget_old()
         for trace, seen in self._unfinished.ended(records):
             self._store(trace, seen)
 
     def draw(self, max_rows: int) -> list[Feedback]:
         """Up to max_rows consecutive rows of one stored request; empty while nothing is stored."""
+        self._forget_old()
         stored = [*self._ring, *(request for _, request in self._reservoir)]
         if not stored:
             return []
@@ -96,7 +108,7 @@ class ReplayBuffer:
         return run_around(records, first, max_rows)
 
     def _store(self, trace: Trace, records: Sequence[Feedback]) -> None:
-        request = detached(trace, records)
+        request = replace(detached(trace, records), at=self._now)
         if request.num_bytes > self.max_bytes:
             return
         self._ring.append(request)
@@ -108,6 +120,18 @@ class ReplayBuffer:
             self.num_bytes -= dropped.num_bytes
         if not self._reservoir:  # pushed out by one long request: begin again
             self._too_large = 1.0
+
+    @property
+    def _now(self) -> float:
+        return 0.0 if math.isinf(self._max_seconds) else self._clock()
+
+    def _forget_old(self) -> None:
+        if math.isinf(self._max_seconds):
+            return
+        oldest = self._now - self._max_seconds
+        self._ring = deque(one for one in self._ring if one.at >= oldest)
+        self._reservoir = [pair for pair in self._reservoir if pair[1].at >= oldest]
+        self.num_bytes = sum(one.num_bytes for one in (*self._ring, *(one for _, one in self._reservoir)))
 
     def _sample(self, request: Stored) -> None:
         number = self._rng.random()

@@ -94,6 +94,8 @@ class Learning:
     """Every so many updates, rows of an earlier request are learned again; 0 for no memory."""
     replay_megabytes: float = LearnConfig.replay_megabytes
     """Size of that memory."""
+    replay_minutes: float = LearnConfig.replay_minutes
+    """After which a request is forgotten; inf is never."""
     min_interval: int = LearnConfig.min_interval
     """Steps between two updates while they bring something."""
     max_interval: int = LearnConfig.max_interval
@@ -115,6 +117,7 @@ class Learning:
             row_cost=self.learn_costs[1] if self.learn_costs else LearnConfig.row_cost,
             replay_every=self.replay_every,
             replay_megabytes=self.replay_megabytes,
+            replay_minutes=self.replay_minutes,
             min_interval=self.min_interval,
             max_interval=self.max_interval,
             telemetry=telemetry,
@@ -328,7 +331,7 @@ class Serve:
     save: SaveFolder = None
     """Write the adapted drafter to this directory when the server is stopped."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(max_new_tokens=512, num_draft_tokens=8)
-    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning(learn_budget=0.25)
+    learning: tyro.conf.OmitArgPrefixes[Learning] = Learning(learn_budget=0.25, replay_minutes=1440.0)
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
     @property
