@@ -280,7 +280,9 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
     assert published
     good = Versions(tmp_path).latest_good(TARGET.fingerprint)
     assert good.number == published[-1].version
-    assert [event.kind for event in Versions(tmp_path).history()][:2] == ["started", "promoted"]
+    kinds = [event.kind for event in Versions(tmp_path).history()]
+    assert kinds[0] == "started"
+    assert kinds.count("promoted") + kinds.count("rolled back") == len(published)
 
     drafter = load_drafter("eagle", TARGET)
     good.resume(drafter)

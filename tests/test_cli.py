@@ -784,9 +784,9 @@ def refusal(url):
 
 
 def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_path):
-    options = ("--drafter", "drafter", "--save", tmp_path / "saved")
+    options = ("--drafter", "drafter", "--save", tmp_path / "saved", "--learn-in", "inline", "--fixed-draft-length")
     with serving("target", *options) as (process, url, said):
-        assert "drafter drafter learns (optimistic)" in said
+        assert "drafter drafter learns between steps (optimistic)" in said
         assert "warning" not in said
         prompts = [f"a b {i} a b" for i in range(6)]
         streams = [ask(url, prompt=prompt, max_tokens=900) for prompt in prompts]
@@ -802,6 +802,38 @@ def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_p
         assert "saved to" in err
         assert "Traceback" not in err
     assert json.loads((tmp_path / "saved" / "onlinespec.json").read_text())["weights_version"] >= 1
+
+
+def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run):
+    options = ("--drafter", "drafter", "--versions", tmp_path, "--learn-budget", "5", "--step-size", "5e-3")
+    options += ("--min-interval", "8", "--max-interval", "8", "--fixed-draft-length")
+
+    def live(url):
+        return json.loads(urlopen(f"{url}/live", timeout=60).read())
+
+    def answers(url):
+        return [streamed(ask(url, prompt=f"a b {i}", max_tokens=60)) for i in range(4)]
+
+    with serving("target", *options) as (process, url, said):
+        assert "learns in a process of its own" in said
+        first = answers(url)
+        while not live(url)["learning"]["weights_version"]:
+            assert answers(url) == first
+        process.kill()
+        process.communicate()
+    _, history, _ = run("inspect", tmp_path)
+    assert "promoted" in history
+    with serving("target", *options) as (process, url, said):
+        assert "going on with version" in said
+        assert live(url)["learning"]["weights_version"] >= 1
+        assert answers(url) == first
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    with serving("target", *options, "--reset-drafter") as (_, _, said):
+        assert "are kept in versions.reset-" in said
+        assert "going on" not in said
+    code, _, err = run("serve", "target", "--reset-drafter")
+    assert (code, "--reset-drafter moves the versions in --versions DIR aside; give that, too" in err) == (2, True)
 
 
 @pytest.mark.parametrize("seconds", ["0", "60"], ids=["no grace", "a second Ctrl-C"])
