@@ -37,6 +37,7 @@ from onlinespec.wire import Batch, Incoming, Message, Outgoing, Published, Repor
 log = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
+_GATHER_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ class BackgroundLearning(ABC):
 
     @abstractmethod
     def set_share(self, share: float) -> None:
-        """Learning may take this share of time from now on."""
+        """Learning may take this share of time from now on; in a process of its own, once rounds bring nothing.
+
+        That takes no time from decoding, and what is learned while drafts do not pay is what makes them pay again.
+        """
 
     @abstractmethod
     def stop(self, seconds: float = 10.0) -> None:
@@ -247,6 +251,10 @@ class ProcessLearning(BackgroundLearning):
         outgoing = Outgoing()
         try:
             while records := self._take():
+                time.sleep(_GATHER_SECONDS)  # each turn of this thread interrupts the one that decodes
+                with self._changed:
+                    records += self._waiting
+                    self._waiting.clear()
                 self._connection.send_bytes(encode(outgoing.batch(records)))
                 while self._settings:
                     self._connection.send_bytes(encode(self._settings.popleft()))
@@ -293,7 +301,7 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
     with contextlib.suppress(OSError, AttributeError):
         os.nice(recipe.niceness)
     budget.begin()
-    incoming, reported = Incoming(), -_REPORT_SECONDS
+    incoming, reported, resting_share = Incoming(), -_REPORT_SECONDS, recipe.share
     with contextlib.suppress(EOFError, OSError):
         while not trainer.failure:
             if time.monotonic() - reported > _REPORT_SECONDS:
@@ -309,7 +317,9 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
                         if version := trainer.offer([record]):
                             send(Published.of(version))
                 case Setting(share):
-                    budget.share = share
+                    resting_share = share
+            is_resting = trainer.learning.cadence.is_resting
+            budget.share = min(recipe.share, resting_share) if is_resting else recipe.share
         send(Report(trainer.figures()))
 
 

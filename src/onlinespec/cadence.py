@@ -62,6 +62,11 @@ class Cadence:
         self.restart()
 
     @property
+    def is_resting(self) -> bool:
+        """Whether rounds are as rare as may be, for those of late brought nothing."""
+        return self._paced >= self._max
+
+    @property
     def wants_probe(self) -> bool:
         """Whether this round should compare the loss with that of older weights."""
         return self._rounds_since_probe >= self._PROBE_ROUNDS
