@@ -147,6 +147,8 @@ class Recorder:
         if self._next:
             self._next.offer(feedback)
 
+    num_published = 0
+
     def set_share(self, share: float) -> None:
         pass
 

@@ -66,7 +66,7 @@ def until(condition, loop=None, seconds=60):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_learned_beside_serving_comes_to_be_served(way):
     loop, learning = make(way)
-    served = until(lambda: learning.num_swaps >= 3, loop)
+    served = until(lambda: learning.num_published >= 3, loop)
     learning.stop()
     assert_exact(served)
     assert not learning.failure
@@ -135,7 +135,7 @@ def test_a_trainer_that_raises_outside_a_round_is_no_different(caplog, monkeypat
 
 def test_a_process_that_is_killed_is_said_once_and_serving_goes_on(caplog):
     loop, learning = make("process")
-    served = until(lambda: learning.num_swaps >= 1, loop)
+    served = until(lambda: learning.num_published >= 1, loop)
     os.kill(learning.process.pid, signal.SIGKILL)
     served += until(lambda: learning.failure, loop)
     version = loop.drafter.weights.version
@@ -152,8 +152,8 @@ def test_a_process_outlives_the_signals_that_are_meant_for_who_serves():
     until(lambda: learning.figures().get("rounds"), loop)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(learning.process.pid, number)
-    swaps = learning.num_swaps
-    until(lambda: learning.num_swaps > swaps, loop)
+    swaps = learning.num_published
+    until(lambda: learning.num_published > swaps, loop)
     learning.stop()
     assert learning.process.exitcode == 0
     assert not learning.failure
@@ -321,7 +321,7 @@ def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic,
 def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):
     recipe = replace(EAGER, versions=str(tmp_path))
     loop, learning = make("process", recipe)
-    until(lambda: learning.num_swaps >= 1, loop)
+    until(lambda: learning.num_published >= 1, loop)
     os.kill(learning.process.pid, signal.SIGKILL)
     until(lambda: learning.failure)
     learning.stop(1.0)

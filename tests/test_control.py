@@ -120,6 +120,22 @@ def test_noise_does_not_make_it_flap():
         assert controller.report()["num_switches"] <= 1
 
 
+def test_better_weights_are_tried_at_once_where_drafting_is_off():
+    controller, costs = controller_of(QUIET), QUIET.verify_seconds([0])
+    seen(controller, 40, num_accepted=0)
+    while controller.report()["is_drafting"]:
+        controller.choose(["a"], [4])
+        controller.observe(StepRecord(["a"], [0], [0], 0.0, costs))
+    assert controller.choose(["a"], [4]) == [0]
+    controller.renew()
+    assert controller.choose(["a"], [4]) != [0]
+    seen(controller, 60, num_accepted=4)
+    assert controller.report()["is_drafting"]
+    before = controller.report()
+    controller.renew()  # changes nothing while it is on
+    assert controller.report() == before
+
+
 def test_probes_become_rarer_while_they_fail_and_never_cease():
     run = simulate(controller_of(QUIET), QUIET, HOPELESS, num_tokens=20_000)
     starts = [i for i, (before, now) in enumerate(itertools.pairwise(run.depths)) if not before and now]

@@ -270,6 +270,71 @@ def test_many_threads_submit_and_cancel_while_one_steps():
     assert is_empty(scheduler)
 
 
+# What chooses the number of drafts
+
+
+class Noting:
+    """A control that drafts two tokens for the first request and none for others, and notes what it hears."""
+
+    learn_share = 0.5
+
+    def __init__(self):
+        self.records, self.forgotten, self.num_renewed = [], [], 0
+
+    def choose(self, request_ids, limits_B):
+        return [2 if i == 0 else 0 for i in range(len(limits_B))]
+
+    def observe(self, record):
+        self.records.append(record)
+
+    def forget(self, request_id):
+        self.forgotten.append(request_id)
+
+    def renew(self):
+        self.num_renewed += 1
+
+
+class Told(rigs.Recorder):
+    """Learning that notes its share, and publishes when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.shares = []
+
+    def set_share(self, share):
+        self.shares.append(share)
+
+
+def test_control_decides_within_what_requests_allow_and_hears_of_every_step():
+    control, learning = Noting(), Told()
+    jobs = [(prompt(3, 1), GenerationParams(12, 1)), (prompt(9, 2), GenerationParams(12, 4))]
+    script = Script(plain(TARGET, *jobs[0]).trace.token_ids, wrong_at={5, 8})
+    scheduler = Scheduler(DecodeLoop(TARGET, script, learning), control=control)
+    requests = submit(scheduler, jobs)
+    drain(scheduler)
+    for request, job in zip(requests, jobs, strict=True):
+        assert request.output_ids == plain(TARGET, *job).output_ids
+    assert {record.num_draft_tokens_B[0] for record in control.records[:3]} == {1}
+    assert {record.num_draft_tokens_B[1] for record in control.records[:3]} == {0}
+    assert all(record.verify_seconds > 0 for record in control.records)
+    assert set(control.forgotten) == set(requests)
+    flow = scheduler.flow
+    assert flow.tokens == 24
+    assert flow.drafted == sum(sum(record.num_draft_tokens_B) for record in control.records)
+    assert flow.batches == len(control.records)
+
+
+def test_learning_is_told_its_share_when_it_changes_and_control_of_better_weights():
+    control, learning = Noting(), Told()
+    scheduler = Scheduler(DecodeLoop(TARGET, Script(prompt(3, 1)), learning), control=control)
+    submit(scheduler, [JOBS[0]])
+    for share, published in ((0.5, 0), (0.5, 0), (0.01, 0), (0.01, 1), (0.5, 1)):
+        control.learn_share, learning.num_published = share, published
+        scheduler.step()
+    assert learning.shares == [0.5, 0.01, 0.5]
+    assert control.num_renewed == 1
+
+
 # What fails
 
 

@@ -89,7 +89,7 @@ class BackgroundLearning(ABC):
         self._is_stopping = False
         self._figures: dict[str, Any] = {}
         self.num_dropped = self.num_offered = 0
-        self.num_swaps = 0
+        self.num_published = 0
         self.failure = ""  # why nothing is learned any more
 
     # --- for decoding -------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class BackgroundLearning(ABC):
                 self._changed.notify_all()
         if newest:
             self._drafter.swap(newest)
-            self.num_swaps += 1
+            self.num_published += 1
 
     def figures(self) -> dict[str, Any]:
         """How learning fares, for a page and for metrics."""
@@ -118,7 +118,7 @@ class BackgroundLearning(ABC):
                 "waiting": len(self._waiting),
                 "offered": self.num_offered,
                 "dropped": self.num_dropped,
-                "swaps": self.num_swaps,
+                "swaps": self.num_published,
                 "failure": self.failure,
             }
 

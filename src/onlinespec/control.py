@@ -95,6 +95,9 @@ class FixedController:
     def forget(self, request_id: Hashable) -> None:
         """Nothing was kept."""
 
+    def renew(self) -> None:
+        """Nothing is believed of the weights."""
+
     def report(self) -> dict[str, Any]:
         """What it is doing."""
         return {"is_drafting": self._num_draft_tokens > 0, "num_draft_tokens": self._num_draft_tokens}
@@ -306,6 +309,11 @@ class Controller:
             self._measured = self._measured.plus(tokens / len(record.request_ids), ratio, self._FADING)
             self._expected = self._expected.plus(expected_tokens / len(record.request_ids), 1.0, self._FADING)
         self._account(seconds, tokens / len(record.request_ids), expected_tokens, is_trial)
+
+    def renew(self) -> None:
+        """Better weights draft from now on: while drafting is off, they are tried at once."""
+        if not self._is_on:
+            self._num_failed, self._saved = 0, max(self._saved, 0.0)
 
     def forget(self, request_id: Hashable) -> None:
         """The request is over."""

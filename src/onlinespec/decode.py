@@ -39,6 +39,10 @@ class Learning(Protocol):
     def diagnostic_seconds(self) -> float:
         """Time that `offer` has spent on measuring so far; charged to no request as learning."""
 
+    @property
+    def num_published(self) -> int:
+        """Versions taken over so far that had been found to draft better; 0 where that is not asked."""
+
     def offer(self, feedback: Sequence[Feedback]) -> None: ...
 
     def set_share(self, share: float) -> None:

@@ -95,6 +95,8 @@ class InlineLearning:
         """Time spent measuring so far; no part of learning."""
         return self.telemetry.seconds if self.telemetry else 0.0
 
+    num_published = 0  # every round's weights are played, and none is compared before
+
     def offer(self, feedback: Sequence[Feedback]) -> None:
         """Takes the verified rows of a step. Never raises for what goes wrong inside a round."""
         if self.is_frozen or not self._learner.needs_gradient:

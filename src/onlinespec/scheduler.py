@@ -21,7 +21,7 @@ from typing import Protocol
 
 from onlinespec.config import check_that, check_types
 from onlinespec.control import StepRecord
-from onlinespec.decode import DecodeLoop, Request, Step
+from onlinespec.decode import DecodeLoop, Learning, Request, Step
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class Control(Protocol):
 
     def choose(self, request_ids: Sequence[Hashable], limits_B: Sequence[int]) -> list[int]: ...
     def observe(self, record: StepRecord) -> None: ...
+    def renew(self) -> None: ...
     def forget(self, request_id: Hashable) -> None: ...
 
 
@@ -108,6 +109,7 @@ class Scheduler:
         self.loop, self.limits, self.control = loop, limits or Limits(), control
         self.flow = Flow()
         self._learn_share = -1.0  # as learning was last told
+        self._num_published = 0  # as control was last told
         self.waiting: deque[Request] = deque()
         self.reading: list[Request] = []  # admitted, their prompts not yet read to the end
         self.running: list[Request] = []
@@ -232,9 +234,17 @@ class Scheduler:
                 verify_seconds=step.verify_seconds,
             )
         )
-        if self.loop.learning and self.control.learn_share != self._learn_share:
-            self._learn_share = self.control.learn_share
-            self.loop.learning.set_share(self._learn_share)
+        if self.loop.learning:
+            self._consult(self.control, self.loop.learning)
+
+    def _consult(self, control: Control, learning: Learning) -> None:
+        """What learning and control must know of each other."""
+        if learning.num_published != self._num_published:
+            self._num_published = learning.num_published
+            control.renew()
+        if control.learn_share != self._learn_share:
+            self._learn_share = control.learn_share
+            learning.set_share(self._learn_share)
 
     def _together(self, work: Callable[[list[Request]], object], requests: list[Request]) -> None:
         """Works on requests at once; if that fails, on each alone, without a drafter, only those at fault end."""
