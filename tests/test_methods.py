@@ -27,6 +27,7 @@ SHARED = {  # a line of text for each setting that every learner has, and what i
     "max_rows": ("32", 32),
     "replay_every": ("0", 0),
     "replay_megabytes": ("0.5", 0.5),
+    "replay_minutes": ("30", 30.0),
     "budget": ("inf", math.inf),
     "round_cost": ("2", 2.0),
     "row_cost": ("0.1", 0.1),
