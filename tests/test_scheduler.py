@@ -324,6 +324,19 @@ def test_control_decides_within_what_requests_allow_and_hears_of_every_step():
     assert flow.batches == len(control.records)
 
 
+@pytest.mark.parametrize("where", ["choose", "observe"])
+def test_a_control_that_raises_costs_drafts_and_no_answer(where, monkeypatch, caplog):
+    control = Noting()
+    monkeypatch.setattr(control, where, lambda *args: 1 / 0)
+    scheduler = Scheduler(DecodeLoop(TARGET, Ngram()), control=control)
+    requests = submit(scheduler, JOBS[:2])
+    drain(scheduler)
+    for request, job in zip(requests, JOBS[:2], strict=True):
+        assert request.output_ids == plain(TARGET, *job).output_ids
+    assert caplog.text.count("this is said once") == 1
+    assert is_empty(scheduler)
+
+
 def test_learning_is_told_its_share_when_it_changes_and_control_of_better_weights():
     control, learning = Noting(), Told()
     scheduler = Scheduler(DecodeLoop(TARGET, Script(prompt(3, 1)), learning), control=control)

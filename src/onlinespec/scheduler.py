@@ -167,7 +167,7 @@ class Scheduler:
         self._read()
         stepped = list(self.running)
         if stepped:
-            self._together(self._decode, stepped)
+            self._together(self._decode, stepped, alone=self.loop.step)
         over = [request for request in (*self.reading, *self.running) if request.finish_reason is not None]
         for request in over:
             self._leave(request)
@@ -246,8 +246,17 @@ class Scheduler:
             self._learn_share = control.learn_share
             learning.set_share(self._learn_share)
 
-    def _together(self, work: Callable[[list[Request]], object], requests: list[Request]) -> None:
-        """Works on requests at once; if that fails, on each alone, without a drafter, only those at fault end."""
+    def _together(
+        self,
+        work: Callable[[list[Request]], object],
+        requests: list[Request],
+        alone: Callable[[list[Request]], object] | None = None,
+    ) -> None:
+        """Works on requests at once; if that fails, on each by itself, without drafts: only who is at fault ends.
+
+        Args:
+            alone: The work on a single one, if it is another: what chooses drafts may be what failed.
+        """
         try:
             work(requests)
         except Exception as error:
@@ -256,7 +265,7 @@ class Scheduler:
                 if request.finish_reason is None:
                     with self._answering_for(request):
                         self.loop.take_back(request)
-                        work([request])
+                        (alone or work)([request])
 
     @contextmanager
     def _answering_for(self, request: Request) -> Iterator[None]:
