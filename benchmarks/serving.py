@@ -4,6 +4,7 @@
     python benchmarks/serving.py interference  to the first token, between chunks: learning off, in a thread, a process
     python benchmarks/serving.py load          many streams for minutes: errors, memory, every greedy answer checked
     python benchmarks/serving.py never-slower  with a drafter that knows nothing, and against fixed draft lengths
+    python benchmarks/serving.py peers         beside transformers' continuous batching and vLLM, speculation off and on
 
 Each arm is a server of its own, `onlinespec serve` with other flags. All run at once and take turns, block by block, so
 that a machine whose speed drifts hurts all alike; one that is not asked sleeps. A server decodes with one thread on
@@ -13,194 +14,23 @@ core 0, its learning process goes where there is room. Rows go to --out as JSON 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import re
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from random import Random
 
-import httpx
-import psutil
 import tyro
+from peers.servers import GenerateBatch, vllm
+from served import Common, Rows, Server, Told, ask_all, interval, plain_texts, quantile, served, texts
 
-from onlinespec.config import GenerationParams
-from onlinespec.decode import DecodeLoop
-from onlinespec.models.loading import load_target
-from onlinespec.provenance import provenance
-from onlinespec.workloads import load_workload
-
-PIN = ["taskset", "-c", "0"]
-
-
-@dataclass(frozen=True)
-class Common:
-    """What all of them share."""
-
-    target: str = "demo"
-    drafter: str = "demo"
-    max_tokens: int = 64
-    seed: int = 0
-    out: Path | None = None
-
-
-# --- servers and clients ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Server:
-    """One that runs."""
-
-    name: str
-    url: str
-    process: subprocess.Popen[str]
-
-    def live(self) -> dict:
-        """What its page shows."""
-        return httpx.get(f"{self.url}/live", timeout=60).json()
-
-    def megabytes(self) -> tuple[float, float]:
-        """Resident memory of the server, and of its learning process."""
-        own = psutil.Process(self.process.pid)
-        parts = own.children(recursive=True)
-        return own.memory_info().rss / 1e6, sum(part.memory_info().rss for part in parts) / 1e6
-
-
-@contextmanager
-def served(name: str, common: Common, flags: Sequence[str]) -> Iterator[Server]:
-    """A server for as long as the block lasts."""
-    command = [*PIN, sys.executable, "-m", "onlinespec.cli", "serve", common.target, "--drafter", common.drafter]
-    command += ["--port", "0", "--seed", str(common.seed), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.stderr
-    for line in process.stderr:
-        if found := re.search(r"serving .* at (http\S+);", line):
-            break
-        print(f"{name}: {line.rstrip()}", file=sys.stderr)
-    else:
-        raise RuntimeError(f"{name} did not start: {' '.join(command)}")
-    for pid in psutil.Process(process.pid).children(recursive=True):
-        pid.cpu_affinity(list(range(os.cpu_count() or 1)))  # learning: wherever there is room
-    try:
-        yield Server(name, found[1], process)
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-@dataclass
-class Told:
-    """What a client saw of one answer; seconds."""
-
-    text: str = ""
-    tokens: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    first: float = 0.0
-    gaps: list[float] = field(default_factory=list)
-    error: str = ""
-
-
-async def ask(client: httpx.AsyncClient, url: str, prompt: str, max_tokens: int) -> Told:
-    """One streamed answer."""
-    told, began, last = Told(), time.perf_counter(), 0.0
-    body = {
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    try:
-        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                chunk, now = json.loads(line[6:]), time.perf_counter()
-                if "error" in chunk:
-                    told.error = chunk["error"]["message"]
-                if usage := chunk.get("usage"):
-                    told.tokens, told.steps = usage["completion_tokens"], usage["speculation"]["steps"]
-                for choice in chunk.get("choices", []):
-                    told.text += choice["delta"].get("content") or ""
-                    if last:
-                        told.gaps.append(now - last)
-                    else:
-                        told.first = now - began
-                    last = now
-    except httpx.HTTPError as error:
-        told.error = f"{type(error).__name__}: {error}"
-    told.seconds = time.perf_counter() - began
-    return told
-
-
-async def ask_all(url: str, prompts: Sequence[str], streams: int, max_tokens: int) -> tuple[list[Told], float]:
-    """Answers to all prompts, so many at once, and the seconds that took."""
-    waiting, told = list(enumerate(prompts))[::-1], {}
-
-    async def work(client: httpx.AsyncClient) -> None:
-        while waiting:
-            place, prompt = waiting.pop()
-            told[place] = await ask(client, url, prompt, max_tokens)
-
-    began = time.perf_counter()
-    async with httpx.AsyncClient(timeout=600) as client:
-        await asyncio.gather(*(work(client) for _ in range(streams)))
-    return [told[i] for i in range(len(prompts))], time.perf_counter() - began
-
-
-def texts(data: str, count: int, seed: int) -> list[str]:
-    """The first prompts of a stream."""
-    return [prompt.text for prompt in islice(load_workload(data).prompts(seed), count)]
-
-
-def plain_texts(common: Common, prompts: Sequence[str]) -> list[str]:
-    """What the target says without a drafter."""
-    target = load_target(common.target)
-    loop, params = DecodeLoop(target), GenerationParams(common.max_tokens, 0)
-    return [loop.complete(target.encode(prompt), params).text.text for prompt in prompts]
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-class Rows:
-    """Where results go: a table on the terminal, lines in a file."""
-
-    def __init__(self, common: Common, settings: object) -> None:
-        self._out = common.out
-        if self._out:
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-            command = " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]])
-            first = provenance(command, common.target, common.drafter, "", asdict(settings))  # type: ignore[call-overload]
-            self._out.write_text(json.dumps(first, default=str) + "\n")
-
-    def add(self, **row: object) -> None:
-        print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            ),
-            flush=True,
-        )
-        if self._out:
-            with self._out.open("a") as file:
-                file.write(json.dumps(row, default=str) + "\n")
-
-
-def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Median of ratios and a 95 % interval of it, by drawing blocks again."""
-    rng = Random(0)
-    drawn = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return statistics.median(ratios), drawn[50], drawn[-51]
-
+from onlinespec import demo
+from onlinespec.models.checkpoint import find_folder
+from onlinespec.models.loading import Target, load_target
 
 # --- net tokens per second along a stream -----------------------------------------------------------------------------
 
@@ -428,8 +258,94 @@ def never_slower(command: NeverSlower) -> None:
                 )
 
 
-COMMANDS = {"stream": Stream, "interference": Interference, "load": Load, "never-slower": NeverSlower}
-RUN = {Stream: stream, Interference: interference, Load: load, NeverSlower: never_slower}
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+PLAIN = "transformers"  # its `generate_batch`: what the others are set against
+Ask = Callable[[Sequence[Sequence[int]], int], tuple[list[str], int, float]]
+"""Prompts and how many at once; answers, their tokens, and seconds."""
+
+
+@dataclass(frozen=True)
+class Peers(Common):
+    """Arms take turns, block by block: others' servers and ours, speculation off and on, the same token ids."""
+
+    data: tuple[str, ...] = ("builtin:prose",)
+    vllm: Path | None = None
+    """The virtual environment that vLLM is installed in; left out without it."""
+    num_draft_tokens: int = 4
+    """Of vLLM's; ours are chosen."""
+    streams: tuple[int, ...] = (1, 4, 16)
+    blocks: int = 6
+    requests_per_stream: int = 3
+
+
+def peers(command: Peers) -> None:
+    """Paired by block: tokens per second over those of `generate_batch`, and how many answers are `none`'s."""
+    rows = Rows(command, command)
+    target = load_target(command.target)
+    folder, small = Path(find_folder(command.target)), Path(demo.DRAFTERS["demo/small_lm"])
+    most = max(command.streams)
+
+    def over_http(server: Server, prompts: Sequence[Sequence[int]], streams: int) -> tuple[list[str], int, float]:
+        told, seconds = asyncio.run(ask_all(server.url, prompts, streams, command.max_tokens))
+        if errors := {one.error for one in told if one.error}:
+            raise RuntimeError(f"{server.name}: {errors}")
+        return [one.text for one in told], sum(one.tokens for one in told), seconds
+
+    def by_pipe(worker: GenerateBatch, prompts: Sequence[Sequence[int]], streams: int) -> tuple[list[str], int, float]:
+        answers, seconds = worker.answers(prompts, streams, command.max_tokens)
+        said = [target.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        return said, sum(map(len, answers)), seconds
+
+    with ExitStack() as stack:
+        arms: dict[str, Ask] = {}
+        worker = stack.enter_context(closing(GenerateBatch(folder, sorted(target.end_token_ids))))
+        arms[PLAIN] = partial(by_pipe, worker)
+        methods = {"": None, "eagle": Path(demo.DRAFTERS["demo"]), "draft_model": small} if command.vllm else {}
+        for method, model in methods.items():
+            name = f"vllm/{method or 'plain'}"
+            started = vllm(command.vllm, folder, most, method, model, command.num_draft_tokens)
+            arms[name] = partial(over_http, Server(name, *stack.enter_context(started)))
+        for name, flags in {"none": NONE, "frozen": FROZEN, "learned": ()}.items():
+            arms[name] = partial(over_http, stack.enter_context(served(name, command, flags)))
+        small_lm = replace(command, drafter="demo/small_lm")
+        arms["small_lm"] = partial(over_http, stack.enter_context(served("small_lm", small_lm, FROZEN)))
+        for data in command.data:
+            for streams in command.streams:
+                _beside(rows, arms, command, data, streams, target)
+
+
+def _beside(rows: Rows, arms: dict[str, Ask], command: Peers, data: str, streams: int, target: Target) -> None:
+    """One stream of prompts at so many at once."""
+    size, names = streams * command.requests_per_stream, list(arms)
+    prompts = iter([target.encode(text) for text in texts(data, (1 + command.blocks) * size, command.seed)])
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    answers: dict[str, list[str]] = {name: [] for name in arms}
+    for block in range(1 + command.blocks):
+        chosen = list(islice(prompts, size))
+        shift = block % len(arms)
+        for name in names[shift:] + names[:shift]:
+            said, num_tokens, seconds = arms[name](chosen, streams)
+            answers[name] += said
+            if block:  # the first warms up
+                rates[name].append(num_tokens / seconds)
+    for name in arms:
+        median, low, high = interval([own / other for own, other in zip(rates[name], rates[PLAIN], strict=True)])
+        same = sum(own == other for own, other in zip(answers[name], answers["none"], strict=True))
+        rows.add(
+            data=data,
+            streams=streams,
+            arm=name,
+            tokens_per_second=statistics.median(rates[name]),
+            over_transformers=median,
+            low=low,
+            high=high,
+            same_as_none=f"{same}/{len(answers[name])}",
+        )
+
+
+COMMANDS = {"stream": Stream, "interference": Interference, "load": Load, "never-slower": NeverSlower, "peers": Peers}
+RUN = {Stream: stream, Interference: interference, Load: load, NeverSlower: never_slower, Peers: peers}
 
 
 def main() -> None:

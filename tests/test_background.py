@@ -4,8 +4,11 @@ import errno
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import rigs
@@ -21,6 +24,7 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.learn import InlineLearning
 from onlinespec.methods import parse
 from onlinespec.models.head_only import Ends
+from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.trainer import Keeping, Trainer
 from onlinespec.versions import Versions
 
@@ -159,21 +163,42 @@ def test_a_process_outlives_the_signals_that_are_meant_for_who_serves():
     assert not learning.failure
 
 
+def test_who_forgets_to_stop_a_process_can_still_end():
+    script = (
+        "import sys, test_background as here\n"
+        "if __name__ == '__main__':\n"
+        "    loop, learning = here.make('process')\n"
+        "    here.until(lambda: learning.figures().get('rounds'), loop)\n"
+        "    sys.exit(3)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, timeout=120, check=False)
+    assert ended.returncode == 3
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_a_thousand_swaps_between_steps_change_no_token(way):
+def test_a_thousand_swaps_under_load_change_no_token(way):
+    """Versions of noise, a new one before every step of up to eight requests that come, go, and read long prompts."""
     loop, learning = make(way, replace(EAGER, share=1e-6))
+    scheduler = Scheduler(loop, Limits(max_running=8, prefill_tokens=32))
     generator = torch.Generator().manual_seed(0)
-    versions, version = [], 1
-    requests = []
-    params = GenerationParams(1000, 4)
-    for request in loop.generate(PROMPTS[0], params):
+    jobs = [(PROMPTS[i % 4] * (1 + 20 * (i % 3)), GenerationParams(20 + 7 * (i % 5), 1 + i % 4)) for i in range(16)]
+    expected = [plain(TARGET, *job).output_ids for job in jobs]
+    served, versions, most_running = [], set(), 0
+    while learning.num_published < 1000:
+        if len(scheduler.running) + len(scheduler.reading) < 8:
+            served.append(loop.open(*jobs[len(served) % len(jobs)]))
+            scheduler.submit(served[-1])
         noise = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in loop.drafter.weights.params.items()}
-        learning._publish(DrafterWeights(noise, version))
-        version += 1
-        versions.append(loop.drafter.weights.version)
-        requests = [request]
-    assert len(set(versions)) > 500
-    assert requests[0].output_ids == plain(TARGET, PROMPTS[0], params).output_ids
+        learning._publish(DrafterWeights(noise, 1 + learning.num_published))
+        scheduler.step()
+        versions.add(loop.drafter.weights.version)
+        most_running = max(most_running, len(scheduler.running))
+    while scheduler.has_work:
+        scheduler.step()
+    assert most_running == 8
+    assert len(versions) >= 999
+    for i, request in enumerate(served):
+        assert request.output_ids == expected[i % len(jobs)]
     learning.stop()
 
 

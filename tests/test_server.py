@@ -73,8 +73,8 @@ class Live:
         lines = self.http.get("/metrics").text.splitlines()
         return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), None)
 
-    def connect(self, path, body, receive_buffer=None):
-        """A raw connection on which a request was sent."""
+    def connect(self, path, body, receive_buffer=None, withheld=0):
+        """A raw connection on which a request was sent, all but the last bytes."""
         host, port = self.url.removeprefix("http://").split(":")
         raw = json.dumps(body).encode()
         connection = socket.socket()
@@ -85,7 +85,7 @@ class Live:
         head = (
             f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
         )
-        connection.sendall(head.encode() + raw)
+        connection.sendall(head.encode() + raw[: len(raw) - withheld])
         return connection
 
     def is_idle(self):
@@ -591,6 +591,15 @@ def test_enormous_bodies_are_refused_with_and_without_a_length(tiny):
     assert_error(tiny.http.post(COMPLETIONS, content=parts, headers=JSON), 413, None, "4000000 bytes")
 
 
+def test_a_body_that_does_not_come_is_not_waited_for():
+    with live(*make(body_seconds=0.3)) as server, server.connect(COMPLETIONS, {"prompt": "a"}, withheld=5) as stalled:
+        assert server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2}).status_code == 200
+        received = b"".join(iter(lambda: stalled.recv(4096), b""))  # to the end: the connection is closed
+        assert received.startswith(b"HTTP/1.1 408")
+        assert b'"body_too_slow"' in received
+        assert b"10 bytes of the body came in 0.3 seconds" in received
+
+
 def test_a_key_is_asked_for_where_one_is_set():
     with live(*make(api_key="sésame")) as server:
         body = {"prompt": "a", "max_tokens": 2}
@@ -794,7 +803,7 @@ def test_the_document_describes_bodies_answers_and_errors(small):
     for path in (COMPLETIONS, CHAT):
         asked = paths[path]["post"]
         assert asked["requestBody"]["content"]["application/json"]["schema"]
-        assert set(asked["responses"]) == {"200", "400", "404", "413", "415", "429", "500", "503"}
+        assert set(asked["responses"]) == {"200", "400", "404", "408", "413", "415", "429", "500", "503"}
         assert set(asked["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
 
 

@@ -7,6 +7,7 @@ killed process), the drafter stays at the newest version that came, and it is sa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -230,6 +231,7 @@ class ProcessLearning(BackgroundLearning):
 
     def start(self) -> None:
         self.process.start()
+        atexit.register(self.stop)  # before multiprocessing's own, which would wait for a process that hears no SIGTERM
         self._theirs.close()  # so that the end of the process is the end of the pipe
         for thread in self._threads:
             thread.start()
@@ -238,6 +240,7 @@ class ProcessLearning(BackgroundLearning):
         self._settings.append(Setting(share))
 
     def stop(self, seconds: float = 10.0) -> None:
+        atexit.unregister(self.stop)
         self._end()
         self._threads[0].join(seconds)  # which says goodbye
         self.process.join(seconds)

@@ -26,6 +26,7 @@ from onlinespec.decode import DecodeLoop, Learning, Request, Step
 log = logging.getLogger(__name__)
 
 ERROR, CANCELLED = "error", "cancelled"  # finish reasons beside the loop's own
+_MOST_COMPLAINTS = 100  # kinds of failures that are remembered, so that each is said once
 
 
 @dataclass(frozen=True)
@@ -291,5 +292,7 @@ class Scheduler:
         """Logs a kind of failure when it is first seen, with its traceback."""
         kind = f"{type(error).__name__}: {error}"
         if kind not in self._complaints:
+            if len(self._complaints) >= _MOST_COMPLAINTS:  # messages may name what differs each time
+                self._complaints.clear()
             self._complaints.add(kind)
             log.error("%s (%s); this is said once", what, kind, exc_info=error)

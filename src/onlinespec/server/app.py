@@ -136,7 +136,7 @@ def _models(engine: Engine, settings: ServerSettings) -> APIRouter:
 
 def _completions(service: Service) -> APIRouter:
     router = _router(service.settings)
-    failures = documented(400, 404, 413, 415, 429, 500, 503)
+    failures = documented(400, 404, 408, 413, 415, 429, 500, 503)
 
     def answers(kind: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
         return failures | {200: {"model": kind, "description": "The answer, whole or as a stream."}}

@@ -35,6 +35,7 @@ DESCRIPTIONS = {
     400: "The request can't be answered as it is.",
     401: "The API key is missing or wrong.",
     404: "There is no such path or model.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
     429: "The server is full; Retry-After says when to try again.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -56,16 +57,21 @@ class Service:
         return body
 
     async def _bounded(self, request: Request) -> bytes:
-        most, raw = self.settings.max_body_bytes, bytearray()
+        """The whole body, if it is not too large and comes in time."""
+        most, seconds, raw = self.settings.max_body_bytes, self.settings.body_seconds, bytearray()
         try:
             if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared) > most:
                 raise _too_large(most)
-            async for part in request.stream():
-                raw += part
-                if len(raw) > most:
-                    raise _too_large(most)
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
+                    raw += part
+                    if len(raw) > most:
+                        raise _too_large(most)
         except ClientDisconnect:
             raise ApiError(_GONE, "the client left") from None
+        except TimeoutError:
+            message = f"{len(raw)} bytes of the body came in {seconds:g} seconds, and not the end; send it faster"
+            raise ApiError(408, message, code="body_too_slow", headers={"Connection": "close"}) from None
         return bytes(raw)
 
     async def answer(
