@@ -467,8 +467,9 @@ class DecodeLoop:
     ) -> None:
         """What became of the drafts of requests that go on."""
         running = [i for i, request in enumerate(requests) if request.finish_reason is None and request.is_drafting]
-        kept = Verdict(verdict.num_accepted_B[running], verdict.token_ids_BL[running])
-        drafter.observe([requests[i].slot for i in running], kept, [features[i] for i in running])
+        if len(running) < len(requests):
+            verdict = Verdict(verdict.num_accepted_B[running], verdict.token_ids_BL[running])
+        drafter.observe([requests[i].slot for i in running], verdict, [features[i] for i in running])
         for i in running:
             if requests[i].learns:
                 drafter.hear(requests[i].trace.token_ids[-len(features[i]) :], is_start=False)

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Cell = tuple[int, int]
+Cells = tuple[tuple[Cell, float], ...]  # of a grid, and how much each counts; those that don't are left out
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,8 @@ class TrackedCosts:
         batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
         by_depth = self.draft_by_depth(batch, depth) if depth else []
         draft = sum(by_depth[d][sum(d < K for K in num_draft_tokens_B)] for d in range(depth))
-        weights = np.outer(
-            _between(self.costs.batch_sizes, batch), _between(self.costs.num_draft_tokens, drafted / batch)
-        )
-        return draft * self.scale, float((weights * self._verify.seconds).sum()) * self.scale
+        verify = self._verify.sum(_around(self.costs.batch_sizes, batch, self.costs.num_draft_tokens, drafted / batch))
+        return draft * self.scale, verify * self.scale
 
     def observe(
         self, num_draft_tokens_B: Sequence[int], draft_seconds: float, verify_seconds: float
@@ -162,12 +162,12 @@ class TrackedCosts:
         expected_draft, expected_verify = self.step_seconds(num_draft_tokens_B)
         if verify_seconds > 0:
             self._scale_variance += self._SCALE_DRIFT
-            weights = np.outer(_between(batches, batch), _between(depths, drafted / batch))
+            weights = _around(batches, batch, depths, drafted / batch)
             cell = _nearest(batches, batch), _nearest(depths, drafted / batch)
             self._correct(self._verify, weights, cell, math.log(verify_seconds / expected_verify))
         if depth and draft_seconds > 0:
             together = drafted / depth  # requests that draft at a depth, on average
-            weights = np.outer(_between(batches, together), _added(depths, depth).sum(1))
+            weights = _down_to(batches, together, depths, depth)
             cell = _nearest(batches, together), _nearest(depths, depth)
             surprise = math.log(draft_seconds / expected_draft * scale / self.scale)
             self._correct(self._draft, weights, cell, surprise, moves_scale=False)
@@ -180,9 +180,7 @@ class TrackedCosts:
         columns = [n for n, depth in enumerate(self.costs.num_draft_tokens) if depth <= limit]
         return self.costs.num_draft_tokens[min(columns, key=lambda n: self._verify.visited[row, n])]
 
-    def _correct(
-        self, grid: _Grid, weights: Floats, cell: tuple[int, int], surprise: float, moves_scale: bool = True
-    ) -> None:
+    def _correct(self, grid: _Grid, weights: Cells, cell: Cell, surprise: float, moves_scale: bool = True) -> None:
         shares = grid.visit(weights, cell, self._now)
         known = grid.variance(shares), self._scale_variance if moves_scale else 0.0
         likely = self._LIKELY * math.sqrt(sum(known) + self._NOISE)
@@ -206,6 +204,7 @@ class _Grid:
     """Seconds by batch size and drafted tokens, and how far each cell is to be trusted.
 
     A step's seconds are a weighted sum of cells; each has its share in the sum, and in what the sum was wrong by.
+    A step concerns few cells and comes every few milliseconds, so they are gone through one by one.
     """
 
     _AT_START = 0.1**2  # variance of a cell's log seconds before it is served
@@ -218,37 +217,42 @@ class _Grid:
         self._variance = np.full(seconds.shape, self._AT_START)
         self._last = np.full(seconds.shape, math.nan)  # surprise
 
-    def agreed(self, cell: tuple[int, int], surprise: float) -> float | None:
+    def sum(self, weights: Cells) -> float:
+        """Seconds."""
+        return math.fsum(weight * float(self.seconds[cell]) for cell, weight in weights)
+
+    def agreed(self, cell: Cell, surprise: float) -> float | None:
         """What this surprise and the last at its cell have in common: the smaller, or nothing; None the first time."""
         last, self._last[cell] = float(self._last[cell]), surprise
         if math.isnan(last):
             return None
         return math.copysign(min(abs(last), abs(surprise)), surprise) if last * surprise > 0 else 0.0
 
-    def visit(self, weights: Floats, cell: tuple[int, int], now: int) -> Floats:
+    def visit(self, weights: Cells, at: Cell, now: int) -> Cells:
         """Marks a cell; the share of every cell in a weighted sum."""
-        shares: Floats = np.maximum(weights, 0) * self.seconds
-        shares /= shares.sum()
-        touched = shares > 0
-        self._variance[touched] += self._DRIFT * (now - self._updated[touched])
-        np.minimum(self._variance, self._AT_START, out=self._variance)
-        self._updated[touched] = now
-        self.visited[cell] = now
-        return shares
+        parts = [(cell, weight * float(self.seconds[cell])) for cell, weight in weights if weight > 0]
+        total = math.fsum(part for _, part in parts)
+        for cell, _ in parts:
+            grown = float(self._variance[cell]) + self._DRIFT * int(now - self._updated[cell])
+            self._variance[cell], self._updated[cell] = min(grown, self._AT_START), now
+        self.visited[at] = now
+        return tuple((cell, part / total) for cell, part in parts)
 
-    def variance(self, shares: Floats) -> float:
+    def variance(self, shares: Cells) -> float:
         """Of the sum's logarithm."""
-        return float((shares * shares * self._variance).sum())
+        return math.fsum(share * share * float(self._variance[cell]) for cell, share in shares)
 
-    def loosen(self, shares: Floats, variance: float) -> None:
+    def loosen(self, shares: Cells, variance: float) -> None:
         """Trusts these cells less."""
-        self._variance[shares > 0] += variance
+        for cell, _ in shares:
+            self._variance[cell] += variance
 
-    def correct(self, shares: Floats, surprise: float, total_variance: float) -> None:
+    def correct(self, shares: Cells, surprise: float, total_variance: float) -> None:
         """Takes the cells' part of a surprise."""
-        gains = shares * self._variance / total_variance
-        self.seconds *= np.exp(gains * surprise)
-        self._variance *= 1 - shares * gains
+        for cell, share in shares:
+            gain = share * float(self._variance[cell]) / total_variance
+            self.seconds[cell] *= math.exp(gain * surprise)
+            self._variance[cell] *= 1 - share * gain
 
 
 def _mended(depths: Sequence[int], seconds: Sequence[float]) -> Floats:
@@ -296,6 +300,22 @@ def _added(grid: tuple[int, ...], depth: int) -> Any:
         [[min(max(d - a, 0) / (b - a), 1.0) for d in range(depth + 1)] for a, b in itertools.pairwise(grid)]
     )
     return np.vstack([np.zeros(depth), np.diff(reached, axis=1)])
+
+
+@lru_cache(maxsize=4096)
+def _around(rows: tuple[int, ...], x: float, columns: tuple[int, ...], y: float) -> Cells:
+    """What counts at a point of a grid."""
+    return _cells(np.outer(_between(rows, x), _between(columns, y)))
+
+
+@lru_cache(maxsize=4096)
+def _down_to(rows: tuple[int, ...], x: float, columns: tuple[int, ...], depth: int) -> Cells:
+    """What counts in all that tokens down to a depth add."""
+    return _cells(np.outer(_between(rows, x), _added(columns, depth).sum(1)))
+
+
+def _cells(weights: Floats) -> Cells:
+    return tuple(((int(row), int(column)), float(weights[row, column])) for row, column in np.argwhere(weights))
 
 
 @lru_cache(maxsize=4096)

@@ -68,6 +68,7 @@ class Shortlist:
         # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
         self._unseen_V = torch.linspace(1e-6, 0, V, dtype=torch.float64)
         self._counts_V = torch.zeros(V, dtype=torch.float64)
+        self._noted: list[int] = []  # tokens that `_counts_V` does not have yet
         self._num_seen = 0
         self._chosen: Listed | None = None
         self._is_stale = True
@@ -96,19 +97,24 @@ class Shortlist:
     def now(self) -> Listed:
         """What to draft from: chosen as the newest request began. Work is done only when asked for."""
         if self._is_stale or self._chosen is None:
+            self._settle()
             self._chosen, self._is_stale = self._choose(self._counts_V), False
         return self._chosen
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
         """One more request: what was seen before weighs less, and the list is chosen anew."""
+        self._settle()
         self._counts_V *= _DECAY
         self.note(prompt_ids)
         self._is_stale = True
 
     def note(self, token_ids: Sequence[int]) -> None:
-        """These tokens were seen."""
-        ids = torch.tensor(token_ids, dtype=torch.int64)
-        self._num_seen += len(ids)
+        """These tokens were seen. They are counted when it matters: every step comes here."""
+        self._num_seen += len(token_ids)
+        self._noted.extend(token_ids)
+
+    def _settle(self) -> None:
+        ids, self._noted = torch.tensor(self._noted, dtype=torch.int64), []
         self._counts_V.index_put_((ids,), torch.ones((), dtype=torch.float64), accumulate=True)
 
     def holding(self, token_ids_N: Tensor) -> Listed:
@@ -116,6 +122,7 @@ class Shortlist:
         listed = self.now
         if listed.columns(token_ids_N) is not None:
             return listed
+        self._settle()
         weights_V = self._counts_V.clone()
         weights_V[token_ids_N.cpu()] = torch.inf
         return self._choose(weights_V)
