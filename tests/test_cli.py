@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from checkpoints import CHAT_TEMPLATE, save_tiny
+from filelock import FileLock
 from rich.console import Console
 
 import onlinespec.decode
@@ -825,6 +826,7 @@ def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run):
     assert "promoted" in history
     with serving("target", *options) as (process, url, said):
         assert "going on with version" in said
+        assert "begins anew" not in said
         assert live(url)["learning"]["weights_version"] >= 1
         assert answers(url) == first
         process.send_signal(signal.SIGTERM)
@@ -834,6 +836,17 @@ def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run):
         assert "going on" not in said
     code, _, err = run("serve", "target", "--reset-drafter")
     assert (code, "--reset-drafter moves the versions in --versions DIR aside; give that, too" in err) == (2, True)
+
+
+def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loaded(tmp_path, run):
+    (tmp_path / "file").touch()
+    code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file")
+    assert (code, "is a file; give a directory" in err) == (2, True)
+    code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file" / "below")
+    assert (code, "no versions can be kept in" in err) == (2, True)
+    with FileLock(tmp_path / ".lock"):
+        code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path)
+    assert (code, "another server keeps its versions in" in err) == (2, True)
 
 
 @pytest.mark.parametrize("seconds", ["0", "60"], ids=["no grace", "a second Ctrl-C"])

@@ -181,14 +181,18 @@ class Trial:
         self._looks = deque(looks)
         self._level = config.level / len(looks)
         self._unfinished = Unfinished()
-        self._waiting: list[Stored] = []
+        self._waiting: deque[Stored] = deque()
         self._lengths: list[Lengths] = []
+        self._names: set[str] = set()  # of the requests that count
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served; a request counts when it has ended."""
         for trace, seen in self._unfinished.ended(records):
             own = [record for record in seen if self._version in (None, record.weights_version)]
-            if own and self._has_room:
+            name = seen[0].request_id
+            is_new = not name or name not in self._names  # several choices of one request are no news of the traffic
+            if own and is_new and self._has_room:
+                self._names.add(name)
                 self._waiting.append(detached(trace, run_of(own, self._config.max_rows)))
 
     @property
@@ -198,9 +202,12 @@ class Trial:
         return num_bytes < self._config.megabytes * 1e6 and not self.is_over and num_requests < self._looks[-1]
 
     def look(self) -> Paired | None:
-        """The comparison, if a look is due."""
-        while self._waiting:
-            request, versions = self._waiting.pop(), [self.served, self.other]
+        """Compares on one more of the requests that came, and gives the comparison of all, if a look is due.
+
+        One at a time: each costs about as much as a round, and whoever calls may have other use for the time.
+        """
+        if self._waiting:
+            request, versions = self._waiting.popleft(), [self.served, self.other]
             lengths = lengths_of(self._drafter, versions, request.records, self._config.num_draft_tokens)
             self._lengths += [lengths] if lengths else []
         if self.is_over or len(self._lengths) < self._looks[0]:

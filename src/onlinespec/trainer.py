@@ -83,7 +83,8 @@ class Trainer:
         self.publisher.offer(records)
         self.learning.offer(records)
         self._propose()
-        version = self.publisher.check()
+        # rounds go first: where time is scarce, judging must not keep from learning what there would be to judge
+        version = self.publisher.check() if self.learning.budget.may_judge else None
         num_new = self.publisher.num_events - before
         events = self.publisher.history[-num_new:] if num_new else ()
         if version and events[-1].kind == "rolled back":

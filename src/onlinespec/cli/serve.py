@@ -32,12 +32,15 @@ from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.versions import Versions
 
 try:
+    from filelock import FileLock, Timeout
+
     from onlinespec.server.app import create_app
     from onlinespec.server.engine import Engine
     from onlinespec.server.run import listening, run
     from onlinespec.server.settings import ServerSettings
 except ModuleNotFoundError as error:
-    if error.name not in ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client"):
+    needed = ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client", "filelock")
+    if error.name not in needed:
         raise
     raise ImportError(
         f'serving needs the package {error.name}; install it with: pip install "onlinespec[server]"'
@@ -56,7 +59,7 @@ def serve(command: Serve) -> int:
     _settings(command)
     if command.reset_drafter and not command.versions:
         raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
-    with listening(command.host, command.port) as door:
+    with listening(command.host, command.port) as door, _held(command.versions):
         target = load(command.target, command.machine)
         drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
         config = _learner(command, config, drafter)
@@ -79,13 +82,37 @@ def serve(command: Serve) -> int:
     return 0
 
 
+@contextmanager
+def _held(folder: Path | None) -> Iterator[None]:
+    """A folder for versions that can be written, for this server alone."""
+    if folder is None:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--versions {folder} is a file; give a directory")
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another server keeps its versions in {folder}; give each its own --versions") from error
+    except OSError as error:
+        raise ValueError(
+            f"no versions can be kept in {folder} ({error.strerror}); choose another --versions"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _resume(command: Serve, folder: Path, target: Target, drafter: Drafter) -> None:
     """Goes on with the newest good version, or begins anew."""
     versions = Versions(folder)
     if command.reset_drafter and (aside := versions.reset()):
         err.print(f"the versions in {folder} are kept in {aside.name}", highlight=False, soft_wrap=True)
     if found := versions.latest_good(target.fingerprint):
-        found.resume(drafter)
+        found.resume(drafter, found.record.learner)  # who learns on says so if it is another
         err.print(f"going on with version {found.number} of {folder}", highlight=False, soft_wrap=True)
     elif (number := versions.next_version) > drafter.weights.version:  # a number is never used again
         drafter.swap(DrafterWeights(drafter.weights.params, number))
@@ -128,7 +155,7 @@ def _learning(command: Serve, config: LearnConfig, target: Target, drafter: Draf
 
 def _place(command: Serve, config: LearnConfig, target: Target) -> str:
     """Where learning runs; empty if nothing is learned."""
-    if config.learner == FROZEN:
+    if config.learner == FROZEN or not command.decoding.num_draft_tokens:
         return ""
     if command.learn_in:
         return command.learn_in
@@ -191,7 +218,8 @@ def _greet(
         lines.append(f"warning: anyone who reaches {url} may ask: no --api-key is set")
     has_chat = bool(target.tokenizer.chat_template)
     path = "chat/completions" if has_chat else "completions"
-    asked = {"messages": [{"role": "user", "content": "Hello"}]} if has_chat else {"prompt": "Hello"}
+    text = "Write a short paragraph about a baker."  # one that the demo's small model can answer
+    asked = {"messages": [{"role": "user", "content": text}]} if has_chat else {"prompt": text}
     key = " -H 'Authorization: Bearer KEY'" if settings.api_key else ""
     lines.append(f"try: curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(asked)}'")
     for line in lines:

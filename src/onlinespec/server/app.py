@@ -69,7 +69,14 @@ def create_app(engine: Engine, settings: ServerSettings, facts: dict[str, Any] |
             await engine.stop(settings.grace_seconds)
 
     metrics = Metrics(engine)
-    app = FastAPI(title="onlinespec", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="onlinespec",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.include_router(_models(engine, settings))
     app.include_router(_completions(Service(engine, settings, metrics)))
     app.include_router(_operations(engine, metrics))

@@ -89,7 +89,8 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"{request.method} {request.url.path} is not served here ({error.detail})"
+        method, path = (_cut(text) for text in (request.method, request.url.path))
+        message = f"{method} {path} is not served here ({error.detail})"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     async def invalid(_: Request, error: Exception) -> Response:
@@ -100,6 +101,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_middleware(_AnswerBugs)
+
+
+def _cut(text: str) -> str:
+    """As much of what a client made up as is told."""
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 class _AnswerBugs:

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onlinespec.decode import Learning
 from onlinespec.server.engine import Engine, Piece
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -103,8 +104,13 @@ class _EngineCollector(Collector):
             ("weights_version", "Of the drafter.", loop.drafter.weights.version if loop.drafter else 0),
             ("prefix_cache_bytes", "Of prompts kept for later ones.", loop.prefixes.num_bytes if loop.prefixes else 0),
             ("ready", "Whether the server takes requests.", int(self._engine.is_ready)),
+            ("learning", "Whether the drafter learns; 0 once learning has failed.", int(_is_learning(loop.learning))),
         ):
             yield GaugeMetricFamily(f"onlinespec_{name}", help_text, number)
+
+
+def _is_learning(learning: Learning | None) -> bool:
+    return learning is not None and not (getattr(learning, "failure", "") or getattr(learning, "is_frozen", False))
 
 
 class CountResponses:

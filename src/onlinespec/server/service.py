@@ -25,6 +25,8 @@ from onlinespec.server.streams import ClientGone, EventStream, event, merged, wh
 from onlinespec.server.texts import Texts
 
 JSON = "application/json"
+_CLOSE = {"Connection": "close"}  # for a body that was not read to its end
+_GLANCE_SECONDS = 0.25  # between two looks at the clock while a body comes
 _GONE = 499  # nobody reads this status, but metrics count it
 
 Body = TypeVar("Body", bound=Sampled)
@@ -57,21 +59,30 @@ class Service:
         return body
 
     async def _bounded(self, request: Request) -> bytes:
-        """The whole body, if it is not too large and comes in time."""
-        most, seconds, raw = self.settings.max_body_bytes, self.settings.body_seconds, bytearray()
+        """The whole body, if it is not too large, comes in time, and the server does not stop before."""
+        reading, until = asyncio.ensure_future(self._received(request)), time.monotonic() + self.settings.body_seconds
+        try:
+            while not (await asyncio.wait({reading}, timeout=_GLANCE_SECONDS))[0]:
+                if not self._engine.is_ready:
+                    raise ApiError(503, "the server is stopping", code="unavailable", headers=_CLOSE)
+                if time.monotonic() > until:
+                    message = f"the body did not come in {self.settings.body_seconds:g} seconds; send it faster"
+                    raise ApiError(408, message, code="body_too_slow", headers=_CLOSE)
+            return await reading
+        finally:
+            reading.cancel()
+
+    async def _received(self, request: Request) -> bytes:
+        most, raw = self.settings.max_body_bytes, bytearray()
         try:
             if (declared := request.headers.get("content-length", "")).isdecimal() and int(declared) > most:
                 raise _too_large(most)
-            async with asyncio.timeout(seconds):
-                async for part in request.stream():
-                    raw += part
-                    if len(raw) > most:
-                        raise _too_large(most)
+            async for part in request.stream():
+                raw += part
+                if len(raw) > most:
+                    raise _too_large(most)
         except ClientDisconnect:
             raise ApiError(_GONE, "the client left") from None
-        except TimeoutError:
-            message = f"{len(raw)} bytes of the body came in {seconds:g} seconds, and not the end; send it faster"
-            raise ApiError(408, message, code="body_too_slow", headers={"Connection": "close"}) from None
         return bytes(raw)
 
     async def answer(
