@@ -183,20 +183,20 @@ def test_a_thousand_swaps_under_load_change_no_token(way):
     generator = torch.Generator().manual_seed(0)
     jobs = [(PROMPTS[i % 4] * (1 + 20 * (i % 3)), GenerationParams(20 + 7 * (i % 5), 1 + i % 4)) for i in range(16)]
     expected = [plain(TARGET, *job).output_ids for job in jobs]
-    served, versions, most_running = [], set(), 0
-    while learning.num_published < 1000:
+    served, num_swaps, most_running = [], 0, 0
+    while num_swaps < 1000:
         if len(scheduler.running) + len(scheduler.reading) < 8:
             served.append(loop.open(*jobs[len(served) % len(jobs)]))
             scheduler.submit(served[-1])
         noise = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in loop.drafter.weights.params.items()}
-        learning._publish(DrafterWeights(noise, 1 + learning.num_published))
+        before = loop.drafter.weights.version
+        learning._publish(DrafterWeights(noise, before + 1))
         scheduler.step()
-        versions.add(loop.drafter.weights.version)
+        num_swaps += loop.drafter.weights.version != before
         most_running = max(most_running, len(scheduler.running))
     while scheduler.has_work:
         scheduler.step()
     assert most_running == 8
-    assert len(versions) >= 999
     for i, request in enumerate(served):
         assert request.output_ids == expected[i % len(jobs)]
     learning.stop()

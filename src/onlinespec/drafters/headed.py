@@ -93,6 +93,7 @@ class Headed(Drafter):
 
     def release(self, slot: int) -> None:
         self._cache.release(slot)
+        self._shortlist.settle()
         del self._slots[slot]
 
     @torch.inference_mode()

@@ -97,13 +97,13 @@ class Shortlist:
     def now(self) -> Listed:
         """What to draft from: chosen as the newest request began. Work is done only when asked for."""
         if self._is_stale or self._chosen is None:
-            self._settle()
+            self.settle()
             self._chosen, self._is_stale = self._choose(self._counts_V), False
         return self._chosen
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
         """One more request: what was seen before weighs less, and the list is chosen anew."""
-        self._settle()
+        self.settle()
         self._counts_V *= _DECAY
         self.note(prompt_ids)
         self._is_stale = True
@@ -113,7 +113,8 @@ class Shortlist:
         self._num_seen += len(token_ids)
         self._noted.extend(token_ids)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Counts what was noted, so that nothing but counts is kept."""
         ids, self._noted = torch.tensor(self._noted, dtype=torch.int64), []
         self._counts_V.index_put_((ids,), torch.ones((), dtype=torch.float64), accumulate=True)
 
@@ -122,7 +123,7 @@ class Shortlist:
         listed = self.now
         if listed.columns(token_ids_N) is not None:
             return listed
-        self._settle()
+        self.settle()
         weights_V = self._counts_V.clone()
         weights_V[token_ids_N.cpu()] = torch.inf
         return self._choose(weights_V)
