@@ -1,6 +1,6 @@
 """What the promotion gate lets through of what is learned, on a recorded stream: no clock, the same every time.
 
-    python benchmarks/gate.py [--show] [--looks 8 16 32]
+    python benchmarks/gate.py [--show] [--looks 4 8 16 32]
 
 The target answers a shifting stream once; then drafters draft along its answers (`recording.py`). `frozen` never
 learns, `inline` plays what each round leaves, `gated` serves what a `Trainer` publishes, as a server does. Budgets are

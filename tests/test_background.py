@@ -282,6 +282,22 @@ def test_a_share_can_be_changed_on_the_way():
 # Versions on disk
 
 
+@pytest.mark.parametrize(
+    ("num_newer", "is_undecided", "is_proposed"), [(3, True, False), (4, True, True), (9, False, False)]
+)
+def test_a_newer_candidate_takes_the_place_of_one_that_is_neither_better_nor_worse(
+    num_newer, is_undecided, is_proposed, monkeypatch
+):
+    trainer, proposed = Trainer(load_drafter("eagle", TARGET), EAGER.config), []
+    publisher = type(trainer.publisher)
+    monkeypatch.setattr(publisher, "wants_candidate", False)
+    monkeypatch.setattr(publisher, "is_undecided", is_undecided)
+    monkeypatch.setattr(trainer.publisher, "propose", proposed.append)
+    trainer.learning.num_rounds = num_newer
+    trainer.offer([])
+    assert len(proposed) == is_proposed
+
+
 def keeping(folder):
     return Keeping(Versions(folder), TARGET.fingerprint, "online_gradient")
 

@@ -67,9 +67,10 @@ class Recipe:
     def trainer(self, target: Target, serving: DrafterWeights, budget: ClockBudget) -> Trainer:
         """Raises as `load_drafter`."""
         drafter = load_drafter(self.drafter, target, self.seed, self.tuning)
+        origin = drafter.weights
         drafter.swap(serving)
         keeping = Keeping(Versions(self.versions), target.fingerprint, self.learner) if self.versions else None
-        return Trainer(drafter, self.config, self.seed, budget, self.publishing, keeping)
+        return Trainer(drafter, self.config, self.seed, budget, self.publishing, keeping, origin)
 
 
 class BackgroundLearning(ABC):

@@ -133,6 +133,8 @@ class Budget:
         self._saved -= cost
         self.spent += cost
 
+    may_judge = True  # weights against others: that is not counted in steps
+
     @property
     def has_room(self) -> bool:
         """Whether what was spent is earned again, and a round's cost beside it."""
@@ -179,6 +181,11 @@ class ClockBudget:
     def share_spent(self) -> float:
         """The same, of all the time that passed."""
         return self.spent / max(self._passed() - self._start[1], 1e-9)
+
+    @property
+    def may_judge(self) -> bool:
+        """Whether there is time to compare weights with others."""
+        return self.has_room
 
     @property
     def has_room(self) -> bool:

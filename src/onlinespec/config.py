@@ -206,7 +206,7 @@ class Tuning:
 class PublishConfig:
     """What decides which weights are served: on how many requests they are compared, and how sure that must be."""
 
-    trial_looks: tuple[int, ...] = (8, 16, 32)  # requests after which a candidate is looked at; the last look decides
+    trial_looks: tuple[int, ...] = (4, 8, 16, 32)  # requests after which a candidate is looked at; the last decides
     watch_looks: tuple[int, ...] = (16, 32, 64)  # and a promoted version, against the one before
     most_pause: int = 64  # requests between a candidate that was refused and the next: 0, 8, 16, up to so many
     max_rows: int = 64  # of a request that weights are compared on; bounds what a long answer can cost
@@ -219,7 +219,7 @@ class PublishConfig:
         for name in ("trial_looks", "watch_looks"):
             looks = getattr(self, name)
             is_rising = list(looks) == sorted(set(looks)) and bool(looks)
-            check_that(is_rising and looks[0] >= 8, name, looks, "rising, from at least 8 on; of fewer, chance decides")
+            check_that(is_rising and looks[0] >= 4, name, looks, "rising, from at least 4 on; of fewer, chance decides")
         check_that(self.most_pause >= 0, "most_pause", self.most_pause, "0 or a count")
         check_that(self.max_rows >= 2, "max_rows", self.max_rows, "at least 2")
         check_that(0 < self.megabytes < float("inf"), "megabytes", self.megabytes, "positive")

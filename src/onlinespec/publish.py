@@ -36,10 +36,12 @@ from onlinespec.replay import Stored, Unfinished, detached, run_around
 log = logging.getLogger(__name__)
 
 _LEAST_DIFFERENCE = 1e-3  # in drafts kept per step; less may be rounding, and is not worth a swap
-_COLLAPSED = 0.5  # of the acceptance that was predicted ...
+_COLLAPSED = 0.5  # of the acceptance that the weights should have ...
 _COLLAPSE_STEPS = 64  # ... over at least so many steps ...
 _COLLAPSE_REQUESTS = 4  # ... of so many requests: one odd text is no collapse ...
 _COLLAPSE_ERRORS = 3.0  # ... and by so many standard errors
+_FAIR_TRIAL = 8  # requests, after which a newer candidate may take the place of one that is neither better nor worse
+_STAY = 24  # requests, from one comparison with what learning began with to the next
 _MOST_EVENTS = 1000  # kept in memory
 _NOT_FINITE = "the candidate's weights are not finite"
 
@@ -179,14 +181,18 @@ class Trial:
         self._looks = deque(looks)
         self._level = config.level / len(looks)
         self._unfinished = Unfinished()
-        self._waiting: list[Stored] = []
+        self._waiting: deque[Stored] = deque()
         self._lengths: list[Lengths] = []
+        self._names: set[str] = set()  # of the requests that count
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served; a request counts when it has ended."""
         for trace, seen in self._unfinished.ended(records):
             own = [record for record in seen if self._version in (None, record.weights_version)]
-            if own and self._has_room:
+            name = seen[0].request_id
+            is_new = not name or name not in self._names  # several choices of one request are no news of the traffic
+            if own and is_new and self._has_room:
+                self._names.add(name)
                 self._waiting.append(detached(trace, run_of(own, self._config.max_rows)))
 
     @property
@@ -196,9 +202,12 @@ class Trial:
         return num_bytes < self._config.megabytes * 1e6 and not self.is_over and num_requests < self._looks[-1]
 
     def look(self) -> Paired | None:
-        """The comparison, if a look is due."""
-        while self._waiting:
-            request, versions = self._waiting.pop(), [self.served, self.other]
+        """Compares on one more of the requests that came, and gives the comparison of all, if a look is due.
+
+        One at a time: each costs about as much as a round, and whoever calls may have other use for the time.
+        """
+        if self._waiting:
+            request, versions = self._waiting.popleft(), [self.served, self.other]
             lengths = lengths_of(self._drafter, versions, request.records, self._config.num_draft_tokens)
             self._lengths += [lengths] if lengths else []
         if self.is_over or len(self._lengths) < self._looks[0]:
@@ -208,22 +217,31 @@ class Trial:
         return paired(self._lengths, self._level)
 
     @property
+    def num_requests(self) -> int:
+        """Compared so far."""
+        return len(self._lengths)
+
+    @property
+    def served_acceptance_prob(self) -> float:
+        """Of the first drafted token, by the weights that are served; 0 as long as nothing was compared."""
+        num_anchors = sum(each.num_anchors for each in self._lengths)
+        return math.fsum(each.first[0] for each in self._lengths) / max(num_anchors, 1)
+
+    @property
     def is_over(self) -> bool:
         """Whether there is no look left."""
         return not self._looks
 
 
 class Collapse:
-    """A blunt check that asks no model: drafts as they are served, against what was predicted.
+    """A blunt check that asks no model: drafts as they are served, against what these weights would have kept there.
 
-    It shows a swap that went wrong, where weights look well on paper.
-
-    Args:
-        predicted: acceptance_prob of the first drafted token, as the gate saw it.
+    It shows a swap that went wrong, where weights look well on paper. Both are of the same requests: where the traffic
+    moves, both fall.
     """
 
-    def __init__(self, version: int, predicted: float) -> None:
-        self._version, self._predicted = version, predicted
+    def __init__(self, version: int) -> None:
+        self._version = version
         self._num_steps = self._num_kept = 0  # steps that drafted, and those of them whose first draft was kept
         self._names: set[str] = set()  # of the requests that these steps are of
 
@@ -235,19 +253,22 @@ class Collapse:
                 self._num_kept += record.num_accepted > 0
                 self._names.add(record.request_id or str(id(record.trace)))
 
-    @property
-    def reason(self) -> str:
-        """What speaks against the version, in words; empty if nothing."""
+    def reason(self, predicted: float) -> str:
+        """What speaks against the version, in words; empty if nothing.
+
+        Args:
+            predicted: acceptance_prob of the first drafted token, by the weights.
+        """
         if self._num_steps < _COLLAPSE_STEPS or len(self._names) < _COLLAPSE_REQUESTS:
             return ""
-        least = _COLLAPSED * self._predicted
+        least = _COLLAPSED * predicted
         error = math.sqrt(least * (1 - least) / self._num_steps)
         measured = self._num_kept / self._num_steps
         if measured >= least - _COLLAPSE_ERRORS * error:
             return ""
         return (
-            f"the first draft was kept in {measured:.0%} of {self._num_steps} steps, where the gate had predicted "
-            f"{self._predicted:.0%}"
+            f"the first draft was kept in {measured:.0%} of {self._num_steps} steps, where these weights should have "
+            f"kept {predicted:.0%}"
         )
 
 
@@ -262,6 +283,7 @@ class Publisher:
         drafter: Its rows are asked for, with weights given; what it drafts with is left alone.
         served: What is served now; the drafter's own weights by default.
         next_version: The first number that was never used; `Versions.next_version` knows it after a restart.
+        origin: What learning began with, which is never given up for good; what is served by default.
         promoted: How the served version came to be, if it is still to be watched after a restart ...
         previous: ... and the weights that it is to be compared with.
     """
@@ -272,6 +294,7 @@ class Publisher:
         config: PublishConfig | None = None,
         served: DrafterWeights | None = None,
         next_version: int | None = None,
+        origin: DrafterWeights | None = None,
         promoted: Event | None = None,
         previous: DrafterWeights | None = None,
     ) -> None:
@@ -285,6 +308,11 @@ class Publisher:
                 "give a number that was never used"
             )
         self.previous: DrafterWeights | None = None  # good, as far as known: what a rollback goes back to
+        self._origin = origin or self.served
+        self._is_origin = _equal(self.served.params, self._origin.params)  # what is served
+        self._way_back: Trial | None = None  # to what learning began with
+        self._stay = 0  # requests until the next
+        self._has_moved = False  # the traffic, since what is served was published
         self._trial: Trial | None = None
         self._watch: Trial | None = None
         self._collapse: Collapse | None = None
@@ -292,8 +320,8 @@ class Publisher:
         self._pause = 0  # requests until the next trial
         self._events: deque[Event] = deque(maxlen=_MOST_EVENTS)
         self.num_events = 0  # ever
-        if promoted and previous and promoted.kind == "promoted" and promoted.paired:
-            self._begin_watch(previous, promoted.paired)
+        if promoted and previous and promoted.kind == "promoted":
+            self._begin_watch(previous)
 
     @property
     def history(self) -> tuple[Event, ...]:
@@ -312,30 +340,44 @@ class Publisher:
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served."""
-        self._pause -= sum(record.is_last for record in records)
-        for judge in (self._trial, self._watch, self._collapse):
+        num_ended = sum(record.is_last for record in records)
+        self._pause -= num_ended
+        self._stay -= num_ended
+        if self._may_go_back and not self._way_back and self._stay <= 0:
+            self._way_back = self._against(self._origin.params, self.config.trial_looks[:2])
+        for judge in (self._trial, self._way_back, self._watch, self._collapse):
             if judge:
                 judge.offer(records)
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether a candidate had its chance and was found neither better nor worse, so that its trial goes on."""
+        return self._trial is not None and self._trial.num_requests >= _FAIR_TRIAL
+
     def propose(self, candidate: Params) -> None:
-        """Begins a trial of a candidate, unless its weights are not finite.
+        """Begins a trial of a candidate, in place of one that is on trial, unless its weights are not finite.
 
         Raises:
             ValueError: if its tensors are not those of what is served.
         """
         _check_alike(self.served.params, candidate)
         if is_finite(candidate):
-            self._trial = Trial(self._drafter, self.served.params, candidate, self.config.trial_looks, self.config)
+            self._trial = self._against(candidate, self.config.trial_looks)
         elif not self._events or self._events[-1].reason != _NOT_FINITE:  # once, however often it is offered
             self._refuse(_NOT_FINITE)
 
     def begin_anew(self) -> None:
         """The traffic has moved: what is on trial was not made for it, and refusals were of another time."""
         self._trial, self._num_refused, self._pause = None, 0, 0
+        self._has_moved, self._way_back, self._stay = True, None, 0
 
     def check(self) -> DrafterWeights | None:
-        """A new version to serve, if there is one: a candidate that drafts better, or the one before again."""
-        return self._check_watch() or self._check_trial()
+        """A new version to serve, if there is one: a candidate that drafts better, or an older one again."""
+        return self._check_watch() or self._check_way_back() or self._check_trial()
+
+    def _against(self, other: Params, looks: Sequence[int], version: int | None = None) -> Trial:
+        """A trial of other weights against those that are served."""
+        return Trial(self._drafter, self.served.params, other, looks, self.config, version)
 
     def _check_trial(self) -> DrafterWeights | None:
         figures = self._trial.look() if self._trial else None
@@ -346,7 +388,7 @@ class Publisher:
             parent = self.served.version
             self._serve(self._trial.other)
             self._note("promoted", _compared(figures, "the candidate", "better"), figures, parent)
-            self._begin_watch(previous, figures)
+            self._begin_watch(previous)
             self._num_refused = 0
             return self.served
         if figures.is_served_better or self._trial.is_over:
@@ -364,9 +406,9 @@ class Publisher:
         """The weights before, as a new version, if the one promoted is worse."""
         if not self._watch or not self._collapse:
             return None
-        if reason := self._collapse.reason:
-            return self._roll_back(reason)
         figures = self._watch.look()
+        if reason := self._collapse.reason(self._watch.served_acceptance_prob):
+            return self._roll_back(reason)
         if figures and figures.is_other_better:
             return self._roll_back(_compared(figures, "the version before", "better"), figures)
         if figures and (figures.is_served_better or self._watch.is_over):
@@ -375,13 +417,36 @@ class Publisher:
             self._watch = self._collapse = None
         return None
 
-    def _begin_watch(self, previous: DrafterWeights, figures: Paired) -> None:
+    @property
+    def _may_go_back(self) -> bool:
+        """Whether what is served is to be compared with what learning began with.
+
+        A watch may do so already, and longer; unless the traffic has moved meanwhile, which makes its evidence old.
+        """
+        is_watched = self._watch is not None and self.previous is self._origin
+        return not self._is_origin and (self._has_moved or not is_watched)
+
+    def _check_way_back(self) -> DrafterWeights | None:
+        """What learning began with, as a new version, if it drafts better: old traffic may have come back."""
+        figures = self._way_back.look() if self._way_back else None
+        if not self._way_back or not figures:
+            return None
+        if figures.is_other_better:
+            parent = self.served.version
+            self._serve(self._origin.params)
+            reason = _compared(figures, f"version {self._origin.version}", "better")
+            self._note("returned", reason, figures, parent, self._origin.version)
+            self.previous = self._watch = self._collapse = None
+            return self.served
+        if figures.is_served_better or self._way_back.is_over:
+            self._way_back, self._stay = None, _STAY
+        return None
+
+    def _begin_watch(self, previous: DrafterWeights) -> None:
         """Of what is served against the newest version that is not itself still watched."""
         self.previous, version = previous, self.served.version
-        self._collapse = Collapse(version, figures.other_acceptance_prob)
-        self._watch = Trial(
-            self._drafter, self.served.params, previous.params, self.config.watch_looks, self.config, version
-        )
+        self._collapse = Collapse(version)
+        self._watch = self._against(previous.params, self.config.watch_looks, version)
 
     def _roll_back(self, reason: str, figures: Paired | None = None) -> DrafterWeights:
         assert self.previous is not None
@@ -394,7 +459,8 @@ class Publisher:
     def _serve(self, params: Params) -> None:
         self.served = DrafterWeights(params, self.next_version)
         self.next_version += 1
-        self._trial = None  # of a candidate against what is served no more
+        self._trial = self._way_back = None  # against what is served no more
+        self._is_origin, self._has_moved, self._stay = _equal(params, self._origin.params), False, 0
 
     def _note(
         self,
@@ -427,6 +493,12 @@ def _compared(figures: Paired, other: str, verdict: str) -> str:
         f"difference {figures.difference:+.3f} ± {figures.standard_error:.3f} on {figures.num_requests} requests, "
         f"judged at {figures.level:.2g}"
     )
+
+
+def _equal(one: Params, other: Params) -> bool:
+    """Whether the numbers are the same."""
+    is_alike = one.keys() == other.keys()
+    return one is other or (is_alike and all(torch.equal(tensor, other[name]) for name, tensor in one.items()))
 
 
 def _check_alike(served: Params, candidate: Params) -> None:

@@ -115,7 +115,7 @@ class Paired(Struct, frozen=True, kw_only=True):
     is_served_better: bool  # below 0
 
 
-EventKind = Literal["started", "promoted", "refused", "confirmed", "rolled back", "reset"]
+EventKind = Literal["started", "promoted", "refused", "confirmed", "rolled back", "returned", "reset"]
 
 
 class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -125,7 +125,7 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
     at: str  # UTC
     version: int  # served from here on
     parent: int | None = None  # served until then; None where nothing changed
-    restores: int | None = None  # whose weights these are, after a rollback
+    restores: int | None = None  # whose weights these are, after a rollback or a return
     reason: str = ""
     paired: Paired | None = None  # what it was judged by
 
@@ -139,6 +139,8 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
             "confirmed": f"version {self.version} is confirmed",
             "rolled back": f"version {self.parent} is rolled back: its successor {self.version} is version "
             f"{self.restores} again",
+            "returned": f"version {self.parent} makes way for version {self.restores}, which learning began with, "
+            f"now {self.version}",
             "reset": "back to the beginning",
         }[self.kind]
         return f"{what}: {self.reason}" if self.reason else what

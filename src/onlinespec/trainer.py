@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN_EVENTS = 50
 _ROUNDS_AFTER_DRIFT = 4
+_ROUNDS_NEWER = 4  # that make a candidate worth more than one which a look could not tell from what is served
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Trainer:
         drafter: Of the kind that serves, with its weights. It is never asked for a draft.
         budget: Of time; kept by whatever clock it has.
         keeping: Where versions go; None to keep none.
+        origin: What learning began with, if the drafter's weights are later ones.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class Trainer:
         budget: ClockBudget | None = None,
         publishing: PublishConfig | None = None,
         keeping: Keeping | None = None,
+        origin: DrafterWeights | None = None,
     ) -> None:
         drafter.drafts = False
         self._drafter, self._keeping = drafter, keeping
         self.num_unsaved = 0  # versions that could not be written
         self.learning = InlineLearning(drafter, config=config, seed=seed, budget=budget, on_failure=self._fail)
-        self.publisher = self._resumed(publishing) if keeping else Publisher(drafter, publishing)
+        self.publisher = self._resumed(publishing, origin) if keeping else Publisher(drafter, publishing, origin=origin)
         self._proposed = self.learning.num_rounds  # when a candidate was last proposed
         self._num_drifts = 0  # noticed so far
         self._heard: dict[int, int] = {}  # tokens of each text, by the id of a trace that others keep alive
@@ -80,7 +83,8 @@ class Trainer:
         self.publisher.offer(records)
         self.learning.offer(records)
         self._propose()
-        version = self.publisher.check()
+        # rounds go first: where time is scarce, judging must not keep from learning what there would be to judge
+        version = self.publisher.check() if self.learning.budget.may_judge else None
         num_new = self.publisher.num_events - before
         events = self.publisher.history[-num_new:] if num_new else ()
         if version and events[-1].kind == "rolled back":
@@ -96,7 +100,9 @@ class Trainer:
             self._num_drifts = learning.cadence.num_drifts
             self._proposed = learning.num_rounds + _ROUNDS_AFTER_DRIFT - 1
             self.publisher.begin_anew()
-        if self.publisher.wants_candidate and learning.num_rounds > self._proposed:
+        num_newer = learning.num_rounds - self._proposed
+        is_outdated = self.publisher.is_undecided and num_newer >= _ROUNDS_NEWER
+        if is_outdated or (self.publisher.wants_candidate and num_newer > 0):
             self._proposed = learning.num_rounds
             self.publisher.propose(self._drafter.weights.params)
 
@@ -120,15 +126,14 @@ class Trainer:
             "failure": self.failure,
         }
 
-    def _resumed(self, publishing: PublishConfig | None) -> Publisher:
+    def _resumed(self, publishing: PublishConfig | None, origin: DrafterWeights | None) -> Publisher:
         """Goes on with what lies on disk, if that is what is served; else what is served is the first to be kept."""
         assert self._keeping
         served, versions = self._drafter.weights, self._keeping.versions
         found = versions.latest_good(self._keeping.target_fingerprint)
         if found is None or found.number != served.version:
-            publisher = Publisher(
-                self._drafter, publishing, next_version=max(served.version + 1, versions.next_version)
-            )
+            next_version = max(served.version + 1, versions.next_version)
+            publisher = Publisher(self._drafter, publishing, next_version=next_version, origin=origin)
             self._keep(self._keeping, [started(served.version)], served)
             return publisher
         state, served = found.resume(self._drafter, self._keeping.learner), self._drafter.weights
@@ -139,6 +144,7 @@ class Trainer:
             publishing,
             served=served,
             next_version=versions.next_version,
+            origin=origin,
             promoted=found.record.event,
             previous=versions.watched(found),
         )

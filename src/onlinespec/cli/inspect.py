@@ -46,7 +46,8 @@ def _row(event: Event) -> tuple[str, ...]:
     version = str(event.version) if event.parent is None else f"{event.parent} → {event.version}"
     if figures is None:
         return when, what, version, "", "", event.reason
-    other = "candidate" if event.kind in ("promoted", "refused") else "version before"
+    others = {"promoted": "candidate", "refused": "candidate", "returned": "the first"}
+    other = others.get(event.kind, "version before")
     lengths = f"served {figures.served_length:.2f}, {other} {figures.other_length:.2f}"
     why = f"{figures.difference:+.3f} ± {figures.standard_error:.3f}"
     return when, what, version, lengths, f"{figures.num_requests} requests", why
