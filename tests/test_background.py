@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rigs
@@ -267,16 +268,46 @@ def test_an_idle_hour_is_no_reason_to_learn_for_minutes():
     assert rounds <= 21
 
 
-def test_a_share_can_be_changed_on_the_way():
+@pytest.mark.parametrize("reading", [0.0, 0.02])
+def test_a_share_can_be_changed_on_the_way(reading):
+    """Of work; reading what is served goes on, however much that takes, as long as both are within the whole."""
     clocks = Clocks()
     budget = clocks.budget(0.5)
     for share in (0.5, 0.01, 0.25):
-        budget.share, before = share, budget.spent
+        budget.work_share, before, worked = share, budget.spent, 0.0
         for _ in range(50_000):
             clocks.passed += 0.01
+            clocks.taken += reading * 0.01
             if budget.has_room:
                 clocks.taken += 0.05
-        assert (budget.spent - before) / 500 == pytest.approx(share, abs=0.01)
+                worked += 0.05
+                budget.spend(0)
+        assert worked / 500 == pytest.approx(min(share, 0.5 - reading), abs=0.01)
+        assert (budget.spent - before) / 500 <= 0.51
+
+
+def test_rounds_and_comparisons_take_turns_where_time_is_scarce(monkeypatch):
+    """Each would take all of it: either is due whenever there is time again."""
+    clock = SimpleNamespace(taken=0.0, passed=0.0)
+    budget = ClockBudget(0.1, lambda: clock.taken, lambda: clock.passed)
+    trainer, done = Trainer(load_drafter("eagle", TARGET), EAGER.config, budget=budget), []
+
+    def work(what):
+        done.append(what)
+        clock.taken += 1
+
+    def offer(records):
+        if budget.has_room:
+            work("round")
+            trainer.learning.num_rounds += 1
+
+    monkeypatch.setattr(trainer.learning, "offer", offer)
+    monkeypatch.setattr(trainer.publisher, "check", lambda: work("comparison"))
+    for _ in range(1000):
+        clock.passed += 1
+        trainer.offer([])
+    assert clock.taken <= 0.1 * 1000 + 2 + 1  # what may be saved, and the last piece of work
+    assert done.count("round") == pytest.approx(len(done) / 2, abs=2)
 
 
 # Versions on disk

@@ -45,7 +45,7 @@ LEVELS = (
     ),
     ("verify", "models"),
     ("drafters",),
-    ("telemetry",),
+    ("telemetry", "trial"),
     ("decode", "learn", "publish", "versions", "control", "plots"),
     ("calibration", "recording", "trainer"),
     ("compare", "answers", "scheduler", "background", "inspection", "charts", "demo.corpus"),

@@ -14,7 +14,7 @@ import torch
 from rigs import Recorder
 from toy import TableTarget, enumerate_law
 
-from onlinespec import load_drafter, publish
+from onlinespec import load_drafter
 from onlinespec.background import Recipe
 from onlinespec.cadence import ClockBudget
 from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
@@ -25,7 +25,8 @@ from onlinespec.drafters.eagle import Eagle
 from onlinespec.learn import InlineLearning
 from onlinespec.losses import TargetRows, cross_entropy
 from onlinespec.methods import parse
-from onlinespec.publish import Lengths, Publisher, Trial, lengths_of, paired
+from onlinespec.publish import Publisher
+from onlinespec.trial import Lengths, Trial, lengths_of, paired, run_of
 
 VOCAB = 6
 TARGET = TableTarget(VOCAB, seed=0)
@@ -240,7 +241,7 @@ def drawn_trials(monkeypatch, gain, num_streams=400):
     records = [replace(record, request_id="") for record in records]  # each is another
     for seed in range(num_streams):
         rng = Random(f"{seed}/{gain}")
-        monkeypatch.setattr(publish, "lengths_of", lambda *asked, rng=rng: drawn_lengths(rng, gain))
+        monkeypatch.setattr("onlinespec.trial.lengths_of", lambda *asked, rng=rng: drawn_lengths(rng, gain))
         each, figures = trial(TARGET.logits, TARGET.logits), None
         while not each.is_over and not (figures and (figures.is_other_better or figures.is_served_better)):
             each.offer(records)
@@ -323,7 +324,7 @@ def test_requests_wait_within_a_bound_and_keep_no_live_trace():
 def test_of_a_long_request_some_rows_are_compared_wherever_they_are():
     places = set()
     for records in traffic(range(60), num_tokens=80, num_accepted=2):
-        run = publish.run_of(records, 16)
+        run = run_of(records, 16)
         assert 13 < sum(record.num_rows for record in run) <= 16
         assert all(a.start + a.num_rows == b.start for a, b in pairwise(run))
         places.add(run[0].start)
@@ -333,7 +334,7 @@ def test_of_a_long_request_some_rows_are_compared_wherever_they_are():
 def test_behind_a_gap_in_the_feedback_the_request_goes_on():
     records = request("a", text(0, 40), num_accepted=1)
     del records[3]
-    run = publish.run_of(records, 1000)
+    run = run_of(records, 1000)
     assert run[0].start == 8
     assert len(run) == len(records) - 3
 

@@ -130,9 +130,9 @@ class BackgroundLearning(ABC):
 
     @abstractmethod
     def set_share(self, share: float) -> None:
-        """Learning may take this share of time from now on; in a process of its own, once rounds bring nothing.
+        """Rounds and comparisons may take this share of time from now on; in a process, once rounds bring nothing.
 
-        That takes no time from decoding, and what is learned while drafts do not pay is what makes them pay again.
+        A process takes no time from decoding, and what is learned while drafts do not pay is what makes them pay again.
         """
 
     @abstractmethod
@@ -185,7 +185,7 @@ class ThreadLearning(BackgroundLearning):
         self._thread.start()
 
     def set_share(self, share: float) -> None:
-        self._budget.share = share
+        self._budget.work_share = share
 
     def figures(self) -> dict[str, Any]:
         self._figures = self.trainer.figures() | {"share_spent": self._share_spent}
@@ -323,7 +323,7 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
                 case Setting(share):
                     resting_share = share
             is_resting = trainer.learning.cadence.is_resting
-            budget.share = min(recipe.share, resting_share) if is_resting else recipe.share
+            budget.work_share = min(recipe.share, resting_share) if is_resting else recipe.share
         send(Report(trainer.figures()))
 
 

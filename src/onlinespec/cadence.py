@@ -145,6 +145,8 @@ class ClockBudget:
     """The same by the clock, for learning that runs beside decoding: a share of the time that passes.
 
     What learning took is read from a clock of its own, so that all of it counts: reading records, rounds, comparisons.
+    `work_share` bounds the work alone, rounds and comparisons, and may be lowered: the records of many streams take
+    more than a hundredth of a core to read, and what is to find out whether drafts pay again must not starve on that.
 
     Args:
         share: Of the time that passes; 1 is one core all the time.
@@ -158,8 +160,9 @@ class ClockBudget:
     def __init__(
         self, share: float, taken: Callable[[], float] = time.process_time, passed: Callable[[], float] = time.monotonic
     ) -> None:
-        self.share, self._taken, self._passed = share, taken, passed
-        self._saved = self._SAVED_AT_START
+        self.share = self.work_share = share
+        self._taken, self._passed = taken, passed
+        self._saved = self._work_saved = self._SAVED_AT_START
         self.begin()
 
     def begin(self) -> None:
@@ -170,7 +173,8 @@ class ClockBudget:
         """Nothing: the clock does."""
 
     def spend(self, num_rows: int, num_evaluations: float = 1.0) -> None:
-        """Nothing: the clock does."""
+        """Work ends that began when there was room for it."""
+        self._work_saved -= self._taken() - self._last[0]
 
     @property
     def spent(self) -> float:
@@ -189,12 +193,13 @@ class ClockBudget:
 
     @property
     def has_room(self) -> bool:
-        """Whether what was taken is earned again."""
+        """Whether what was taken is earned again: ask before work begins."""
         now = self._taken(), self._passed()
         taken, passed = (new - old for new, old in zip(now, self._last, strict=True))
         self._last = now
         self._saved = min(self._saved + self.share * passed, self._MOST_SAVED) - taken
-        return self._saved >= 0
+        self._work_saved = min(self._work_saved + self.work_share * passed, self._MOST_SAVED)
+        return self._saved >= 0 and self._work_saved >= 0
 
 
 class _Spread:

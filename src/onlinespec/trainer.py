@@ -71,6 +71,7 @@ class Trainer:
         self.learning = InlineLearning(drafter, config=config, seed=seed, budget=budget, on_failure=self._fail)
         self.publisher = self._resumed(publishing, origin) if keeping else Publisher(drafter, publishing, origin=origin)
         self._proposed = self.learning.num_rounds  # when a candidate was last proposed
+        self._judged = self.learning.num_rounds  # when weights were last compared
         self._num_drifts = 0  # noticed so far
         self._heard: dict[int, int] = {}  # tokens of each text, by the id of a trace that others keep alive
         self.failure = ""  # why nothing is learned any more
@@ -81,16 +82,27 @@ class Trainer:
         for record in records:
             self._hear(record)
         self.publisher.offer(records)
+        # where time is scarce, rounds and judging take turns: each alone could take all of it
+        version = self._judge() if self.learning.num_rounds > self._judged else None
         self.learning.offer(records)
-        self._propose()
-        # rounds go first: where time is scarce, judging must not keep from learning what there would be to judge
-        version = self.publisher.check() if self.learning.budget.may_judge else None
+        if version is None:
+            self._propose()
+            version = self._judge()
         num_new = self.publisher.num_events - before
         events = self.publisher.history[-num_new:] if num_new else ()
         if version and events[-1].kind == "rolled back":
             self.learning.restart(version.params)
         if self._keeping:
             self._keep(self._keeping, events, version)
+        return version
+
+    def _judge(self) -> DrafterWeights | None:
+        """A version to serve from now on, if there is time to compare and one drafts better."""
+        if not self.learning.budget.may_judge:
+            return None
+        self._judged = self.learning.num_rounds
+        version = self.publisher.check()
+        self.learning.budget.spend(num_rows=0, num_evaluations=0)
         return version
 
     def _propose(self) -> None:

@@ -1,0 +1,263 @@
+"""Which of two sets of weights drafts better, on what is served.
+
+Judged by what serving is paid for, the drafts that a step keeps, and never by the loss, which can fall while acceptance
+falls. Two sets of weights are compared on the same rows of the same requests, and those are held back from both: they
+came after both were made. So nothing is lost to learning, which goes on with other weights meanwhile, and a judgement
+comes after a few requests, however small a share of the traffic one would care to keep from learning.
+
+Acceptance is taken at every position of a text, not at the positions where steps began: those are where the drafter
+that served had just failed, so that it would look worse than an equal one that failed elsewhere.
+
+Axis letters: E sets of weights, N positions of a request, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onlinespec.config import PublishConfig
+from onlinespec.core import Feedback, Params
+from onlinespec.drafters.base import Drafter
+from onlinespec.losses import TargetRows
+from onlinespec.metrics import student_quantile
+from onlinespec.records import Paired
+from onlinespec.replay import Stored, Unfinished, detached, run_around
+
+_LEAST_DIFFERENCE = 1e-3  # in drafts kept per step; less may be rounding, and is not worth a swap
+_COLLAPSED = 0.5  # of the acceptance that the weights should have ...
+_COLLAPSE_STEPS = 64  # ... over at least so many steps ...
+_COLLAPSE_REQUESTS = 4  # ... of so many requests: one odd text is no collapse ...
+_COLLAPSE_ERRORS = 3.0  # ... and by so many standard errors
+
+
+# --- what weights would have kept ---------------------------------------------------------------------------------
+
+
+class Lengths(NamedTuple):
+    """What sets of weights keep of the drafts at every position of one request, summed."""
+
+    num_anchors: int
+    accepted: tuple[float, ...]  # drafts kept, by set of weights
+    first: tuple[float, ...]  # of these the first ones
+
+
+@torch.no_grad()
+def lengths_of(
+    drafter: Drafter, candidates: Sequence[Params], records: Sequence[Feedback], num_draft_tokens: int
+) -> Lengths | None:
+    """The expected number of drafts kept, summed over the positions of a run of one request's rows.
+
+    Given a text drawn by the target, a chain of drafts comes past depth j with chance prod min(1, draft(y) / target(y))
+    over its first j tokens y, and the next draft is kept with chance sum_v min(draft(v), target(v)): together the
+    expectation, without bias. Greedy, both are 1 where the likeliest draft is the token that was committed. The
+    request's temperature counts; cuts (top-p and the like) and penalties are not known here. A position near the end
+    drafts only as far as the rows go, whatever the weights.
+
+    Returns:
+        None if the drafter has nothing to learn from these rows.
+    """
+    batch = drafter.batch(records)
+    if not batch:
+        return None
+    depths = drafter.rows(candidates, batch, num_draft_tokens)
+    num_anchors = len(depths[0][1].token_ids_N)
+    first_E = accepted_E = reached_EN = torch.zeros(())
+    for depth, (logits_ENV, target) in enumerate(depths):
+        if len(target.token_ids_N) != num_anchors - depth:
+            raise ValueError(
+                f"depth {depth} has {len(target.token_ids_N)} rows for {num_anchors} positions; give the records of "
+                "one request that continue each other"
+            )
+        kept_EN, passed_EN = _acceptance(logits_ENV, target, records[0].temperature)
+        if depth:
+            kept_EN = kept_EN * reached_EN[:, : num_anchors - depth]
+            passed_EN = passed_EN * reached_EN[:, : num_anchors - depth]
+        else:
+            first_E = kept_EN.double().sum(-1)
+        accepted_E, reached_EN = accepted_E + kept_EN.double().sum(-1), passed_EN
+    return Lengths(num_anchors, tuple(accepted_E.tolist()), tuple(first_E.tolist()))
+
+
+def _acceptance(logits_ENV: Tensor, target: TargetRows, temperature: float) -> tuple[Tensor, Tensor]:
+    """Chances that a draft is kept, and that it is kept and the text's own token; 0 where logits are not finite."""
+    is_usable_EN = logits_ENV.amax(-1).isfinite()  # a token may be ruled out (-inf)
+    if temperature == 0:
+        is_kept_EN = ((logits_ENV.argmax(-1) == target.token_ids_N) & is_usable_EN).float()
+        return is_kept_EN, is_kept_EN
+    draft_ENV = (logits_ENV.float() / temperature).softmax(-1)
+    target_NV = (target.probs_NV.log() / temperature).softmax(-1)
+    ids_EN1 = target.token_ids_N.expand(draft_ENV.shape[:-1]).unsqueeze(-1)
+    own_N = target_NV.gather(-1, target.token_ids_N[:, None])[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
+    passed_EN = (draft_ENV.gather(-1, ids_EN1)[..., 0] / own_N).clamp_max(1)
+    kept_EN = torch.minimum(draft_ENV, target_NV).sum(-1)
+    return kept_EN.where(is_usable_EN, 0), passed_EN.where(is_usable_EN, 0)
+
+
+def paired(lengths: Sequence[Lengths], level: float) -> Paired:
+    """Two sets of weights by their lengths on the same requests: the served one first, the other second.
+
+    Requests are the independent draws, positions of one are not; each counts by its positions. The difference is judged
+    by Student's t, one-sided, both ways; where sizes differ there are fewer degrees of freedom than requests.
+
+    Reference: Kish (1965), on the effective number of draws.
+    """
+    num_requests, num_anchors = len(lengths), sum(each.num_anchors for each in lengths)
+    served, other = (math.fsum(each.accepted[i] for each in lengths) / num_anchors for i in (0, 1))
+    difference = other - served
+    residuals = (each.accepted[1] - each.accepted[0] - each.num_anchors * difference for each in lengths)
+    spread = math.fsum(residual**2 for residual in residuals) * num_requests / (num_requests - 1)
+    error = math.sqrt(spread) / num_anchors
+    num_alike = num_anchors**2 / sum(each.num_anchors**2 for each in lengths)  # requests of one size that say as much
+    least = max(student_quantile(level, max(num_alike - 1, 1)) * error, _LEAST_DIFFERENCE)
+    probs = (math.fsum(each.first[i] for each in lengths) / num_anchors for i in (0, 1))
+    served_prob, other_prob = probs
+    return Paired(
+        num_requests=num_requests,
+        num_anchors=num_anchors,
+        served_length=1 + served,
+        other_length=1 + other,
+        served_acceptance_prob=served_prob,
+        other_acceptance_prob=other_prob,
+        difference=difference,
+        standard_error=error,
+        level=level,
+        is_other_better=difference > least,
+        is_served_better=-difference > least,
+    )
+
+
+def run_of(records: Sequence[Feedback], max_rows: int) -> list[Feedback]:
+    """Some records of a request that continue each other, from where its id and length say, up to max_rows rows.
+
+    Where records were lost on the way only those behind the gap are looked at.
+    """
+    begins = [i for i in range(1, len(records)) if records[i - 1].start + records[i - 1].num_rows != records[i].start]
+    whole = records[begins[-1] if begins else 0 :]
+    first = Random(f"{whole[0].request_id}/{whole[-1].start}").randrange(len(whole))
+    return run_around(whole, first, max_rows)
+
+
+# --- trials ---------------------------------------------------------------------------------------------------------
+
+
+class Trial:
+    """Two sets of weights on the requests that come, which are newer than both: neither has learned from them.
+
+    There are a few looks, at growing numbers of requests, each at its share of the level: the chance that any of them
+    takes for better what is not stays within it.
+
+    Args:
+        served, other: What is compared.
+        version: Only rows that this version drafted count; None for all.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        served: Params,
+        other: Params,
+        looks: Sequence[int],
+        config: PublishConfig,
+        version: int | None = None,
+    ) -> None:
+        self.served, self.other = served, other
+        self._drafter, self._config, self._version = drafter, config, version
+        self._looks = deque(looks)
+        self._level = config.level / len(looks)
+        self._unfinished = Unfinished()
+        self._waiting: deque[Stored] = deque()
+        self._lengths: list[Lengths] = []
+        self._names: set[str] = set()  # of the requests that count
+
+    def offer(self, records: Sequence[Feedback]) -> None:
+        """Takes what was served; a request counts when it has ended."""
+        for trace, seen in self._unfinished.ended(records):
+            own = [record for record in seen if self._version in (None, record.weights_version)]
+            name = seen[0].request_id
+            is_new = not name or name not in self._names  # several choices of one request are no news of the traffic
+            if own and is_new and self._has_room:
+                self._names.add(name)
+                self._waiting.append(detached(trace, run_of(own, self._config.max_rows)))
+
+    @property
+    def _has_room(self) -> bool:
+        num_bytes = sum(request.num_bytes for request in self._waiting)
+        num_requests = len(self._lengths) + len(self._waiting)
+        return num_bytes < self._config.megabytes * 1e6 and not self.is_over and num_requests < self._looks[-1]
+
+    def look(self) -> Paired | None:
+        """Compares on one more of the requests that came, and gives the comparison of all, if a look is due.
+
+        One at a time: each costs about as much as a round, and whoever calls may have other use for the time.
+        """
+        if self._waiting:
+            request, versions = self._waiting.popleft(), [self.served, self.other]
+            lengths = lengths_of(self._drafter, versions, request.records, self._config.num_draft_tokens)
+            self._lengths += [lengths] if lengths else []
+        if self.is_over or len(self._lengths) < self._looks[0]:
+            return None
+        while self._looks and len(self._lengths) >= self._looks[0]:
+            self._looks.popleft()
+        return paired(self._lengths, self._level)
+
+    @property
+    def num_requests(self) -> int:
+        """Compared so far."""
+        return len(self._lengths)
+
+    @property
+    def served_acceptance_prob(self) -> float:
+        """Of the first drafted token, by the weights that are served; 0 as long as nothing was compared."""
+        num_anchors = sum(each.num_anchors for each in self._lengths)
+        return math.fsum(each.first[0] for each in self._lengths) / max(num_anchors, 1)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no look left."""
+        return not self._looks
+
+
+class Collapse:
+    """A blunt check that asks no model: drafts as they are served, against what these weights would have kept there.
+
+    It shows a swap that went wrong, where weights look well on paper. Both are of the same requests: where the traffic
+    moves, both fall.
+    """
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self._num_steps = self._num_kept = 0  # steps that drafted, and those of them whose first draft was kept
+        self._names: set[str] = set()  # of the requests that these steps are of
+
+    def offer(self, records: Sequence[Feedback]) -> None:
+        """Takes what was served, by whatever version."""
+        for record in records:
+            if record.weights_version == self._version and record.num_draft_tokens:
+                self._num_steps += 1
+                self._num_kept += record.num_accepted > 0
+                self._names.add(record.request_id or str(id(record.trace)))
+
+    def reason(self, predicted: float) -> str:
+        """What speaks against the version, in words; empty if nothing.
+
+        Args:
+            predicted: acceptance_prob of the first drafted token, by the weights.
+        """
+        if self._num_steps < _COLLAPSE_STEPS or len(self._names) < _COLLAPSE_REQUESTS:
+            return ""
+        least = _COLLAPSED * predicted
+        error = math.sqrt(least * (1 - least) / self._num_steps)
+        measured = self._num_kept / self._num_steps
+        if measured >= least - _COLLAPSE_ERRORS * error:
+            return ""
+        return (
+            f"the first draft was kept in {measured:.0%} of {self._num_steps} steps, where these weights should have "
+            f"kept {predicted:.0%}"
+        )
