@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import pytest
 import rigs
@@ -139,10 +140,10 @@ def test_what_the_page_shows_follows_what_is_served():
 
 
 class FakeControl:
-    is_drafting, num_switches = True, 0
+    is_drafting = True
 
     def report(self):
-        return {"is_drafting": self.is_drafting, "num_switches": self.num_switches, "goodput_plain": 50.0}
+        return {"is_drafting": self.is_drafting, "goodput_plain": 50.0}
 
 
 def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypatch):
@@ -153,16 +154,18 @@ def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypa
     figures = {"drifts": 0, "num_events": 0, "events": []}
     monkeypatch.setattr(live, "_learning", lambda: figures)
     flow = engine.scheduler.flow
+    promoted = {"kind": "promoted", "at": "2026-11-28T12:00:00+00:00", "reason": "better", "version": 1}
     live.sample()
     assert live.snapshot()["course"]["tokens_per_second"] == [None]
     flow.tokens, flow.steps, flow.accepted, flow.verify_seconds, flow.read_seconds = 30, 10, 20, 0.2, 5.0
-    figures |= {"drifts": 1, "num_events": 1, "events": [{"kind": "promoted", "reason": "better", "version": 1}]}
-    control.is_drafting, control.num_switches = False, 1
+    figures |= {"drifts": 1, "num_events": 1, "events": [promoted]}
+    control.is_drafting = False
     live.sample()
     shown = live.snapshot()
     assert shown["now"]["tokens_per_second"] == pytest.approx(150.0)  # reading prompts is no decoding
     assert shown["now"]["plain_tokens_per_second"] == 50.0
     assert shown["now"]["acceptance_length"] == 3.0
     assert [mark["kind"] for mark in shown["marks"]] == ["promoted", "drift", "drafting off"]
+    assert shown["marks"][0]["at"] == datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()  # not when it was heard of
     live.sample()
     assert len(live.snapshot()["marks"]) == 3

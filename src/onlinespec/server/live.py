@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from onlinespec.background import BackgroundLearning
@@ -28,7 +29,7 @@ class Live:
         self._samples: deque[tuple[float | None, ...]] = deque(maxlen=_MOST_SAMPLES)
         self._marks: deque[dict[str, Any]] = deque(maxlen=_MOST_MARKS)
         self._flow, self._at = replace(engine.scheduler.flow), time.monotonic()
-        self._seen = {"drifts": 0, "switches": 0, "events": 0}
+        self._seen = {"drifts": 0, "events": 0, "is_drafting": True}
 
     async def run(self) -> None:
         """Takes a sample every so often, for ever."""
@@ -53,7 +54,7 @@ class Live:
             "is_ready": self._engine.is_ready,
             "now": dict(zip(_COLUMNS, self._samples[-1], strict=True)) if self._samples else None,
             "course": {name: [sample[i] for sample in self._samples] for i, name in enumerate(_COLUMNS)},
-            "marks": list(self._marks),
+            "marks": sorted(self._marks, key=lambda mark: mark["at"]),
             "requests": {
                 "running": len(scheduler.running),
                 "reading": len(scheduler.reading),
@@ -94,17 +95,18 @@ class Live:
         events = learning.get("events", [])
         now = {
             "drifts": learning.get("drifts", 0),
-            "switches": control.get("num_switches", 0),
             "events": learning.get("num_events", 0),
+            "is_drafting": control.get("is_drafting", True),
         }
         num_new = now["events"] - self._seen["events"]
         for event in events[-num_new:] if num_new > 0 else []:
-            self._mark(event["kind"], event.get("reason", ""), event.get("version"))
+            at = datetime.fromisoformat(event["at"]).timestamp()  # where learning is busy, long before it is heard of
+            self._mark(event["kind"], event.get("reason", ""), at, event["version"])
         if now["drifts"] > self._seen["drifts"]:
             self._mark("drift", "the traffic has moved")
-        if now["switches"] > self._seen["switches"]:
-            self._mark("drafting on" if control["is_drafting"] else "drafting off", "by measured cost")
+        if now["is_drafting"] != self._seen["is_drafting"]:
+            self._mark("drafting on" if now["is_drafting"] else "drafting off", "by measured cost")
         self._seen = now
 
-    def _mark(self, kind: str, reason: str, version: int | None = None) -> None:
-        self._marks.append({"at": time.time(), "kind": kind, "reason": reason, "version": version})
+    def _mark(self, kind: str, reason: str, at: float | None = None, version: int | None = None) -> None:
+        self._marks.append({"at": at or time.time(), "kind": kind, "reason": reason, "version": version})
