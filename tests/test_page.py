@@ -154,7 +154,7 @@ def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypa
     figures = {"drifts": 0, "num_events": 0, "events": []}
     monkeypatch.setattr(live, "_learning", lambda: figures)
     flow = engine.scheduler.flow
-    promoted = {"kind": "promoted", "at": "2026-11-28T12:00:00+00:00", "reason": "better", "version": 1}
+    promoted = {"kind": "promoted", "at": "2026-01-02T12:00:00+00:00", "reason": "better", "version": 1}
     live.sample()
     assert live.snapshot()["course"]["tokens_per_second"] == [None]
     flow.tokens, flow.steps, flow.accepted, flow.verify_seconds, flow.read_seconds = 30, 10, 20, 0.2, 5.0
@@ -166,6 +166,6 @@ def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypa
     assert shown["now"]["plain_tokens_per_second"] == 50.0
     assert shown["now"]["acceptance_length"] == 3.0
     assert [mark["kind"] for mark in shown["marks"]] == ["promoted", "drift", "drafting off"]
-    assert shown["marks"][0]["at"] == datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()  # not when it was heard of
+    assert shown["marks"][0]["at"] == datetime(2026, 1, 2, 12, tzinfo=UTC).timestamp()  # not when it was heard of
     live.sample()
     assert len(live.snapshot()["marks"]) == 3
