@@ -71,9 +71,11 @@ def until(condition, loop=None, seconds=60):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_learned_beside_serving_comes_to_be_served(way):
     loop, learning = make(way)
+    names = learning.figures().keys()  # the same before anything was learned
     served = until(lambda: learning.num_published >= 3, loop)
     learning.stop()
     assert_exact(served)
+    assert learning.figures().keys() == names | {"failure"}
     assert not learning.failure
     assert loop.drafter.weights.version >= 3
     first, last = served[:8], answers(loop, 8)

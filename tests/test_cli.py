@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -801,6 +802,9 @@ def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_p
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert "saved to" in err
+        assert re.search(r"stopping: \d answers have 30 seconds to end", err)
+        assert "cut off" not in err
+        assert err.endswith("stopped\n")
         assert "Traceback" not in err
     assert json.loads((tmp_path / "saved" / "onlinespec.json").read_text())["weights_version"] >= 1
 
@@ -834,6 +838,10 @@ def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run):
     with serving("target", *options, "--reset-drafter") as (_, _, said):
         assert "are kept in versions.reset-" in said
         assert "going on" not in said
+    for record in tmp_path.glob("versions/*/version.json"):
+        record.write_text("damaged")
+    with serving("target", *options) as (_, _, said):
+        assert "can be served: beginning anew with drafter" in said
     code, _, err = run("serve", "target", "--reset-drafter")
     assert (code, "--reset-drafter moves the versions in --versions DIR aside; give that, too" in err) == (2, True)
 

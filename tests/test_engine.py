@@ -125,10 +125,10 @@ def test_stopping_gives_up_what_takes_too_long():
         engine = make()
         engine.start()
         (answer,) = engine.ask([(PROMPTS[0], GenerationParams(1000))])
-        await engine.stop(0.05)
-        return (await collect(answer))[-1].finish_reason
+        num_given_up = await engine.stop(0.05)
+        return (await collect(answer))[-1].finish_reason, num_given_up, engine.num_answering
 
-    assert asyncio.run(main()) == CANCELLED
+    assert asyncio.run(main()) == (CANCELLED, 1, 0)
 
 
 def test_an_engine_that_fails_ends_every_answer_and_says_so(monkeypatch, caplog):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import CHAT_TEMPLATE, END_TOKEN_ID, save_tiny
 from safetensors.torch import load_file, save_file
+from transformers import tokenization_utils_base
 
 from onlinespec.config import SamplingParams
 from onlinespec.models.checkpoint import fingerprint, read_weights
@@ -128,6 +129,15 @@ def test_the_fingerprint_follows_weights_and_tokenizer(original, folder):
     assert changed != before
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
     assert fingerprint(folder) not in (before, changed)
+
+
+def test_a_tokenizer_does_not_say_that_a_long_text_would_be_run(folder, monkeypatch):
+    warnings = []
+    target = load_target(folder)
+    target.tokenizer.model_max_length = 4
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", warnings.append)
+    assert len(target.encode("a b c d e f g h", is_chat=False)) > 4
+    assert not warnings
 
 
 def remove(name: str) -> Callable[[Path], None]:

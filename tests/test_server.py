@@ -467,7 +467,7 @@ def test_mistakes_in_a_completion_name_field_value_and_what_is_allowed(tiny, bod
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({"messages": []}, "messages", ["messages is []", "1 item"]),
+        ({"messages": []}, "messages", ["messages is []", "it must not be empty"]),
         ({"messages": "hi"}, "messages", ["'hi'"]),
         ({"messages": [{"role": "cat", "content": 3}]}, "messages.0.role", ["'cat'", "'user'"]),
         ({"messages": [{"role": "tool", "content": "3"}]}, "messages.0.role", ["'tool'"]),
@@ -479,14 +479,16 @@ def test_mistakes_in_a_completion_name_field_value_and_what_is_allowed(tiny, bod
             ["'image_url'", "'text'"],
         ),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls", []),
-        ({"tools": [{"type": "function"}]}, "tools", ["at most 0"]),
+        ({"tools": [{"type": "function"}]}, "tools", ["not offered here"]),
+        ({"chat_template_kwargs": {"a": "b"}}, "chat_template_kwargs.a", ["'b'; it must be a valid boolean"]),
+        ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", ["has messages", "leave it out"]),
         ({"tool_choice": "required"}, "tool_choice", ["'required'"]),
         ({"top_logprobs": 2}, "top_logprobs", ["needs logprobs"]),
         ({"logprobs": 2}, "logprobs", ["2"]),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", ["differ"]),
         ({"modalities": ["audio"]}, "modalities.0", ["'audio'"]),
         ({"continue_final_message": True}, "continue_final_message", ["add_generation_prompt"]),
-        ({"chat_template_kwargs": {"tokenize": True}}, "messages", ["tokenize"]),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", ["tokenize", "leave it out"]),
     ],
 )
 def test_mistakes_in_a_chat_name_field_value_and_what_is_allowed(tiny, body, param, words):
@@ -736,6 +738,8 @@ def test_a_third_signal_ends_the_process_even_if_a_step_never_comes_back(monkeyp
     monkeypatch.setattr("onlinespec.server.run.os._exit", exits.append)
 
     class Stuck:
+        num_answering = 0
+
         async def stop(self, seconds):
             stops.append(seconds)
             await asyncio.sleep(60)

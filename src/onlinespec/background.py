@@ -39,6 +39,21 @@ log = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
 _GATHER_SECONDS = 0.1
+_NO_FIGURES: dict[str, Any] = {  # before the first report
+    "rounds": 0,
+    "rows": 0,
+    "loss": None,
+    "interval": None,
+    "drifts": 0,
+    "learner": {},
+    "memory_bytes": 0,
+    "memory_requests": 0,
+    "unsaved": 0,
+    "num_events": 0,
+    "events": [],
+    "is_watching": False,
+    "share_spent": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class BackgroundLearning(ABC):
         self._changed = threading.Condition()  # guards what is shared below
         self._newest: DrafterWeights | None = None
         self._is_stopping = False
-        self._figures: dict[str, Any] = {}
+        self._figures: dict[str, Any] = _NO_FIGURES | {"published": drafter.weights.version}
         self.num_dropped = self.num_offered = 0
         self.num_published = 0
         self.failure = ""  # why nothing is learned any more

@@ -85,7 +85,8 @@ class Version:
             name = next(name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))
             raise ValueError(
                 f"{name} is {theirs.get(name, 'no tensor that learns')} in {self.folder} and "
-                f"{ours.get(name, 'no tensor that learns')} in the drafter; give the --tune that it was saved with"
+                f"{ours.get(name, 'no tensor that learns')} in the drafter; give the --drafter and --tune that "
+                "it was learned with, another folder, or --reset-drafter to begin anew (old versions are kept beside)"
             )
         if drafter.is_trainable:
             drafter.swap(DrafterWeights(saved["params"], self.number))

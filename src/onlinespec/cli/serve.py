@@ -79,6 +79,7 @@ def serve(command: Serve) -> int:
         save(drafter, command.save, drafter.weights.version > start, whose)
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
+    err.print("stopped")
     return 0
 
 
@@ -114,7 +115,11 @@ def _resume(command: Serve, folder: Path, target: Target, drafter: Drafter) -> N
     if found := versions.latest_good(target.fingerprint):
         found.resume(drafter, found.record.learner)  # who learns on says so if it is another
         err.print(f"going on with version {found.number} of {folder}", highlight=False, soft_wrap=True)
-    elif (number := versions.next_version) > drafter.weights.version:  # a number is never used again
+        return
+    if versions.numbers():
+        told = f"none of the versions in {folder} can be served: beginning anew with {command.drafter_name}"
+        err.print(told, highlight=False, soft_wrap=True)
+    if (number := versions.next_version) > drafter.weights.version:  # a number is never used again
         drafter.swap(DrafterWeights(drafter.weights.params, number))
 
 

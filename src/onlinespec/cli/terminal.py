@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,17 @@ from rich.console import Console
 
 from onlinespec.cli import stop
 
-out, err = Console(), Console(stderr=True)
+_FILE_WIDTH = 160  # characters, where no terminal says how many it has: a row of a table, a line of the log stay whole
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _FILE_WIDTH
+    return console
+
+
+out, err = _console(stderr=False), _console(stderr=True)
 
 
 @contextmanager

@@ -257,6 +257,8 @@ def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizer files fail in many ways; all of them are the checkpoint's
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: the tokenizer can't be loaded ({reason}); is tokenizer.json there?") from error
+    # A text beyond the context is refused; this would say of every first one that it is run all the same.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if len(tokenizer) > shape.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {shape.vocab_size}")
     return tokenizer

@@ -130,18 +130,29 @@ class Engine:
             self._answers |= {answer.request: answer for answer in answers}
         return answers
 
-    async def stop(self, seconds: float = 30.0) -> None:
-        """Takes no more requests, finishes those it has, gives up after so many seconds what is left."""
+    @property
+    def num_answering(self) -> int:
+        """Answers that are not whole yet."""
+        return len(self._answers)
+
+    async def stop(self, seconds: float = 30.0) -> int:
+        """Takes no more requests, finishes those it has, gives up after so many seconds what is left.
+
+        Returns:
+            How many answers it gave up.
+        """
         with self._guard:
             self._is_closed = True
         deadline = asyncio.get_running_loop().time() + seconds
         while self._answers and self._thread.is_alive() and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        for request in list(self._answers):
+        left = list(self._answers)
+        for request in left:
             self.scheduler.cancel(request)
         self._is_stopping = True
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        return len(left)
 
     @property
     def is_alive(self) -> bool:

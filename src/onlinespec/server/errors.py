@@ -169,10 +169,15 @@ def from_validation(errors: Sequence[Any], shapes: Mapping[str, str] | None = No
         if isinstance(_path(furthest)[-1], str) and len(_path(furthest)) > len(path):  # in a field of a list's object
             first, path, allowed = furthest, _path(furthest), _ours(furthest["msg"])
         else:
-            allowed = f"it must be {(shapes or {}).get(str(path[-1]), allowed)}"
+            shape = (shapes or {}).get(str(path[-1]))
+            allowed = f"it must be {shape}" if shape else allowed
     name = ".".join(map(str, path))
     if first["type"] == "missing":
         return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
+    if first["type"] == "too_long" and not context["max_length"]:
+        allowed = "that is not offered here, leave it out"
+    if first["type"] == "too_short" and context["min_length"] == 1:
+        allowed = "it must not be empty"
     return ApiError(400, f"{name} is {_told(first['input'])}; {allowed}", name, "invalid_value")
 
 

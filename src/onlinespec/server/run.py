@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from onlinespec.server.engine import Engine
+
+log = logging.getLogger(__name__)
 
 _LEAST_SECONDS = 1.0  # for the last bytes to reach who reads them, whatever the grace
 
@@ -87,8 +90,11 @@ class _Server(uvicorn.Server):
         self._stops.add(asyncio.create_task(self._finish(seconds)))
 
     async def _finish(self, seconds: float) -> None:
-        began = time.monotonic()
-        await self._engine.stop(seconds)
+        began, num_answering = time.monotonic(), self._engine.num_answering
+        if num_answering and self._num_signals == 1:
+            log.warning("stopping: %d answers have %g seconds to end", num_answering, seconds)
+        if num_given_up := await self._engine.stop(seconds):
+            log.warning("%d answers were cut off", num_given_up)
         left = max(_LEAST_SECONDS, seconds - (time.monotonic() - began))
         self.config.timeout_graceful_shutdown = min(left, self.config.timeout_graceful_shutdown or left)  # type: ignore[assignment]
         self.should_exit = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -34,6 +35,7 @@ class Texts:
         self._one_at_a_time = asyncio.Lock()
         self._names: dict[int, bytes] = {}
         special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        self._taken = {"messages", *inspect.signature(self._tokenizer.apply_chat_template).parameters}
         self._special = sorted(special | set(self._tokenizer.all_special_tokens))
 
     async def of_completion(self, request: CompletionRequest) -> list[list[int]]:
@@ -95,13 +97,17 @@ class Texts:
         return cut.join(text[start:end] for start, end in pairwise(bounds))
 
     def _render(self, turns: Sequence[Mapping[str, str]], request: ChatRequest) -> str:
+        settings = request.chat_template_kwargs or {}
+        if taken := sorted(settings.keys() & self._taken):
+            message = f"chat_template_kwargs has {taken[0]}, which is set otherwise; leave it out"
+            raise ApiError(400, message, "chat_template_kwargs", "invalid_value")
         try:
             rendered: str = self._tokenizer.apply_chat_template(
                 turns,
                 tokenize=False,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
-                **(request.chat_template_kwargs or {}),
+                **settings,
             )
         except Exception as error:  # templates are programs of the checkpoint's, and refuse in many ways
             raise ApiError(
