@@ -296,7 +296,7 @@ class ProcessLearning(BackgroundLearning):
         except (EOFError, OSError):
             self.process.join(1.0)
             self._fail(f"its process has ended, exit code {self.process.exitcode}")
-        except Exception as error:
+        except Exception as error:  # a message that can't be read: learning ends with a word, serving goes on
             self._fail(f"{type(error).__name__}: {error}")
 
 
