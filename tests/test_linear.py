@@ -12,6 +12,7 @@ from onlinespec.models.linear import (
     PackedLinear,
     PlainLinear,
     can_pack,
+    can_pack_half,
     draft_linear_for,
     half_product,
     learn_product_for,
@@ -20,6 +21,7 @@ from onlinespec.models.linear import (
 )
 
 packs = pytest.mark.skipif(not can_pack(), reason="this processor has no prepacked products")
+packs_half = pytest.mark.skipif(not can_pack_half(), reason="this processor has no prepacked products in bfloat16")
 SHAPES = [(768, 256), (256, 768), (4096, 256), (1024, 1024), (48, 96), (33, 50)]
 
 
@@ -42,7 +44,7 @@ def test_packed_equals_plain_and_has_the_same_bits_for_any_number_of_rows(shape,
 
 @packs
 @pytest.mark.parametrize("num_rows", [5, 45])
-@pytest.mark.parametrize("make_linear", [PlainLinear, PackedLinear, HalfLinear])
+@pytest.mark.parametrize("make_linear", [PlainLinear, PackedLinear, pytest.param(HalfLinear, marks=packs_half)])
 def test_a_frozen_product_has_the_gradient_of_the_plain_one(make_linear, num_rows):
     weight, x, grad = draw(96, 64), draw(num_rows, 64).requires_grad_(), draw(num_rows, 96)
     tolerance = {"atol": 0.3, "rtol": 0.05} if make_linear is HalfLinear else {"atol": 1e-4, "rtol": 1e-4}
@@ -80,6 +82,20 @@ def test_an_operator_that_fails_means_packing_is_missing(monkeypatch):
 
     monkeypatch.setattr(PackedLinear, "__init__", fail)
     assert not can_pack.__wrapped__()
+
+
+def test_a_processor_that_packs_float32_alone_takes_plain_products_in_bfloat16(monkeypatch):
+    pack = module._pack
+
+    def without_avx512(weight: torch.Tensor) -> torch.Tensor:
+        if weight.dtype == torch.bfloat16:
+            raise RuntimeError("bf16 path needs the cpu support avx512")
+        return pack(weight)
+
+    monkeypatch.setattr(module, "_pack", without_avx512)
+    monkeypatch.setattr(module, "can_pack_half", can_pack_half.__wrapped__)
+    assert linear_for(torch.device("cpu"), torch.bfloat16) is PlainLinear
+    assert linear_for(torch.device("cpu"), torch.float32) is (PackedLinear if can_pack() else PlainLinear)
 
 
 @packs

@@ -10,7 +10,7 @@ from onlinespec.drafters import shortlist as shortlist_module
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.shortlist import Shortlist
 from onlinespec.losses import soft_cross_entropy
-from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack
+from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack_half
 
 VOCAB, HIDDEN = 64, 16
 HEAD = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -209,7 +209,7 @@ def test_greedy_rows_learn_over_a_list_that_holds_their_tokens():
     torch.testing.assert_close(target.probs_NV, whole[:, listed_ids].softmax(-1))
 
 
-@pytest.mark.skipif(not can_pack(), reason="this processor has no prepacked products, rough ones included")
+@pytest.mark.skipif(not can_pack_half(), reason="this processor has no prepacked products in bfloat16")
 def test_labels_are_the_targets_own_however_roughly_drafts_are_made():
     drafter = Eagle.fresh(TARGET)
     rough = Eagle(TARGET, drafter.config, drafter.weights.params, make_linear=HalfLinear, shortlist=40)

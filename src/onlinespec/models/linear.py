@@ -91,10 +91,20 @@ def can_pack() -> bool:
         return False
 
 
+@cache
+def can_pack_half() -> bool:
+    """Whether packing takes bfloat16: without AVX-512, torch refuses it. Equal bits are promised in float32 only."""
+    try:
+        PackedLinear(torch.zeros(16, 16, dtype=torch.bfloat16))
+        return can_pack()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
 def linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    """The fastest exact kind of product for a device and dtype: packed for float32 and bfloat16 on a CPU."""
-    is_packable = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and can_pack()
-    return PackedLinear if is_packable else PlainLinear
+    """The fastest exact kind of product for a device and dtype: packed for float32 and bfloat16 on a CPU, if it can."""
+    can = {torch.float32: can_pack, torch.bfloat16: can_pack_half}.get(dtype)
+    return PackedLinear if device.type == "cpu" and can and can() else PlainLinear
 
 
 class HalfLinear:
