@@ -223,39 +223,51 @@ class NeverSlower(Common):
     streams: tuple[int, ...] = (1, 4, 16)
     fixed: tuple[int, ...] = (1, 2, 4)
     blocks: int = 10
+    """For each start of the servers."""
     requests_per_stream: int = 3
+    starts: int = 1
+    """Of all servers: two of the same flags can differ by as much as is asked here, for as long as they live."""
+    twin: bool = False
+    """A second `none`: how much differs where nothing does."""
 
 
 def never_slower(command: NeverSlower) -> None:
     """Paired by block: tokens per second of the chosen length over the others'."""
     rows = Rows(command, command)
     flags = ("--learner", "frozen", "--drafter", "eagle") if command.hopeless else ("--learner", "frozen")
-    arms = {"none": (*flags, "--num-draft-tokens", "0"), "chosen": flags}
+    none = (*flags, "--num-draft-tokens", "0")
+    arms = {"none": none, "chosen": flags} | ({"none again": none} if command.twin else {})
     arms |= {f"fixed {K}": (*flags, "--fixed-draft-length", "--num-draft-tokens", str(K)) for K in command.fixed}
-    with ExitStack() as stack:
-        servers = [stack.enter_context(served(name, command, flags)) for name, flags in arms.items()]
-        for streams in command.streams:
-            prompts = iter(
-                texts(command.data, (1 + command.blocks) * streams * command.requests_per_stream, command.seed)
-            )
-            rates: dict[str, list[float]] = {name: [] for name in arms}
-            for block in range(1 + command.blocks):
-                chosen = list(islice(prompts, streams * command.requests_per_stream))
-                for server in servers[block % len(arms) :] + servers[: block % len(arms)]:
-                    told, seconds = asyncio.run(ask_all(server.url, chosen, streams, command.max_tokens))
-                    if block:
-                        rates[server.name].append(sum(one.tokens for one in told) / seconds)
-            for name in arms:
-                ratios = [own / other for own, other in zip(rates["chosen"], rates[name], strict=True)]
-                median, low, high = interval(ratios)
-                rows.add(
-                    streams=streams,
-                    arm=name,
-                    tokens_per_second=statistics.median(rates[name]),
-                    chosen_over_it=median,
-                    low=low,
-                    high=high,
-                )
+    count = command.starts * (1 + command.blocks) * command.requests_per_stream
+    prompts = {n: iter(texts(command.data, count * n, command.seed)) for n in command.streams}
+    rates: dict[int, dict[str, list[float]]] = {n: {name: [] for name in arms} for n in command.streams}
+    for start in range(command.starts):
+        with ExitStack() as stack:
+            servers = [stack.enter_context(served(name, command, flags)) for name, flags in arms.items()]
+            for streams in command.streams:
+                for block in range(1 + command.blocks):
+                    chosen = list(islice(prompts[streams], streams * command.requests_per_stream))
+                    for server in servers[block % len(arms) :] + servers[: block % len(arms)]:
+                        told, seconds = asyncio.run(ask_all(server.url, chosen, streams, command.max_tokens))
+                        if block:
+                            rates[streams][server.name].append(sum(one.tokens for one in told) / seconds)
+                if start == command.starts - 1:
+                    _over_the_others(rows, streams, rates[streams])
+
+
+def _over_the_others(rows: Rows, streams: int, rates: dict[str, list[float]]) -> None:
+    """The chosen length beside each arm, block by block."""
+    for name, own in rates.items():
+        median, low, high = interval([chosen / other for chosen, other in zip(rates["chosen"], own, strict=True)])
+        rows.add(
+            streams=streams,
+            arm=name,
+            tokens_per_second=statistics.median(own),
+            chosen_over_it=median,
+            low=low,
+            high=high,
+            blocks=[round(rate, 1) for rate in own],
+        )
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
