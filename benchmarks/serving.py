@@ -226,7 +226,7 @@ class NeverSlower(Common):
     """For each start of the servers."""
     requests_per_stream: int = 3
     starts: int = 1
-    """Of all servers: two of the same flags can differ by as much as is asked here, for as long as they live."""
+    """Of all servers, so that what one start happens to give is drawn too."""
     twin: bool = False
     """A second `none`: how much differs where nothing does."""
 

@@ -15,6 +15,7 @@ from onlinespec.models.linear import (
     can_pack_half,
     draft_linear_for,
     half_product,
+    has_bfloat16_units,
     learn_product_for,
     linear_for,
     plain_product,
@@ -82,6 +83,11 @@ def test_an_operator_that_fails_means_packing_is_missing(monkeypatch):
 
     monkeypatch.setattr(PackedLinear, "__init__", fail)
     assert not can_pack.__wrapped__()
+
+
+@pytest.mark.skipif(not has_bfloat16_units(), reason="this processor does not multiply bfloat16 natively")
+def test_where_bfloat16_is_native_it_is_packed():
+    assert can_pack_half() == can_pack()
 
 
 def test_a_processor_that_packs_float32_alone_takes_plain_products_in_bfloat16(monkeypatch):
