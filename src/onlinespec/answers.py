@@ -46,6 +46,7 @@ class _Place:
     num_tokens: int
     max_tokens: int
     temperature: float
+    seed: int  # its tokens were chosen with
     checksum: int | None = None  # of its tokens and states; files of older versions have none
 
 
@@ -121,6 +122,7 @@ class Answers:
             max_tokens=place.max_tokens,
             sampling=SamplingParams(place.temperature),
             target_fingerprint=self._target.fingerprint,
+            seed=place.seed,
         )
 
     def feedback(self, index: int) -> Feedback:
@@ -140,6 +142,7 @@ class Answers:
             domain=recorded.domain,
             target_fingerprint=recorded.target_fingerprint,
             temperature=recorded.sampling.temperature,
+            seed=recorded.seed,
             is_last=True,
         )
 
@@ -172,6 +175,7 @@ class Answers:
                     "num_tokens": len(trace.token_ids),
                     "max_tokens": request.max_tokens,
                     "temperature": request.params.sampling.temperature,
+                    "seed": request.params.seed,
                     "checksum": _checksum(ids, states),
                 }
             )
@@ -194,6 +198,10 @@ class Answers:
             )
         if int(shard.stem) != self.num_prompts:
             raise ValueError(f"{self.folder} lacks the shard before {shard.name}; of {shard.name}: {_DELETE}")
+        if any("seed" not in known for known in facts["answers"]):
+            raise ValueError(
+                f"{shard} can't be used: an older version wrote it, by another rule of sampling; {_DELETE}"
+            )
         self._places += [_Place(shard, i, **known) for i, known in enumerate(facts["answers"])]
         self.num_prompts += facts["num_prompts"]
         self.seconds += facts.get("seconds", 0.0)

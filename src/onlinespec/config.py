@@ -106,7 +106,8 @@ class GenerationParams:
     stop_token_ids: tuple[int, ...] = ()  # beside the target's own end tokens
     ignore_end_tokens: bool = False  # for benchmarks of a fixed length
     num_logprobs: int | None = None  # likeliest tokens reported beside each committed one; None reports nothing
-    seed: int = 0  # one per request: while the drafter learns, requests that share one are not independent draws
+    seed: int = 0  # one per request: two that share a seed and a choice draw with the same numbers
+    choice: int = 0  # which of a request's n choices: noise is a function of (seed, choice, position)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -126,6 +127,7 @@ class GenerationParams:
                 f"between 0 (the committed token alone) and {MAX_LOGPROBS}",
             )
         check_that(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
+        check_that(0 <= self.choice < 2**63, "choice", self.choice, "0 or a count")
 
 
 ROW_CHOICES = ("all", "rejected")

@@ -17,17 +17,18 @@ Params = dict[str, Tensor]
 class Draft(NamedTuple):
     """What a drafter proposes for the requests of one step."""
 
-    token_ids_BK: Tensor  # int64; a row's tail beyond its num_draft_tokens is padding
-    num_draft_tokens_B: Tensor  # int64, 0..K: how many of the row's tokens are meant
-    probs_BKV: Tensor | None  # what each token was drawn from; None says a point mass (argmax, lookup)
+    token_ids_BK: Tensor  # int64, on the target's device; a row's tail beyond its num_draft_tokens is padding
+    num_draft_tokens_B: Tensor  # int64, on the same device, 0..K: how many of the row's tokens are meant
+    probs_BKV: Tensor | None  # under the rejection rule alone: what each token was drawn from; None says a point mass
     weights_version: int  # of the weights that drafted
 
 
 class Verdict(NamedTuple):
-    """What one verification decided, for every request of a step."""
+    """What one verification decided, for every request of a step; on the target's device."""
 
     num_accepted_B: Tensor  # int64, 0..num_draft_tokens; the last committed token is not counted
-    token_ids_BL: Tensor  # int64, the committed tokens: kept drafts, then one recovered or bonus token; -1 after
+    token_ids_BL: Tensor  # int64, the committed tokens: kept drafts, then one token of the target's own; -1 after
+    is_finite_B: Tensor  # bool; false where the target's first row has NaN or infinity, so that nothing is committed
 
 
 class TokenLogprobs(NamedTuple):
@@ -80,6 +81,8 @@ class Feedback:
     tenant: str = ""
     target_fingerprint: str = ""
     temperature: float = 0.0
+    seed: int = 0  # with `choice`, of the noise that the request's tokens were chosen with: see `randomness`
+    choice: int = 0
     is_last: bool = False  # the request ended with this step
 
     @property

@@ -16,19 +16,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams
+from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, TokenLogprobs, Trace, Verdict
 from onlinespec.drafters.base import Drafter
+from onlinespec.host import to_host
 from onlinespec.models.base import Output
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache, PromptText
-from onlinespec.randomness import DRAFT, uniforms
-from onlinespec.sampling import process_step, token_logprobs
+from onlinespec.randomness import Noise, StepNoise
+from onlinespec.sampling import Logprobs, logprobs_of, process_step, token_logprobs
 from onlinespec.text import TextStream
-from onlinespec.verify import verify
+from onlinespec.verify import Coupled, Rule, ScoredRows
 
-_ANY_UNIFORMS = torch.full((MAX_DRAFT_TOKENS + 1, 3), 0.5, dtype=torch.float64)
+ERROR = "error"  # the finish reason of a request that failed
 _PREFILL_TOKENS = 512  # per target forward, so that a long prompt needs no long scratch memory
 
 
@@ -62,19 +63,21 @@ class Request:
     num_prompt_tokens: int
     max_tokens: int  # prompt and answer together
     text: TextStream
+    noise: Noise | None  # what its tokens are chosen with; None where greedy
     request_id: str = ""
     domain: str = ""
     tenant: str = ""
     learns: bool = True  # whether the drafter may learn from it
     slot: int = -1
-    finish_reason: str | None = None  # "stop" (end token or stop string), "length" (max_new_tokens) or "context"
-    error: str = ""  # what went wrong, where a scheduler ended it for that
+    finish_reason: str | None = None  # "stop" (end token or stop string), "length" (max_new_tokens), "context", "error"
+    error: str = ""  # what went wrong, where that ended it
     stats: DecodeStats = field(default_factory=DecodeStats)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the answer's tokens, if they were asked for
     num_known: int = 0  # of the prompt's tokens, how many were read for an earlier request
     is_ready: bool = False  # its prompt is read
     is_drafting: bool = False  # the drafter follows it
-    is_plain: bool = False  # goes on without a drafter, because something failed
+    is_plain: bool = False  # goes on without a drafter, because drafting for it failed
+    num_faults: int = 0  # steps in a row whose logits were broken; after one, the next drafts nothing
 
     @property
     def output_ids(self) -> list[int]:
@@ -88,17 +91,29 @@ class Request:
 
     @property
     def most_draft_tokens(self) -> int:
-        """K, or what is left to generate less the one token that every step commits anyway."""
-        return min(self.params.num_draft_tokens, self.max_tokens - len(self.trace.token_ids) - 1)
+        """K, or what is left to generate less the one token that every step commits anyway; none after a fault."""
+        left = self.max_tokens - len(self.trace.token_ids) - 1
+        return 0 if self.num_faults else min(self.params.num_draft_tokens, left)
 
 
 class Step(NamedTuple):
     """What one step left, and what it cost."""
 
-    feedback: list[Feedback]  # a record for each request, in order
+    requests: list[Request]  # those that committed something, in order; the others' logits were broken
+    feedback: list[Feedback]  # a record for each of them
     draft_seconds: float
     verify_seconds: float  # the target's forward, verification and commit
     learn_seconds: float
+
+
+class _Outcome(NamedTuple):
+    """What a step brought one request, in numbers that Python has."""
+
+    num_accepted: int
+    token_ids: list[int]  # committed, before any stop; none where the logits are broken
+    num_draft_tokens: int
+    is_finite: bool
+    logprobs: Logprobs | None
 
 
 class DecodeLoop:
@@ -110,6 +125,7 @@ class DecodeLoop:
 
     Args:
         prefixes: What is kept of prompts that were read, for later ones that begin alike.
+        rule: How drafts are judged. Another rule than the default is for comparisons (`rejection`).
     """
 
     def __init__(
@@ -118,8 +134,12 @@ class DecodeLoop:
         drafter: Drafter | None = None,
         learning: Learning | None = None,
         prefixes: PrefixCache | None = None,
+        rule: Rule | None = None,
     ) -> None:
         self.target, self.drafter, self.learning, self.prefixes = target, drafter, learning, prefixes
+        self._rule = rule or Coupled()
+        if drafter:
+            drafter.gives_probs = self._rule.needs_probs
         self._cache = target.decoder.new_cache()
         if prefixes and not isinstance(self._cache, KVCache):
             raise ValueError(
@@ -134,11 +154,16 @@ class DecodeLoop:
         """Yields the request after every step, its `text.take()` holding what the step made readable.
 
         Whoever stops early (a closed connection, Ctrl-C) closes the generator, and the request's memory is freed.
+
+        Raises:
+            FloatingPointError: if the target's logits are broken: NaN or infinite, twice at the same position.
         """
         request = self.start(prompt_ids, params, **tags)
         try:
             while request.finish_reason is None:
                 self.step([request])
+                if request.error:
+                    raise FloatingPointError(request.error)
                 yield request
         finally:
             self.finish(request)
@@ -199,6 +224,7 @@ class DecodeLoop:
             num_prompt_tokens=len(prompt_ids),
             max_tokens=max_tokens,
             text=TextStream(self.target.tokenizer, params.stop_strings),
+            noise=self._noise(params),
             request_id=request_id,
             domain=domain,
             tenant=tenant,
@@ -251,26 +277,32 @@ class DecodeLoop:
     def step(self, requests: Sequence[Request], num_draft_tokens: Sequence[int] | None = None) -> Step:
         """One draft and one verification for every request given, then learning if a round is due.
 
+        A request whose logits are broken commits nothing, and drafts nothing in its next step; if they are broken then
+        too, it ends with an error. The others do not notice.
+
         Args:
             num_draft_tokens: For each request; by default what its own settings say. Never more than that.
         """
         began = time.perf_counter()
         wanted = self._wanted(requests, num_draft_tokens)
-        uniforms_BL3 = _uniforms(requests, 1 + max(wanted))
-        draft = self._propose(requests, wanted, uniforms_BL3[..., DRAFT])
+        draft = self._propose(requests, wanted)
         drafted = time.perf_counter()
-        counts = [1 + n for n in draft.num_draft_tokens_B.tolist()]
+        counts = self._counts(draft, wanted)
         output = self._score(requests, draft, counts)
-        target_probs_BLV = self._target_probs(requests, draft, counts, output)
-        verdict = verify(draft, target_probs_BLV, uniforms_BL3[:, : target_probs_BLV.shape[1]])
-        feedback = self._commit(requests, draft, counts, verdict, output)
+        rows = self._rows(requests, draft, counts, output)
+        verdict = self._rule.judge(draft, rows)
+        outcomes = self._outcomes(requests, draft, verdict, output.logits_MV.split(counts))
+        feedback = self._commit(requests, outcomes, draft.weights_version, output.hidden_states_ND.split(counts))
         decoded = time.perf_counter()
-        learn_seconds, diagnostic_seconds = self._learn(requests, feedback)
+        committed = [one for one, outcome in zip(requests, outcomes, strict=True) if outcome.is_finite]
+        learn_seconds, diagnostic_seconds = self._learn(committed, feedback)
         self._charge(requests, decoded - began, learn_seconds, diagnostic_seconds)
-        return Step(feedback, drafted - began, decoded - drafted, learn_seconds)
+        return Step(committed, feedback, drafted - began, decoded - drafted, learn_seconds)
 
-    def take_back(self, request: Request) -> None:
-        """After a step or a reading that failed: forgets what it left half done, and goes on without the drafter.
+    def undo_step(self, request: Request) -> None:
+        """After a step or a prefill that failed: forgets what it left half done.
+
+        The drafter follows the request anew from its text; if that fails too, the request goes on without it.
 
         Raises:
             RuntimeError: if it failed in the middle of committing, so that nothing can go on.
@@ -278,9 +310,14 @@ class DecodeLoop:
         trace = request.trace
         if not request.num_unread and trace.num_features != len(trace.token_ids) - 1:
             raise RuntimeError(f"{len(trace.token_ids)} tokens are committed, the states of {trace.num_features} known")
-        request.is_plain = True
-        self._end_drafting(request)
         self._cache.crop(request.slot, trace.num_features)
+        was_drafting = request.is_drafting
+        self._end_drafting(request)
+        if was_drafting and not request.is_plain:
+            try:
+                self._follow(request)
+            except Exception:  # whatever it is, the request can do without
+                request.is_plain = True
 
     def finish(self, request: Request) -> None:
         """Frees what a request holds, finished or not."""
@@ -346,6 +383,13 @@ class DecodeLoop:
     def _begin_drafting(self, request: Request) -> None:
         if not self.drafter or request.is_plain:
             return
+        self._follow(request)
+        if request.learns:
+            self.drafter.hear(request.trace.token_ids, is_start=True)
+
+    def _follow(self, request: Request) -> None:
+        """The drafter reads a request's text so far, and follows it from now on."""
+        assert self.drafter
         trace = request.trace
         features = trace.hidden_states_SD[: trace.num_features]
         try:
@@ -355,8 +399,6 @@ class DecodeLoop:
                 self.drafter.release(request.slot)
             raise
         request.is_drafting = True
-        if request.learns:
-            self.drafter.hear(trace.token_ids, is_start=True)
 
     def _end_drafting(self, request: Request) -> None:
         if self.drafter and request.is_drafting:
@@ -369,110 +411,152 @@ class DecodeLoop:
         most = [request.most_draft_tokens if request.is_drafting else 0 for request in requests]
         return most if num_draft_tokens is None else [min(pair) for pair in zip(most, num_draft_tokens, strict=True)]
 
-    def _propose(self, requests: Sequence[Request], wanted: Sequence[int], uniforms_BL: Tensor) -> Draft:
+    def _noise(self, params: GenerationParams) -> Noise | None:
+        if params.sampling.is_greedy:
+            return None
+        decoder = self.target.decoder
+        return Noise(params.seed, params.choice, decoder.config.vocab_size, decoder.device)
+
+    def _propose(self, requests: Sequence[Request], wanted: Sequence[int]) -> Draft:
+        device = self.target.decoder.device
         if not self.drafter or not any(wanted):
-            none = torch.zeros(len(requests), 0, dtype=torch.int64)
+            none = torch.zeros(len(requests), 0, dtype=torch.int64, device=device)
             version = self.drafter.weights.version if self.drafter else 0
-            return Draft(none, torch.zeros(len(requests), dtype=torch.int64), None, version)
+            return Draft(none, torch.zeros(len(requests), dtype=torch.int64, device=device), None, version)
         drafting = [i for i, request in enumerate(requests) if request.is_drafting]
+        chosen = [requests[i] for i in drafting]
         draft = self.drafter.propose(
-            [requests[i].slot for i in drafting],
-            [requests[i].trace.token_ids[-1] for i in drafting],
+            [request.slot for request in chosen],
+            [request.trace.token_ids[-1] for request in chosen],
             [wanted[i] for i in drafting],
-            [requests[i].params.sampling for i in drafting],
-            uniforms_BL[drafting],
+            [request.params.sampling for request in chosen],
+            StepNoise([request.noise for request in chosen], [len(request.trace.token_ids) for request in chosen]),
         )
         return draft if len(drafting) == len(requests) else _spread(draft, drafting, len(requests))
 
+    def _counts(self, draft: Draft, wanted: Sequence[int]) -> list[int]:
+        """Rows that the target scores for each request: of its anchor and its drafted tokens.
+
+        On a CPU a row costs and reading a number is free; elsewhere it is the other way round, so that rows are scored
+        for all tokens that were asked for, drafted or not.
+        """
+        if self.target.decoder.device.type == "cpu":
+            wanted = draft.num_draft_tokens_B.tolist()
+        return [1 + min(count, draft.token_ids_BK.shape[1]) for count in wanted]
+
     def _score(self, requests: Sequence[Request], draft: Draft, counts: Sequence[int]) -> Output:
-        drafted = draft.token_ids_BK.tolist()
-        ids = [
-            token_id
-            for request, row, count in zip(requests, drafted, counts, strict=True)
-            for token_id in (request.trace.token_ids[-1], *row[: count - 1])
-        ]
         decoder = self.target.decoder
+        anchors_B1 = torch.tensor([[request.trace.token_ids[-1]] for request in requests], device=decoder.device)
+        ids_BL = torch.cat([anchors_B1, draft.token_ids_BK], dim=1)
+        ids_N = (
+            ids_BL[0, : counts[0]]
+            if len(counts) == 1
+            else torch.cat([r[:n] for r, n in zip(ids_BL, counts, strict=True)])
+        )
         slots = [request.slot for request in requests]
         aux = self.drafter.aux_layer_ids if self.drafter else ()
-        return decoder.forward(torch.tensor(ids, device=decoder.device), slots, counts, self._cache, aux_layer_ids=aux)
+        return decoder.forward(ids_N, slots, counts, self._cache, aux_layer_ids=aux)
 
-    def _target_probs(self, requests: Sequence[Request], draft: Draft, counts: Sequence[int], output: Output) -> Tensor:
-        """Processed target rows [B, L, V]; rows behind a shorter draft are zero and never read."""
-        drafted = draft.token_ids_BK.tolist()
-        rows = [
-            process_step(
-                logits,
+    def _rows(
+        self, requests: Sequence[Request], draft: Draft, counts: Sequence[int], output: Output
+    ) -> list[ScoredRows]:
+        """What the target said of each request's tokens, as the request would have them chosen."""
+        return [
+            ScoredRows(
+                process_step(
+                    logits_LV,
+                    request.params.sampling,
+                    request.trace.token_ids,
+                    request.num_prompt_tokens,
+                    draft_ids_K[: count - 1],
+                ),
                 request.params.sampling,
-                request.trace.token_ids,
-                request.num_prompt_tokens,
-                row[: count - 1],
+                request.noise,
+                len(request.trace.token_ids),
             )
-            for request, logits, row, count in zip(
-                requests, output.logits_MV.split(list(counts)), drafted, counts, strict=True
+            for request, logits_LV, draft_ids_K, count in zip(
+                requests, output.logits_MV.split(list(counts)), draft.token_ids_BK, counts, strict=True
             )
         ]
-        L = draft.token_ids_BK.shape[1] + 1
-        if len(rows) == 1 and len(rows[0]) == L:
-            return rows[0][None]
-        padded = rows[0].new_zeros(len(rows), L, rows[0].shape[-1])
-        for i, probs in enumerate(rows):
-            padded[i, : len(probs)] = probs
-        return padded
+
+    def _outcomes(
+        self, requests: Sequence[Request], draft: Draft, verdict: Verdict, logits: Sequence[Tensor]
+    ) -> list[_Outcome]:
+        """What a step brought, on the host: its one read of the device."""
+        asked = {i: n for i, one in enumerate(requests) if (n := one.params.num_logprobs) is not None}
+        logprobs = [logprobs_of(logits[i], verdict.token_ids_BL[i, : len(logits[i])], n) for i, n in asked.items()]
+        accepted, ids, drafted, finite, *numbers = to_host(
+            verdict.num_accepted_B,
+            verdict.token_ids_BL,
+            draft.num_draft_tokens_B,
+            verdict.is_finite_B,
+            *(tensor for one in logprobs for tensor in one),
+        )
+        read = dict(zip(asked, map(Logprobs, *[iter(numbers)] * 3), strict=True))
+        return [
+            _Outcome(accepted[i], ids[i][: (accepted[i] + 1) * finite[i]], drafted[i], finite[i], read.get(i))
+            for i in range(len(requests))
+        ]
 
     def _commit(
-        self, requests: Sequence[Request], draft: Draft, counts: Sequence[int], verdict: Verdict, output: Output
+        self,
+        requests: Sequence[Request],
+        outcomes: Sequence[_Outcome],
+        weights_version: int,
+        features: Sequence[Tensor],
     ) -> list[Feedback]:
-        features, feedback = [], []
-        rows = zip(
-            requests,
-            verdict.token_ids_BL.tolist(),
-            verdict.num_accepted_B.tolist(),
-            counts,
-            output.hidden_states_ND.split(list(counts)),
-            output.logits_MV.split(list(counts)),
-            strict=True,
-        )
-        for request, token_ids, num_accepted, count, hidden, logits in rows:
+        kept, feedback = [], []
+        for request, outcome, rows_LD in zip(requests, outcomes, features, strict=True):
             start = len(request.trace.token_ids) - 1
-            num_rows = self._append(request, token_ids[: num_accepted + 1])
+            num_rows = self._append(request, outcome.token_ids)
             self._cache.crop(request.slot, start + num_rows)
-            features.append(hidden[:num_rows])
-            _append_features(request.trace, features[-1])
-            request.stats = request.stats + step_stats(num_rows, count - 1)
-            if request.params.num_logprobs is not None:
-                new_ids = request.trace.token_ids[start + 1 :]
-                request.logprobs += token_logprobs(logits[:num_rows], new_ids, request.params.num_logprobs)
+            kept.append(rows_LD[:num_rows])
+            _append_features(request.trace, kept[-1])
+            if not outcome.is_finite:
+                _note_fault(request)
+                continue
+            request.num_faults = 0
+            if request.noise:
+                request.noise.forget_before(len(request.trace.token_ids))
+            request.stats = request.stats + step_stats(num_rows, outcome.num_draft_tokens)
+            if outcome.logprobs is not None:
+                request.logprobs += token_logprobs(request.trace.token_ids[start + 1 :], outcome.logprobs)
             feedback.append(
                 Feedback(
                     trace=request.trace,
                     start=start,
                     num_rows=num_rows,
-                    num_draft_tokens=count - 1,
-                    num_accepted=num_accepted,
-                    weights_version=draft.weights_version,
+                    num_draft_tokens=outcome.num_draft_tokens,
+                    num_accepted=outcome.num_accepted,
+                    weights_version=weights_version,
                     request_id=request.request_id,
                     domain=request.domain,
                     tenant=request.tenant,
                     target_fingerprint=self.target.fingerprint,
                     temperature=request.params.sampling.temperature,
+                    seed=request.params.seed,
+                    choice=request.params.choice,
                     is_last=request.finish_reason is not None,
                 )
             )
         if self.drafter:
-            self._tell(self.drafter, requests, verdict, features)
+            self._tell(self.drafter, requests, outcomes, kept)
         return feedback
 
     def _tell(
-        self, drafter: Drafter, requests: Sequence[Request], verdict: Verdict, features: Sequence[Tensor]
+        self, drafter: Drafter, requests: Sequence[Request], outcomes: Sequence[_Outcome], features: Sequence[Tensor]
     ) -> None:
         """What became of the drafts of requests that go on."""
-        running = [i for i, request in enumerate(requests) if request.finish_reason is None and request.is_drafting]
-        if len(running) < len(requests):
-            verdict = Verdict(verdict.num_accepted_B[running], verdict.token_ids_BL[running])
-        drafter.observe([requests[i].slot for i in running], verdict, [features[i] for i in running])
+        running = [
+            i
+            for i, request in enumerate(requests)
+            if request.finish_reason is None and request.is_drafting and outcomes[i].is_finite
+        ]
+        slots, token_ids = [requests[i].slot for i in running], [outcomes[i].token_ids for i in running]
+        drafter.observe(slots, token_ids, [features[i] for i in running])
         for i in running:
             if requests[i].learns:
-                drafter.hear(requests[i].trace.token_ids[-len(features[i]) :], is_start=False)
+                drafter.hear(outcomes[i].token_ids, is_start=False)
 
     def _append(self, request: Request, token_ids: Sequence[int]) -> int:
         """Commits tokens one by one until one of them ends the request; how many were taken."""
@@ -543,15 +627,14 @@ def _with_seconds(stats: DecodeStats, seconds: float) -> DecodeStats:
     return replace(stats, decode_seconds=stats.decode_seconds + seconds)
 
 
-def _uniforms(requests: Sequence[Request], count: int) -> Tensor:
-    """[B, count, 3] for the positions behind each anchor. One-hot rows decide without them: any will do for greedy."""
-    rows = [
-        _ANY_UNIFORMS[:count]
-        if request.params.sampling.is_greedy
-        else uniforms(request.params.seed, len(request.trace.token_ids), count)
-        for request in requests
-    ]
-    return torch.stack(rows)
+def _note_fault(request: Request) -> None:
+    """Its logits are broken: what a step without drafts meets twice, plain decoding would meet, too."""
+    request.num_faults += 1
+    if request.num_faults > 1:
+        at = len(request.trace.token_ids)
+        request.finish_reason = ERROR
+        request.error = f"the best logit for token {at} is not finite: the model's logits are broken"
+        request.text.close()
 
 
 def _append_features(trace: Trace, rows_ND: Tensor) -> None:

@@ -453,7 +453,7 @@ class Distilling:
         """On the answers left out, by a drafter of its own: what it sees while drafting must not reach training."""
         drafter = self._load()
         drafter.swap(DrafterWeights(state.played, 0))
-        replaying = Replaying(self.target, drafter, None, self.settings.num_draft_tokens, self.settings.seed)
+        replaying = Replaying(self.target, drafter, None, self.settings.num_draft_tokens)
         stats, losses = DecodeStats(), []
         for done, index in enumerate(held_out, start=1):
             stats += replaying.replay(self._answers.recorded(index))

@@ -28,6 +28,13 @@ class TargetRows(NamedTuple):
     probs_NV: Tensor  # float32
     token_ids_N: Tensor  # what was committed there: the target's own choice, greedy or drawn
     temperatures_N: Tensor  # at which the request decodes; 0 is greedy
+    noise_keys_N3: Tensor | None = None  # int64 (seed, choice, position): what each token was chosen with
+
+    def take(self, at_M: Tensor) -> TargetRows:
+        """Some of the rows, by their places."""
+        keys_N3 = self.noise_keys_N3
+        rows = self.probs_NV[at_M], self.token_ids_N[at_M], self.temperatures_N[at_M]
+        return TargetRows(*rows, None if keys_N3 is None else keys_N3[at_M])
 
 
 RowLoss = Callable[[Tensor, TargetRows], Tensor]

@@ -1,23 +1,26 @@
-"""From logits to probabilities to a token.
+"""From the target's logits to scores, and from scores to a token.
 
-Whatever the settings, the outcome is rows of probabilities, and greedy is the row that is one-hot at its argmax: what
-follows (verification, drawing) has one path. Order and cuts are transformers': penalties, temperature, top-k, top-p,
-min-p. Rows are processed independently, so a row's bits do not depend on the rows beside it.
+Scores are logits after penalties, temperature and cuts: a token that a cut removes scores -inf. The token is the argmax
+of scores plus the noise of its position (`randomness`); greedy is noise 0, so greedy and sampled requests share one
+path. Order and cuts are transformers': penalties, temperature, top-k, top-p, min-p. Rows are processed independently,
+so a row's bits do not depend on the rows beside it.
 
-Axis letters: K drafted tokens, L = K + 1 rows of a verification step, N any rows, V vocabulary.
+Axis letters: K drafted tokens, L = K + 1 rows of a verification step, N any rows, S tokens left by a cut, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import TokenLogprobs
+from onlinespec.randomness import gumbel
 
+_FEW = 8  # a cut is worth gathering for where it leaves at most one token in so many: two logarithms a token are saved
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -28,122 +31,158 @@ class TokenCounts(NamedTuple):
     num_output_NV: Tensor  # float32: how often in the output
 
 
+class Choice(NamedTuple):
+    """What rows say, for N of them."""
+
+    token_ids_N: Tensor  # int64; of a row that is not finite, any token
+    is_finite_N: Tensor  # bool: false where the best score is NaN or infinite, because the logits are broken
+
+
+def choose(scores_NV: Tensor, uniforms_NV: Tensor | None = None) -> Choice:
+    """The token of each row: the argmax of its scores, plus Gumbel noise from its uniforms if there are any.
+
+    >>> choose(torch.tensor([[0.0, 2.0, 1.0], [0.0, float("nan"), 1.0]])).is_finite_N.tolist()
+    [True, False]
+    """
+    if uniforms_NV is None:
+        best_N, token_ids_N = scores_NV.max(dim=-1)
+        return Choice(token_ids_N, best_N.isfinite())
+    if scores_NV.device.type == "cpu":  # how many tokens are left is read from the scores, which would stall a device
+        num_left = int((scores_NV > -torch.inf).sum(-1).max())
+        if 0 < num_left * _FEW <= scores_NV.shape[-1]:
+            scores_NS, token_ids_NS = scores_NV.topk(num_left)
+            best_N, at_N = _noisy(scores_NS, uniforms_NV.gather(-1, token_ids_NS))
+            return Choice(token_ids_NS.gather(-1, at_N[:, None])[:, 0], best_N.isfinite())
+    best_N, token_ids_N = _noisy(scores_NV, uniforms_NV)
+    return Choice(token_ids_N, best_N.isfinite())
+
+
+def _noisy(scores_NV: Tensor, uniforms_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The best score with noise, and where it is. In float64: float32 noise would repeat itself within a vocabulary."""
+    best_N, at_N = gumbel(uniforms_NV).add_(scores_NV).max(dim=-1)
+    return best_N, at_N
+
+
 def process_step(
     logits_LV: Tensor,
     sampling: SamplingParams,
     history_ids: Sequence[int],
     num_prompt_tokens: int,
-    draft_ids: Sequence[int],
+    draft_ids_K: Tensor,
 ) -> Tensor:
-    """The rows of one request's verification step: row j stands behind the history and the first j drafted tokens.
+    """The scores of one request's verification step: row j stands behind the history and the first j drafted tokens.
 
     Args:
         history_ids: Prompt and committed tokens, the anchor included. Read only if there are penalties.
+        draft_ids_K: On the device of the logits.
 
     >>> logits = torch.tensor([[2.0, 1.5, 0.0], [2.0, 1.5, 0.0]])
     >>> once = SamplingParams(presence_penalty=1.0)
-    >>> process_step(logits, once, history_ids=[2, 0], num_prompt_tokens=1, draft_ids=[1]).argmax(-1).tolist()
+    >>> draft = torch.tensor([1])
+    >>> process_step(logits, once, history_ids=[2, 0], num_prompt_tokens=1, draft_ids_K=draft).argmax(-1).tolist()
     [1, 0]
     """
-    if len(logits_LV) != len(draft_ids) + 1:
-        raise ValueError(f"{len(logits_LV)} rows of logits for {len(draft_ids)} drafted tokens; expected one row more")
+    if len(logits_LV) != len(draft_ids_K) + 1:
+        raise ValueError(
+            f"{len(logits_LV)} rows of logits for {len(draft_ids_K)} drafted tokens; expected one row more"
+        )
     if not sampling.has_penalties:
-        return process_logits(logits_LV, sampling)
-    counts = count_tokens(history_ids, num_prompt_tokens, draft_ids, logits_LV.shape[-1])
-    return process_logits(logits_LV, sampling, TokenCounts(*(count.to(logits_LV.device) for count in counts)))
+        return process_scores(logits_LV, sampling)
+    counts = count_tokens(history_ids, num_prompt_tokens, draft_ids_K, logits_LV.shape[-1])
+    return process_scores(logits_LV, sampling, counts)
 
 
 def count_tokens(
-    history_ids: Sequence[int], num_prompt_tokens: int, draft_ids: Sequence[int], vocab_size: int
+    history_ids: Sequence[int], num_prompt_tokens: int, draft_ids_K: Tensor, vocab_size: int
 ) -> TokenCounts:
     """What each of a step's rows has before it. History ids beyond the vocabulary are left out: none can be drawn.
 
-    >>> count_tokens([2, 0], num_prompt_tokens=1, draft_ids=[1], vocab_size=3).num_output_NV.tolist()
+    >>> count_tokens([2, 0], num_prompt_tokens=1, draft_ids_K=torch.tensor([1]), vocab_size=3).num_output_NV.tolist()
     [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
     """
-    num_prompt_V = _bincount(history_ids[:num_prompt_tokens], vocab_size)
-    num_output_LV = _bincount(history_ids[num_prompt_tokens:], vocab_size).repeat(len(draft_ids) + 1, 1)
-    for i, token_id in enumerate(draft_ids):
-        num_output_LV[i + 1 :, token_id] += 1
+    device, num_drafted = draft_ids_K.device, len(draft_ids_K)
+    num_prompt_V = _bincount(history_ids[:num_prompt_tokens], vocab_size, device)
+    num_output_V = _bincount(history_ids[num_prompt_tokens:], vocab_size, device)
+    drafted_KV = torch.zeros(num_drafted, vocab_size, device=device).scatter_(-1, draft_ids_K[:, None], 1.0)
+    num_output_LV = torch.cat([num_output_V[None], num_output_V + drafted_KV.cumsum(0)])
     return TokenCounts((num_prompt_V + num_output_LV) > 0, num_output_LV)
 
 
-def process_logits(
-    logits_NV: Tensor,
-    sampling: SamplingParams | Sequence[SamplingParams],
-    token_counts: TokenCounts | None = None,
-) -> Tensor:
-    """Float32 rows that sum to one: what the next token is drawn from, under one setting for all rows or one each.
+def process_scores(logits_NV: Tensor, sampling: SamplingParams, token_counts: TokenCounts | None = None) -> Tensor:
+    """Float32 scores whose softmax the next token is drawn from; -inf where a cut removes a token.
+
+    Greedy, they are the logits after penalties. A row that has NaN or +inf, or nothing but -inf, keeps a best score
+    that is not finite, which `choose` notes.
+
+    >>> process_scores(torch.tensor([[0.0, 1.0, -9.0]]), SamplingParams(temperature=0.5, top_k=2))
+    tensor([[-2.,  0., -inf]])
+    """
+    logits_NV = logits_NV.float()
+    if sampling.has_penalties:
+        logits_NV = _penalize(logits_NV, sampling, token_counts)
+    if sampling.is_greedy:
+        return logits_NV
+    scores_NV = _scale(logits_NV - logits_NV.amax(-1, keepdim=True), sampling.temperature)
+    if sampling.top_k:
+        scores_NV = _keep_top_k(scores_NV, sampling.top_k)
+    if sampling.top_p < 1:
+        scores_NV = _keep_top_p(scores_NV, sampling.top_p)
+    if sampling.min_p:
+        scores_NV = _keep_min_p(scores_NV, sampling.min_p)
+    return scores_NV
+
+
+def probs_of(scores_NV: Tensor, sampling: SamplingParams) -> Tensor:
+    """What a token chosen by `choose` is drawn from: float32 rows that sum to one, one-hot where greedy.
 
     Raises:
-        FloatingPointError: if a row has NaN or +inf, or nothing but -inf.
+        FloatingPointError: if a row's best score is not finite.
 
-    >>> process_logits(torch.tensor([[1.0, 3.0, 3.0]]), SamplingParams())
+    >>> probs_of(torch.tensor([[1.0, 3.0, 3.0]]), SamplingParams())
     tensor([[0., 1., 0.]])
+    """
+    best_N, top_ids_N = scores_NV.max(dim=-1)
+    _check_finite(best_N)
+    if sampling.is_greedy:
+        return torch.zeros_like(scores_NV).scatter_(-1, top_ids_N[:, None], 1.0)
+    return scores_NV.softmax(-1)
+
+
+def process_logits(logits_NV: Tensor, sampling: SamplingParams, token_counts: TokenCounts | None = None) -> Tensor:
+    """The same from logits.
+
     >>> process_logits(torch.tensor([[0.0, 0.0, -9.0]]), SamplingParams(temperature=0.7, top_k=2))
     tensor([[0.5000, 0.5000, 0.0000]])
     """
-    if isinstance(sampling, SamplingParams):
-        return _process_alike(logits_NV, sampling, token_counts)
-    if len(sampling) != len(logits_NV):
-        raise ValueError(f"{len(sampling)} sampling settings for {len(logits_NV)} rows of logits")
-    probs_NV = torch.empty_like(logits_NV, dtype=torch.float32)
-    for params in dict.fromkeys(sampling):
-        rows = torch.tensor([i for i, other in enumerate(sampling) if other == params], device=logits_NV.device)
-        counts = token_counts and TokenCounts(*(count[rows] for count in token_counts))
-        probs_NV[rows] = _process_alike(logits_NV[rows], params, counts)
-    return probs_NV
+    return probs_of(process_scores(logits_NV, sampling, token_counts), sampling)
 
 
-def sample_rows(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
-    """The token of each row at which the running sum of probabilities passes the uniform (inverse CDF, in float64).
+class Logprobs(NamedTuple):
+    """Natural logarithms of N rows' probabilities, raw: temperature 1, nothing cut. Tensors, or what they hold."""
 
-    Rows need not sum to one. A token of probability zero is never returned.
-
-    >>> sample_rows(torch.tensor([[0.0, 0.5, 0.5]]).expand(3, 3), torch.tensor([0.0, 0.49, 1.0])).tolist()
-    [1, 1, 2]
-    """
-    if uniforms_N.shape != probs_NV.shape[:1]:
-        raise ValueError(f"uniforms of shape {tuple(uniforms_N.shape)} for {len(probs_NV)} rows; expected one each")
-    cdf_NV = probs_NV.cumsum(-1, dtype=torch.float64).masked_fill_(probs_NV <= 0, 0)
-    total_N = cdf_NV.amax(-1)
-    if not (total_N > 0).all():
-        raise ValueError("a row has NaN or no probability at all; there is nothing to draw")
-    below_total_N = total_N.nextafter(torch.zeros_like(total_N))  # the product may round up to the total
-    threshold_N = torch.minimum(uniforms_N.double() * total_N, below_total_N)
-    return (cdf_NV > threshold_N[:, None]).byte().argmax(-1)
+    chosen_N: Any  # of the row's committed token
+    top_ids_NT: Any  # the likeliest tokens, likeliest first ...
+    top_NT: Any  # ... and theirs
 
 
-def token_logprobs(logits_NV: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of given tokens, and of the likeliest ones, under raw rows: temperature 1, nothing cut.
+def logprobs_of(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> Logprobs:
+    """Of given tokens and of the `num_top` likeliest ones; of a token -1, anything."""
+    logprobs_NV = logits_NV.float().log_softmax(-1)
+    top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[-1]))
+    chosen_N1 = logprobs_NV.gather(-1, token_ids_N.clamp_min(0)[:, None])
+    return Logprobs(chosen_N1[:, 0], top.indices, top.values)
 
-    >>> (one,) = token_logprobs(torch.tensor([[0.0, 0.0, -9.9e9]]), [1], num_top=1)
+
+def token_logprobs(token_ids: Sequence[int], logprobs: Logprobs) -> list[TokenLogprobs]:
+    """What was read of `logprobs_of`, token by token, for the first rows.
+
+    >>> rows = logprobs_of(torch.tensor([[0.0, 0.0, -9.9e9]]), torch.tensor([1]), num_top=1)
+    >>> (one,) = token_logprobs([1], Logprobs(*(part.tolist() for part in rows)))
     >>> one.token_id, round(one.logprob, 4), one.top[0][0]
     (1, -0.6931, 0)
     """
-    logprobs_NV = logits_NV.float().log_softmax(-1)
-    chosen_N = logprobs_NV[torch.arange(len(token_ids)), torch.tensor(token_ids)].tolist()
-    top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[-1]))
-    rows = zip(token_ids, chosen_N, top.indices.tolist(), top.values.tolist(), strict=True)
-    return [TokenLogprobs(i, logprob, tuple(zip(ids, values, strict=True))) for i, logprob, ids, values in rows]
-
-
-def _process_alike(logits_NV: Tensor, params: SamplingParams, token_counts: TokenCounts | None) -> Tensor:
-    logits_NV = logits_NV.float()
-    if params.has_penalties:
-        logits_NV = _penalize(logits_NV, params, token_counts)
-    top_N, top_ids_N = logits_NV.max(dim=-1)
-    _check_finite(top_N)
-    if params.is_greedy:
-        return torch.zeros_like(logits_NV).scatter_(-1, top_ids_N[:, None], 1.0)
-    scores_NV = _scale(logits_NV - top_N[:, None], params.temperature)
-    if params.top_k:
-        scores_NV = _keep_top_k(scores_NV, params.top_k)
-    if params.top_p < 1:
-        scores_NV = _keep_top_p(scores_NV, params.top_p)
-    if params.min_p:
-        scores_NV = _keep_min_p(scores_NV, params.min_p)
-    return scores_NV.softmax(-1)
+    rows = zip(token_ids, logprobs.chosen_N, logprobs.top_ids_NT, logprobs.top_NT, strict=False)
+    return [TokenLogprobs(i, chosen, tuple(zip(ids, top, strict=True))) for i, chosen, ids, top in rows]
 
 
 def _penalize(logits_NV: Tensor, params: SamplingParams, token_counts: TokenCounts | None) -> Tensor:
@@ -189,5 +228,6 @@ def _keep_min_p(scores_NV: Tensor, min_p: float) -> Tensor:
     return scores_NV.masked_fill(probs_NV < min_p * probs_NV.amax(-1, keepdim=True), -torch.inf)
 
 
-def _bincount(token_ids: Sequence[int], vocab_size: int) -> Tensor:
-    return torch.tensor(token_ids, dtype=torch.int64).bincount(minlength=vocab_size)[:vocab_size].float()
+def _bincount(token_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
+    ids = torch.tensor([i for i in token_ids if i < vocab_size], dtype=torch.int64, device=device)
+    return torch.zeros(vocab_size, device=device).index_add_(0, ids, torch.ones(len(ids), device=device))

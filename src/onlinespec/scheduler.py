@@ -21,11 +21,11 @@ from typing import Protocol
 
 from onlinespec.config import check_that, check_types
 from onlinespec.control import StepRecord
-from onlinespec.decode import DecodeLoop, Learning, Request, Step
+from onlinespec.decode import ERROR, DecodeLoop, Learning, Request, Step
 
 log = logging.getLogger(__name__)
 
-ERROR, CANCELLED = "error", "cancelled"  # finish reasons beside the loop's own
+CANCELLED = "cancelled"  # a finish reason beside the loop's own
 _MOST_COMPLAINTS = 100  # kinds of failures that are remembered, so that each is said once
 
 
@@ -228,7 +228,7 @@ class Scheduler:
         self.flow.add(step)
         self.control.observe(
             StepRecord(
-                request_ids=requests,
+                request_ids=step.requests,
                 num_draft_tokens_B=[record.num_draft_tokens for record in step.feedback],
                 num_accepted_B=[record.num_accepted for record in step.feedback],
                 draft_seconds=step.draft_seconds,
@@ -253,7 +253,7 @@ class Scheduler:
         requests: list[Request],
         alone: Callable[[list[Request]], object] | None = None,
     ) -> None:
-        """Works on requests at once; if that fails, on each by itself, without drafts: only who is at fault ends.
+        """Works on requests at once; if that fails, on each by itself, so that only those at fault pay for it.
 
         Args:
             alone: The work on a single one, if it is another: what chooses drafts may be what failed.
@@ -261,12 +261,22 @@ class Scheduler:
         try:
             work(requests)
         except Exception as error:
-            self._say_once(f"work on {len(requests)} requests failed; each goes on alone, without drafts", error)
+            self._say_once(f"work on {len(requests)} requests failed; each is tried alone", error)
             for request in requests:
                 if request.finish_reason is None:
                     with self._answering_for(request):
-                        self.loop.take_back(request)
-                        (alone or work)([request])
+                        self._try_alone(alone or work, request)
+
+    def _try_alone(self, work: Callable[[list[Request]], object], request: Request) -> None:
+        """Once as it is, and if that fails, too, without a drafter from now on."""
+        self.loop.undo_step(request)
+        try:
+            work([request])
+        except Exception as error:
+            self._say_once("a request goes on without drafts", error)
+            request.is_plain = True
+            self.loop.undo_step(request)
+            work([request])
 
     @contextmanager
     def _answering_for(self, request: Request) -> Iterator[None]:

@@ -20,12 +20,12 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from onlinespec.agreement import agrees
 from onlinespec.config import PublishConfig
 from onlinespec.core import Feedback, Params
 from onlinespec.drafters.base import Drafter
-from onlinespec.losses import TargetRows
+from onlinespec.host import to_host
 from onlinespec.metrics import student_quantile
 from onlinespec.records import Paired
 from onlinespec.replay import Stored, Unfinished, detached, run_around
@@ -52,13 +52,11 @@ class Lengths(NamedTuple):
 def lengths_of(
     drafter: Drafter, candidates: Sequence[Params], records: Sequence[Feedback], num_draft_tokens: int
 ) -> Lengths | None:
-    """The expected number of drafts kept, summed over the positions of a run of one request's rows.
+    """How many drafts would have been kept, summed over the positions of a run of one request's rows.
 
-    Given a text drawn by the target, a chain of drafts comes past depth j with chance prod min(1, draft(y) / target(y))
-    over its first j tokens y, and the next draft is kept with chance sum_v min(draft(v), target(v)): together the
-    expectation, without bias. Greedy, both are 1 where the likeliest draft is the token that was committed. The
-    request's temperature counts; cuts (top-p and the like) and penalties are not known here. A position near the end
-    drafts only as far as the rows go, whatever the weights.
+    The noise that each token was chosen with is replayed (`agreement`), so these are the drafts that serving would have
+    kept, cuts and penalties of the target's rows included, and no estimate. A position near the end drafts only as far
+    as the rows go, whatever the weights.
 
     Returns:
         None if the drafter has nothing to learn from these rows.
@@ -75,29 +73,14 @@ def lengths_of(
                 f"depth {depth} has {len(target.token_ids_N)} rows for {num_anchors} positions; give the records of "
                 "one request that continue each other"
             )
-        kept_EN, passed_EN = _acceptance(logits_ENV, target, records[0].temperature)
+        is_kept_EN = agrees(logits_ENV, target)
         if depth:
-            kept_EN = kept_EN * reached_EN[:, : num_anchors - depth]
-            passed_EN = passed_EN * reached_EN[:, : num_anchors - depth]
+            is_kept_EN = is_kept_EN & reached_EN[:, : num_anchors - depth]
         else:
-            first_E = kept_EN.double().sum(-1)
-        accepted_E, reached_EN = accepted_E + kept_EN.double().sum(-1), passed_EN
-    return Lengths(num_anchors, tuple(accepted_E.tolist()), tuple(first_E.tolist()))
-
-
-def _acceptance(logits_ENV: Tensor, target: TargetRows, temperature: float) -> tuple[Tensor, Tensor]:
-    """Chances that a draft is kept, and that it is kept and the text's own token; 0 where logits are not finite."""
-    is_usable_EN = logits_ENV.amax(-1).isfinite()  # a token may be ruled out (-inf)
-    if temperature == 0:
-        is_kept_EN = ((logits_ENV.argmax(-1) == target.token_ids_N) & is_usable_EN).float()
-        return is_kept_EN, is_kept_EN
-    draft_ENV = (logits_ENV.float() / temperature).softmax(-1)
-    target_NV = (target.probs_NV.log() / temperature).softmax(-1)
-    ids_EN1 = target.token_ids_N.expand(draft_ENV.shape[:-1]).unsqueeze(-1)
-    own_N = target_NV.gather(-1, target.token_ids_N[:, None])[:, 0].clamp_min(torch.finfo(torch.float32).tiny)
-    passed_EN = (draft_ENV.gather(-1, ids_EN1)[..., 0] / own_N).clamp_max(1)
-    kept_EN = torch.minimum(draft_ENV, target_NV).sum(-1)
-    return kept_EN.where(is_usable_EN, 0), passed_EN.where(is_usable_EN, 0)
+            first_E = is_kept_EN.sum(-1)
+        accepted_E, reached_EN = accepted_E + is_kept_EN.sum(-1), is_kept_EN
+    accepted, first = to_host(accepted_E, first_E)
+    return Lengths(num_anchors, tuple(accepted), tuple(first))
 
 
 def paired(lengths: Sequence[Lengths], level: float) -> Paired:

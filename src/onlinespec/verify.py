@@ -5,96 +5,93 @@ Axis letters: B requests, K drafted tokens, L = K + 1 rows the target scored, V 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from onlinespec.config import SamplingParams
 from onlinespec.core import Draft, Verdict
-from onlinespec.randomness import ACCEPT, LAST
-from onlinespec.sampling import sample_rows
+from onlinespec.randomness import Noise
+from onlinespec.sampling import Choice, choose
 
 
-def verify(draft: Draft, target_probs_BLV: Tensor, uniforms_BL3: Tensor) -> Verdict:
-    """Keeps the longest prefix of each draft that leaves the target's distribution intact.
+class ScoredRows(NamedTuple):
+    """What the target said of one request's anchor and drafted tokens."""
 
-    Token k survives with probability min(1, target_k / draft_k). The first casualty gives way to a *recovered*
-    token, drawn from what the target has in excess of the draft; with no casualty, a *bonus* token comes from the
-    target's row behind the last drafted token. A point mass (`draft.probs_BKV` is None) is a draft of probability
-    one, so its excess is the target without the refused token. Greedy is the same code with one-hot rows.
+    scores_LV: Tensor  # from `sampling.process_step`; fewer than L rows where fewer tokens were drafted
+    sampling: SamplingParams
+    noise: Noise | None  # None where greedy
+    position: int  # of the token behind the anchor, which the first row decides
 
-    Lossless under two conditions on how tokens were chosen. With `probs_BKV`, each was drawn from exactly its row, by
-    the draft column of its own position; the argmax of a soft row is a point mass. And whether a token is drafted at
-    all must not depend on what it, or a token behind it, turned out to be: stop drafting *after* a doubtful token.
+
+class Rule(Protocol):
+    """How drafts are judged. `Coupled` is the rule; `rejection` has the papers', for comparisons."""
+
+    needs_probs: bool  # whether drafts must carry the rows that they were drawn from
+
+    def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict: ...
+
+
+class Coupled:
+    """The target's own token decides: a draft is kept while it equals what plain decoding would have committed."""
+
+    needs_probs = False
+
+    def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
+        """What is committed for each request of a step."""
+        L = draft.token_ids_BK.shape[1] + 1
+        choices = [_chosen(one, L) for one in rows]
+        return verify(draft, Choice(*(torch.stack(parts) for parts in zip(*choices, strict=True))))
+
+
+def verify(draft: Draft, choice_BL: Choice) -> Verdict:
+    """Keeps the longest prefix of each draft that says what the target says, and commits the target's next token.
+
+    The target's token of a position is the argmax of its processed scores plus that position's noise, the same that
+    plain decoding commits there. So whatever was drafted, and however that was chosen, the text does not change.
+    A position whose row is not finite ends the step before it; if it is the first, nothing is committed.
 
     Args:
         draft: A row's tokens beyond its `num_draft_tokens_B` are never looked at.
-        uniforms_BL3: From `randomness.uniforms`, at the absolute positions of the L tokens.
+        choice_BL: The target's token at each position, from `sampling.choose`, all fields [B, L]. Position 0 is behind
+            the anchor, position k behind the k-th drafted token.
+
+    Raises:
+        ValueError: if the target did not score exactly K + 1 positions.
 
     >>> draft = Draft(torch.tensor([[1, 2]]), torch.tensor([2]), probs_BKV=None, weights_version=0)
-    >>> target_probs = torch.eye(3)[None, [1, 0, 2]]  # greedy: 1, then 0 where the draft has 2
-    >>> num_accepted, token_ids = verify(draft, target_probs, torch.full((1, 3, 3), 0.5))
-    >>> num_accepted.tolist(), token_ids.tolist()
+    >>> verdict = verify(draft, Choice(torch.tensor([[1, 0, 2]]), torch.ones(1, 3, dtype=torch.bool)))
+    >>> verdict.num_accepted_B.tolist(), verdict.token_ids_BL.tolist()
     ([1], [[1, 0, -1]])
 
-    Reference: Leviathan et al., arXiv:2211.17192, algorithm 1 (their p is our target); Chen et al., arXiv:2302.01318.
+    Reference: Daliri et al., arXiv:2408.07978 (drafter-invariant speculative decoding).
     """
-    _check_shapes(draft, target_probs_BLV, uniforms_BL3)
-    uniforms_BL3 = uniforms_BL3.to(target_probs_BLV.device)
-    (B, K), device = draft.token_ids_BK.shape, target_probs_BLV.device
-    requests_B = torch.arange(B, device=device)
-    is_drafted_BK = torch.arange(K, device=device) < draft.num_draft_tokens_B[:, None]
-    draft = draft._replace(token_ids_BK=draft.token_ids_BK.masked_fill(~is_drafted_BK, 0))
-
-    is_accepted_BK = _accepts(draft, target_probs_BLV, uniforms_BL3[:, :K, ACCEPT])
-    num_accepted_B = (is_accepted_BK & is_drafted_BK).cumprod(-1).sum(-1)
-    is_refused_B = (is_drafted_BK & ~is_accepted_BK).any(-1)
-
-    last_BV = target_probs_BLV[requests_B, num_accepted_B]
-    if is_refused_B.any():
-        last_BV = torch.where(is_refused_B[:, None], _excess(draft, last_BV, num_accepted_B), last_BV)
-    last_ids_B = sample_rows(last_BV, uniforms_BL3[requests_B, num_accepted_B, LAST])
-    return Verdict(num_accepted_B, _committed(draft.token_ids_BK, num_accepted_B, last_ids_B))
+    (B, K), token_ids_BL = draft.token_ids_BK.shape, choice_BL.token_ids_N
+    check_shape("num_draft_tokens_B", draft.num_draft_tokens_B, (B,), "one count a request")
+    check_shape("token_ids of the target", token_ids_BL, (B, K + 1), f"{K} drafted tokens need {K + 1} target rows")
+    at_L = torch.arange(K + 1, device=token_ids_BL.device)
+    is_same_BK = (draft.token_ids_BK == token_ids_BL[:, :-1]) & (at_L[:-1] < draft.num_draft_tokens_B[:, None])
+    num_accepted_B = (is_same_BK & choice_BL.is_finite_N[:, 1:]).long().cumprod(-1).sum(-1)
+    is_finite_B = choice_BL.is_finite_N[:, 0]
+    is_committed_BL = (at_L <= num_accepted_B[:, None]) & is_finite_B[:, None]
+    return Verdict(num_accepted_B * is_finite_B, token_ids_BL.masked_fill(~is_committed_BL, -1), is_finite_B)
 
 
-def _accepts(draft: Draft, target_probs_BLV: Tensor, uniforms_BK: Tensor) -> Tensor:
-    """Whether uniform < target / draft, multiplied out so that no draft probability is divided by."""
-    ids_BK1 = draft.token_ids_BK[..., None]
-    target_BK = target_probs_BLV[:, :-1].gather(-1, ids_BK1).squeeze(-1)
-    if draft.probs_BKV is None:
-        return uniforms_BK < target_BK
-    return uniforms_BK * draft.probs_BKV.gather(-1, ids_BK1).squeeze(-1) < target_BK
-
-
-def _excess(draft: Draft, target_probs_BV: Tensor, num_accepted_B: Tensor) -> Tensor:
-    """What the target has above the draft at each request's first refused position, in float64; the target's row where
-    rounding leaves nothing. Requests without a refusal get rows that mean nothing."""
-    B, K = draft.token_ids_BK.shape
-    refused = torch.arange(B, device=target_probs_BV.device), num_accepted_B.clamp(max=K - 1)
-    if draft.probs_BKV is None:
-        excess_BV = target_probs_BV.double().scatter_(-1, draft.token_ids_BK[refused][:, None], 0)
-    else:
-        excess_BV = (target_probs_BV.double() - draft.probs_BKV[refused]).clamp_min_(0)
-    return torch.where(excess_BV.amax(-1, keepdim=True) > 0, excess_BV, target_probs_BV)
-
-
-def _committed(draft_ids_BK: Tensor, num_accepted_B: Tensor, last_ids_B: Tensor) -> Tensor:
-    token_ids_BL = F.pad(draft_ids_BK, (0, 1))
-    token_ids_BL.scatter_(-1, num_accepted_B[:, None], last_ids_B[:, None])
-    positions_L = torch.arange(token_ids_BL.shape[1], device=token_ids_BL.device)
-    return token_ids_BL.masked_fill_(positions_L > num_accepted_B[:, None], -1)
-
-
-def _check_shapes(draft: Draft, target_probs_BLV: Tensor, uniforms_BL3: Tensor) -> None:
-    (B, K), V = draft.token_ids_BK.shape, target_probs_BLV.shape[-1]
-    _check_shape("num_draft_tokens_B", draft.num_draft_tokens_B, (B,), "one count a request")
-    _check_shape("target_probs_BLV", target_probs_BLV, (B, K + 1, V), f"{K} drafted tokens need {K + 1} target rows")
-    _check_shape("uniforms_BL3", uniforms_BL3, (B, K + 1, 3), "a row of (draft, accept, last) for each target row")
-    if draft.probs_BKV is not None:
-        _check_shape(
-            "draft.probs_BKV", draft.probs_BKV, (B, K, V), f"a row over the target's {V} tokens for each draft"
-        )
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
+    """Raises ValueError naming both shapes, unless they are the same."""
     if tensor.shape != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}: {why}")
+
+
+def _chosen(rows: ScoredRows, length: int) -> Choice:
+    """A request's tokens, padded to so many positions behind the last that was scored."""
+    count = len(rows.scores_LV)
+    chosen = choose(rows.scores_LV, rows.noise.rows(rows.position, count) if rows.noise else None)
+    if count == length:
+        return chosen
+    token_ids_L = chosen.token_ids_N.new_zeros(length)
+    is_finite_L = chosen.is_finite_N.new_ones(length)
+    token_ids_L[:count], is_finite_L[:count] = chosen
+    return Choice(token_ids_L, is_finite_L)

@@ -16,9 +16,10 @@ from typing import Any, Self
 from torch import Tensor
 
 from onlinespec.config import SamplingParams, Tuning
-from onlinespec.core import Draft, DrafterWeights, Feedback, Params, Verdict
+from onlinespec.core import Draft, DrafterWeights, Feedback, Params
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.loading import Target
+from onlinespec.randomness import StepNoise
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Drafter(ABC):
     is_trainable: bool = False  # whether `batch` and `loss` are there
     weights: DrafterWeights  # what it drafts with now
     drafts: bool = True  # one that learns beside another, which drafts, is spared what only drafting needs
+    gives_probs: bool = False  # whether its drafts carry the rows they were drawn from, as the rejection rule needs
     notes: Mapping[str, Any] = MappingProxyType({})  # what `inspect` should say of it; saved beside it
 
     @property
@@ -75,23 +77,27 @@ class Drafter(ABC):
         anchors: Sequence[int],
         num_draft_tokens_B: Sequence[int],
         sampling: Sequence[SamplingParams],
-        uniforms_BK: Tensor,
+        noise: StepNoise,
     ) -> Draft:
         """Drafts up to num_draft_tokens_B[i] tokens behind each request's anchor, its last committed token.
 
         May draft fewer, none included. Pure in its arguments and the state that `start`, `observe` and `swap` left.
+        The tensors of a draft lie on the target's device.
 
         Args:
-            uniforms_BK: The draft column of `randomness.uniforms`, for positions behind the anchor.
+            sampling: The temperature is the drafter's, too; cuts and penalties act on the target's rows alone.
+            noise: What the target's own tokens behind the anchors will be chosen with. A drafter with scores of its own
+                takes the argmax of scores / temperature + noise.
         """
 
     @abstractmethod
-    def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
-        """Hears what became of the last draft.
+    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Tensor]) -> None:
+        """Takes what the last step committed.
 
         Args:
-            features: For each request the target's final hidden states [num_accepted + 1, D] of its anchor and the
-                accepted tokens. The last committed token has none yet.
+            token_ids: For each request the committed tokens: the drafts that were kept, then one of the target's own.
+            features: For each request as many final hidden states [num_accepted + 1, D] of the target: of its anchor
+                and the accepted tokens. The last committed token has none yet.
         """
 
     @abstractmethod

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
-from onlinespec.core import Draft, Feedback, Params, Verdict
+from onlinespec.core import Draft, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout, Span, lay_out, spans_of
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.base import Cache
 from onlinespec.models.loading import Target
-from onlinespec.sampling import process_logits, sample_rows
+from onlinespec.randomness import StepNoise
+from onlinespec.sampling import process_logits
 
 Head = Callable[[Tensor], Tensor]  # states [..., D] to logits over the vocabulary, or a list of its tokens
 
@@ -78,9 +79,8 @@ class Headed(Drafter):
         features = [features_SD] if self.reads_features and len(features_SD) else []
         self._slots[slot] = _Slot(list(token_ids[self.num_before :]), features)
 
-    def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
-        for slot, token_ids, rows_ND in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
-            committed = token_ids[: len(rows_ND)]
+    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Tensor]) -> None:
+        for slot, committed, rows_ND in zip(slots, token_ids, features, strict=True):
             self._slots[slot].read_ids.extend(committed)
             if self.reads_features:
                 self._slots[slot].features.append(rows_ND)
@@ -103,22 +103,22 @@ class Headed(Drafter):
         anchors: Sequence[int],
         num_draft_tokens_B: Sequence[int],
         sampling: Sequence[SamplingParams],
-        uniforms_BK: Tensor,
+        noise: StepNoise,
     ) -> Draft:
         B, device = len(slots), self._decoder.device
         wanted = zip(slots, num_draft_tokens_B, strict=True)
         ready = [i for i, (slot, count) in enumerate(wanted) if count and self._can_draft(slot)]
-        counts_B = torch.zeros(B, dtype=torch.int64)
-        counts_B[ready] = torch.tensor([num_draft_tokens_B[i] for i in ready], dtype=torch.int64)
-        K = int(counts_B.max()) if ready else 0
+        counts = [num_draft_tokens_B[i] if i in ready else 0 for i in range(B)]
+        K = max(counts, default=0)
         token_ids_BK, probs_BKV = torch.zeros(B, K, dtype=torch.int64, device=device), None
         if ready:
             chosen = [slots[i] for i in ready]
-            ids_RK, probs_RKV = self._chain(chosen, K, [sampling[i] for i in ready], uniforms_BK[ready])
+            ids_RK, probs_RKV = self._chain(chosen, K, [sampling[i] for i in ready], noise.take(ready))
             token_ids_BK[ready] = ids_RK
             if probs_RKV is not None:
                 probs_BKV = torch.zeros(B, K, probs_RKV.shape[-1], device=device)
                 probs_BKV[ready] = probs_RKV
+        counts_B = torch.tensor(counts, dtype=torch.int64, device=device)
         return Draft(token_ids_BK, counts_B, probs_BKV, self.weights.version)
 
     def _can_draft(self, slot: int) -> bool:
@@ -126,13 +126,14 @@ class Headed(Drafter):
         return bool(self._slots[slot].read_ids) or self._slots[slot].state_1D is not None
 
     def _chain(
-        self, slots: Sequence[int], num_draft_tokens: int, sampling: Sequence[SamplingParams], uniforms_RK: Tensor
+        self, slots: Sequence[int], num_draft_tokens: int, sampling: Sequence[SamplingParams], noise: StepNoise
     ) -> tuple[Tensor, Tensor | None]:
-        """Token ids [R, K] for R requests and the rows they were drawn from; the cache ends with the real rows."""
+        """Token ids [R, K] for R requests, and the rows they were drawn from where those are asked for; the cache ends
+        with the real rows."""
         state_RD, drafted, rows = self._absorb(slots), [], []
         lengths = [self._cache.lengths[slot] for slot in slots]
         for k in range(num_draft_tokens):
-            ids_R, probs_RV = self._draw(state_RD, sampling, uniforms_RK[:, k])
+            ids_R, probs_RV = self._draw(state_RD, sampling, noise, k)
             drafted.append(ids_R)
             if probs_RV is not None:
                 rows.append(probs_RV)
@@ -170,23 +171,33 @@ class Headed(Drafter):
         """
 
     def _draw(
-        self, states_RD: Tensor, sampling: Sequence[SamplingParams], uniforms_R: Tensor
+        self, states_RD: Tensor, sampling: Sequence[SamplingParams], noise: StepNoise, depth: int
     ) -> tuple[Tensor, Tensor | None]:
-        """A token per state, and the row it was drawn from; where all are greedy, a point mass of a listed token,
-        or of any while the list has seen little.
+        """A token per state: the best of scores / temperature + noise among those of the list, or among all while the
+        list has seen little. And the rows it was drawn from, if drafts carry them."""
+        if self.gives_probs and not all(params.is_greedy for params in sampling):
+            return self._draw_with_probs(states_RD, sampling, noise, depth)
+        listed = None if self._shortlist.is_cold else self._shortlist.now
+        token_ids_S = listed.token_ids_S if listed else None
+        scores_RS = self._logits(states_RD, listed.head if listed else self._shortlist.whole)
+        noise_RS = noise.at(depth, token_ids_S)
+        if noise_RS is not None:
+            temperatures = [params.temperature or 1.0 for params in sampling]
+            scores_RS = scores_RS / scores_RS.new_tensor(temperatures)[:, None] + noise_RS
+        best_R = scores_RS.argmax(-1)
+        return best_R if token_ids_S is None else token_ids_S[best_R], None
 
-        Penalties are the target's.
-        """
-        if all(params.is_greedy for params in sampling):
-            if self._shortlist.is_cold:
-                return self._logits(states_RD, self._shortlist.whole).argmax(-1), None
-            listed = self._shortlist.now
-            return listed.token_ids_S[self._logits(states_RD, listed.head).argmax(-1)], None
-        plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
+    def _draw_with_probs(
+        self, states_RD: Tensor, sampling: Sequence[SamplingParams], noise: StepNoise, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """For the rejection rule: over the whole vocabulary, cut as the target's rows are, so that more is kept."""
         logits_RV = self._logits(states_RD, self._shortlist.whole)
         logits_RV = logits_RV.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # weights that blew up may still draft
-        probs_RV = process_logits(logits_RV, plain[0] if len(plain) == 1 else plain)
-        return sample_rows(probs_RV, uniforms_R.to(probs_RV.device)), probs_RV
+        plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
+        probs_RV = torch.cat([process_logits(row[None], one) for row, one in zip(logits_RV, plain, strict=True)])
+        noise_RV = noise.at(depth)
+        assert noise_RV is not None
+        return (probs_RV.double().log() + noise_RV).argmax(-1), probs_RV
 
     def _logits(self, states_ND: Tensor, head: Head) -> Tensor:
         return head(states_ND.to(self._shortlist.dtype)).float()
@@ -217,7 +228,7 @@ class Headed(Drafter):
         head, counts_N = self._learn_head(params, listed), layout.counts_N.float()
         num_rows, weights_EN = counts_N.sum(), []
         for at_M, states_EMD in self._depths(params, layout, self.unroll):
-            rows = TargetRows(*(part[at_M] for part in target))
+            rows = target.take(at_M)
             weights_EN.append(row_loss(head(states_EMD), rows).view(len(candidates), -1) * counts_N[at_M])
         totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
         fresh_N = layout.is_fresh_N & layout.counts_N
@@ -232,7 +243,7 @@ class Headed(Drafter):
         target, head, depths = self._target_rows(layout), self._learn_head(params, None), []
         for at_M, states_MD in self._depths(params, layout, num_depths):
             logits = head(states_MD).view(len(candidates), len(at_M), -1)
-            depths.append((logits, TargetRows(*(part[at_M] for part in target))))
+            depths.append((logits, target.take(at_M)))
         return depths
 
     @abstractmethod
@@ -259,7 +270,7 @@ class Headed(Drafter):
         if listed is None or columns_N is None:
             return None, self._target_rows(layout)
         logits_NS = self._target_logits(listed, layout.target_states_ND)
-        return listed, TargetRows(logits_NS.softmax(-1), columns_N, layout.temperatures_N)
+        return listed, TargetRows(logits_NS.softmax(-1), columns_N, layout.temperatures_N, layout.noise_keys_N3)
 
     def _target_logits(self, listed: Listed, states_ND: Tensor) -> Tensor:
         """The target's own, of the listed tokens: the short product will do where its head is nothing else."""
@@ -269,7 +280,7 @@ class Headed(Drafter):
 
     def _target_rows(self, layout: Layout) -> TargetRows:
         probs_NV = self._decoder.head(layout.target_states_ND).softmax(-1)
-        return TargetRows(probs_NV, layout.token_ids_N, layout.temperatures_N)
+        return TargetRows(probs_NV, layout.token_ids_N, layout.temperatures_N, layout.noise_keys_N3)
 
 
 def stacked(candidates: Sequence[Params]) -> Params:

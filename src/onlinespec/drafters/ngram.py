@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from onlinespec.config import SamplingParams
-from onlinespec.core import Draft, DrafterWeights, Verdict
+from onlinespec.core import Draft, DrafterWeights
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import read_drafter_config, write_drafter
 from onlinespec.models.loading import Target
+from onlinespec.randomness import StepNoise
 
 
 @dataclass
@@ -45,18 +46,18 @@ class Ngram(Drafter):
     Reference: prompt lookup decoding (Saxena, 2023); LLMA, arXiv:2304.04487.
     """
 
-    def __init__(self, max_ngram: int = 3) -> None:
-        self.max_ngram = max_ngram
+    def __init__(self, max_ngram: int = 3, device: torch.device | str = "cpu") -> None:
+        self.max_ngram, self._device = max_ngram, torch.device(device)
         self.weights = DrafterWeights({}, version=0)
         self._histories: dict[int, _History] = {}
 
     @classmethod
     def fresh(cls, target: Target, seed: int = 0) -> Self:
-        return cls()
+        return cls(device=target.decoder.device)
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Self:
-        return cls(int(read_drafter_config(folder)["max_ngram"]))
+        return cls(int(read_drafter_config(folder)["max_ngram"]), target.decoder.device)
 
     def save(self, folder: Path) -> None:
         write_drafter(
@@ -74,20 +75,20 @@ class Ngram(Drafter):
         anchors: Sequence[int],
         num_draft_tokens_B: Sequence[int],
         sampling: Sequence[SamplingParams],
-        uniforms_BK: Tensor,
+        noise: StepNoise,
     ) -> Draft:
         wanted = zip(slots, num_draft_tokens_B, strict=True)
         drafted = [self._histories[slot].continuation(count) for slot, count in wanted]
-        width = max(num_draft_tokens_B, default=0)
-        token_ids_BK = torch.tensor([ids + [0] * (width - len(ids)) for ids in drafted], dtype=torch.int64)
-        counts_B = torch.tensor([len(ids) for ids in drafted])
+        width = max(map(len, drafted), default=0)
+        padded = [ids + [0] * (width - len(ids)) for ids in drafted]
+        token_ids_BK = torch.tensor(padded, dtype=torch.int64, device=self._device)
+        counts_B = torch.tensor([len(ids) for ids in drafted], dtype=torch.int64, device=self._device)
         return Draft(token_ids_BK.view(len(slots), width), counts_B, None, self.weights.version)
 
-    def observe(self, slots: Sequence[int], verdict: Verdict, features: Sequence[Tensor]) -> None:
-        for slot, token_ids in zip(slots, verdict.token_ids_BL.tolist(), strict=True):
-            for token_id in token_ids:
-                if token_id >= 0:
-                    self._histories[slot].append(token_id)
+    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Tensor]) -> None:
+        for slot, committed in zip(slots, token_ids, strict=True):
+            for token_id in committed:
+                self._histories[slot].append(token_id)
 
     def release(self, slot: int) -> None:
         del self._histories[slot]

@@ -26,6 +26,7 @@ class Span(NamedTuple):
     target_states_ND: Tensor  # the target's state at each trained row's token: its head rows are the labels
     token_ids_N: Tensor  # what came behind each trained row's token
     counts_N: Tensor  # bool: which of the rows the loss counts
+    noise_keys_N3: Tensor  # int64 (seed, choice, position): what the token of each trained row was chosen with
     temperature: float  # at which the request decodes
     is_fresh: bool  # of this round, not replayed
     capacity: int  # tokens of its request that drafters hold, at most
@@ -50,6 +51,7 @@ class Layout(NamedTuple):
     target_states_ND: Tensor
     token_ids_N: Tensor
     counts_N: Tensor
+    noise_keys_N3: Tensor
     temperatures_N: Tensor
     is_fresh_N: Tensor
     capacities_N: Tensor  # of each row's request, as `Span.capacity`
@@ -103,6 +105,7 @@ def lay_out(spans: Sequence[Span]) -> Layout:
         target_states_ND=torch.cat([span.target_states_ND for span in spans]),
         token_ids_N=torch.cat([span.token_ids_N for span in spans]),
         counts_N=torch.cat([span.counts_N for span in spans]),
+        noise_keys_N3=torch.cat([span.noise_keys_N3 for span in spans]),
         temperatures_N=_per_row([span.temperature for span in spans], spans).to(device),
         is_fresh_N=_per_row([span.is_fresh for span in spans], spans).to(device),
         capacities_N=_per_row([span.capacity for span in spans], spans),
@@ -142,6 +145,9 @@ def _span(
         target_states_ND=states[first:last].clone(),
         token_ids_N=ids[first - num_before + 1 :],
         counts_N=torch.tensor(counts[first - records[0].start :], device=states.device),
+        noise_keys_N3=torch.tensor(
+            [(records[0].seed, records[0].choice, at + 1) for at in range(first, last)], device=states.device
+        ),
         temperature=records[0].temperature,
         is_fresh=is_fresh,
         capacity=(trace.max_tokens or len(trace.token_ids)) + MAX_DRAFT_TOKENS,

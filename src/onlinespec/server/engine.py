@@ -18,8 +18,8 @@ import torch
 
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, TokenLogprobs
-from onlinespec.decode import Request
-from onlinespec.scheduler import ERROR, Scheduler
+from onlinespec.decode import ERROR, Request
+from onlinespec.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
