@@ -13,7 +13,7 @@ from checkpoints import byte_tokenizer
 from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.core import Draft, DrafterWeights, Feedback
+from onlinespec.core import Draft, DrafterWeights, Feedback, Verdict
 from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.base import Drafter
 from onlinespec.models.base import ModelConfig
@@ -133,6 +133,34 @@ def other_weights(weights: DrafterWeights, seed: int, scale: float = 0.3) -> Dra
     return DrafterWeights(params, weights.version + 1)
 
 
+class ForcedNoise:
+    """Stands where a step's noise does, for one request: so loud that given tokens are drafted, where there are any."""
+
+    def __init__(self, token_ids: Sequence[int] = (), vocab: int = 288) -> None:
+        self.token_ids, self.vocab = list(token_ids), vocab
+
+    def take(self, places):
+        return self
+
+    def at(self, depth, token_ids_S=None):
+        row = torch.zeros(1, self.vocab, dtype=torch.float64)
+        if depth < len(self.token_ids):
+            row[0, self.token_ids[depth]] = 1e9
+        return row if token_ids_S is None else row[:, token_ids_S]
+
+
+class AcceptsEverything:
+    """What no rule may do."""
+
+    needs_probs = False
+
+    def judge(self, draft, rows):
+        last = torch.stack([one.scores_LV[-1].argmax(-1) for one in rows])[:, None]
+        ids = torch.nn.functional.pad(draft.token_ids_BK, (0, 1), value=-1)
+        is_finite = torch.ones(len(rows), dtype=torch.bool)
+        return Verdict(draft.num_draft_tokens_B, ids.scatter(1, draft.num_draft_tokens_B[:, None], last), is_finite)
+
+
 class Recorder:
     """Stands where learning does, and keeps all feedback."""
 
@@ -179,7 +207,7 @@ class Script(Drafter):
         assert len(features_SD) == len(token_ids) - 1
         self.lengths[slot] = len(token_ids)
 
-    def propose(self, slots, anchors, num_draft_tokens_B, sampling, uniforms_BK):
+    def propose(self, slots, anchors, num_draft_tokens_B, sampling, noise):
         rows = []
         for slot, count in zip(slots, num_draft_tokens_B, strict=True):
             places = range(self.lengths[slot], min(self.lengths[slot] + count, len(self.text_ids)))
@@ -188,9 +216,8 @@ class Script(Drafter):
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
         return Draft(padded, torch.tensor([len(ids) for ids in rows]), None, self.weights.version)
 
-    def observe(self, slots, verdict, features):
-        for slot, ids, rows in zip(slots, verdict.token_ids_BL.tolist(), features, strict=True):
-            committed = [i for i in ids if i >= 0]
+    def observe(self, slots, token_ids, features):
+        for slot, committed, rows in zip(slots, token_ids, features, strict=True):
             assert len(rows) == len(committed)
             self.observed.append(committed)
             self.lengths[slot] += len(committed)

@@ -19,13 +19,13 @@ import torch
 from checkpoints import CHAT_TEMPLATE, save_tiny
 from filelock import FileLock
 from rich.console import Console
+from rigs import AcceptsEverything
 
-import onlinespec.decode
+import onlinespec.verify
 from onlinespec import demo
 from onlinespec.cli import checks, compare, dispatch, distill, progress
 from onlinespec.compare import Comparing, Comparison, Progress
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.core import Verdict
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.models import linear
@@ -437,15 +437,8 @@ def test_half_types_are_served_by_either_path(run, target, dtype):
     assert "8 tokens" in err
 
 
-def accepts_everything(draft, target_probs_BLV, uniforms_BL3):
-    requests = torch.arange(len(draft.token_ids_BK))
-    last = target_probs_BLV[requests, draft.num_draft_tokens_B].argmax(-1, keepdim=True)
-    padded = torch.nn.functional.pad(draft.token_ids_BK, (0, 1), value=-1)
-    return Verdict(draft.num_draft_tokens_B, padded.scatter(1, draft.num_draft_tokens_B[:, None], last))
-
-
 def test_answers_that_differ_from_plain_decoding_fail_the_command(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(onlinespec.decode, "verify", accepts_everything)
+    monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
     options = ("--out", tmp_path / "out", "--max-new-tokens", "8", "--learners", "none,frozen")
     status, _, err = run(*COMPARE, *options)
     assert status == 1

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import save_tiny
+from rigs import AcceptsEverything
 
 import onlinespec.compare
-import onlinespec.decode
+import onlinespec.verify
 from onlinespec.calibration import Costs
 from onlinespec.compare import TIE_GAP, Comparing, Comparison, is_tie
 from onlinespec.config import GenerationParams, LearnConfig
-from onlinespec.core import Verdict
 from onlinespec.decode import DecodeLoop
 from onlinespec.models.loading import load_target
 from onlinespec.records import RequestRecord, Segment, Totals, Window, read_report
@@ -58,14 +58,6 @@ def lines_of(folder):
     content = (folder / "requests.jsonl").read_bytes()
     assert content.endswith(b"\n") or not content
     return [json.loads(line) for line in content.splitlines()]
-
-
-def accepts_everything(draft, target_probs_BLV, uniforms_BL3):
-    """What no verification may do."""
-    requests = torch.arange(len(draft.token_ids_BK))
-    last = target_probs_BLV[requests, draft.num_draft_tokens_B].argmax(-1, keepdim=True)
-    padded = torch.nn.functional.pad(draft.token_ids_BK, (0, 1), value=-1)
-    return Verdict(draft.num_draft_tokens_B, padded.scatter(1, draft.num_draft_tokens_B[:, None], last))
 
 
 # --- what is written ---
@@ -225,7 +217,7 @@ def test_speedups_are_ratios_of_tokens_per_second(target, data):
 
 
 def test_a_verification_that_is_not_lossless_is_found_out(target, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(onlinespec.decode, "verify", accepts_everything)
+    monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
     report = run(target, data(), out=tmp_path)
     assert [one.totals.identical_to_plain for one in report.runs] == [True, False, False]
     assert {line["identical_to_plain"] for line in lines_of(tmp_path) if line["learner"] == "frozen"} == {False}
@@ -234,7 +226,7 @@ def test_a_verification_that_is_not_lossless_is_found_out(target, data, tmp_path
 def test_a_difference_is_counted_in_its_segment_only(target, data, monkeypatch):
     def break_after_the_first_segment(progress):
         if progress.done == 2:
-            monkeypatch.setattr(onlinespec.decode, "verify", accepts_everything)
+            monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
 
     two = PROMPTS[:2]
     report = run(target, data("a", two), data("b", two), on_progress=break_after_the_first_segment)
@@ -244,7 +236,7 @@ def test_a_difference_is_counted_in_its_segment_only(target, data, monkeypatch):
 
 
 def test_differences_at_near_ties_are_counted_apart(target, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(onlinespec.decode, "verify", accepts_everything)
+    monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
     monkeypatch.setattr(onlinespec.compare, "is_tie", lambda target, answer, plain: True)
     frozen = run_of(run(target, data(), out=tmp_path), "frozen").totals
     assert (frozen.identical_to_plain, frozen.ties) == (True, len(PROMPTS))

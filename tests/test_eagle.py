@@ -84,23 +84,14 @@ def random_text(count, seed=0):
 FLAT = SamplingParams(temperature=20.0)  # so that every token can be drawn
 
 
-def uniform_that_draws(token_id, row):
-    """The middle of the token's share of the inverse distribution function."""
-    cdf = row.double().cumsum(-1)
-    return float((cdf[token_id] - row[token_id].double() / 2) / cdf[-1])
-
-
 def forced_rows(drafter, text, position, depth, max_tokens=None):
     """The drafter's rows at drafting depths 0..depth behind text[: position + 1], the text's own tokens being drawn."""
-    numbers = torch.zeros(1, depth + 1, dtype=torch.float64)
-    for k in range(depth + 1):
-        drafter.start(
-            0, text[: position + 1], hidden_states(TARGET, text[: position + 1])[:-1], max_tokens or len(text)
-        )
-        draft = drafter.propose([0], [text[position]], [depth + 1], [FLAT], numbers)
-        drafter.release(0)
-        if k < depth:
-            numbers[0, k] = uniform_that_draws(text[position + 1 + k], draft.probs_BKV[0, k])
+    drafter.gives_probs = True
+    known = text[: position + 1]
+    drafter.start(0, known, hidden_states(TARGET, known)[:-1], max_tokens or len(text))
+    forced = rigs.ForcedNoise(text[position + 1 : position + 1 + depth])
+    draft = drafter.propose([0], [text[position]], [depth + 1], [FLAT], forced)
+    drafter.release(0)
     assert draft.token_ids_BK[0, :depth].tolist() == text[position + 1 : position + 1 + depth]
     return draft.probs_BKV[0]
 

@@ -8,9 +8,9 @@ from rigs import random_target
 from toy import steady
 
 from onlinespec.config import SamplingParams
-from onlinespec.core import Verdict
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.randomness import StepNoise
 
 NO_FEATURES = torch.empty(0, 32)
 
@@ -22,8 +22,7 @@ def draft(text, num_draft_tokens=4, max_ngram=3, drafter=None):
 
 
 def proposed(drafter, text, num_draft_tokens=4):
-    numbers = torch.zeros(1, num_draft_tokens, dtype=torch.float64)
-    found = drafter.propose([0], [text[-1]], [num_draft_tokens], [SamplingParams()], numbers)
+    found = drafter.propose([0], [text[-1]], [num_draft_tokens], [SamplingParams()], StepNoise([None], [len(text)]))
     assert found.probs_BKV is None
     return found.token_ids_BK[0, : found.num_draft_tokens_B[0]].tolist()
 
@@ -67,8 +66,7 @@ def test_committed_tokens_are_found_like_those_of_the_prompt(text, steps):
     drafter = Ngram()
     drafter.start(0, text, NO_FEATURES, 100)
     for committed in steps:
-        padded = torch.tensor([committed + [-1] * (5 - len(committed))])
-        drafter.observe([0], Verdict(torch.tensor([len(committed) - 1]), padded), [NO_FEATURES])
+        drafter.observe([0], [committed], [NO_FEATURES])
         text = text + committed
     assert proposed(drafter, text) == continuation_by_the_book(text, 4, 3)
 
@@ -78,7 +76,7 @@ def test_requests_of_a_batch_look_into_their_own_text_only():
     drafter.start(0, [1, 2, 1], NO_FEATURES, 100)
     drafter.start(1, [1, 5, 1], NO_FEATURES, 100)
     drafter.start(2, [1], NO_FEATURES, 100)
-    found = drafter.propose([2, 0, 1], [1, 1, 1], [2, 2, 1], [SamplingParams()] * 3, torch.zeros(3, 2))
+    found = drafter.propose([2, 0, 1], [1, 1, 1], [2, 2, 1], [SamplingParams()] * 3, StepNoise([None] * 3, [3] * 3))
     assert found.num_draft_tokens_B.tolist() == [0, 2, 1]
     assert found.token_ids_BK.tolist() == [[0, 0], [2, 1], [5, 0]]
 

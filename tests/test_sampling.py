@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,9 +15,23 @@ from transformers import (
 )
 
 from onlinespec.config import SamplingParams
-from onlinespec.sampling import count_tokens, process_logits, process_step, sample_rows
+from onlinespec.randomness import gumbel
+from onlinespec.sampling import choose, count_tokens, probs_of, process_logits, process_scores
+from onlinespec.sampling import process_step as process_step_scores
 
 VOCAB = 23
+
+
+def process_step(logits_LV, params, history_ids, num_prompt_tokens, draft_ids):
+    """A step's rows as probabilities."""
+    scores = process_step_scores(logits_LV, params, history_ids, num_prompt_tokens, ids(draft_ids))
+    return probs_of(scores, params)
+
+
+def ids(token_ids):
+    return torch.tensor(token_ids, dtype=torch.int64)
+
+
 seeds = st.integers(0, 2**31)
 sampled_params = st.builds(
     SamplingParams,
@@ -61,7 +77,7 @@ def transformers_probs(logits_NV, params, history_ids):
 
 def process_after(logits_NV, params, history_ids):
     """Every row stands behind the same history."""
-    counts = count_tokens(history_ids, 0, [], logits_NV.shape[-1])
+    counts = count_tokens(history_ids, 0, ids([]), logits_NV.shape[-1])
     return process_logits(logits_NV, params, counts)
 
 
@@ -98,14 +114,14 @@ def test_every_row_sums_to_one_and_never_revives_a_masked_token(seed, params, nu
 
 
 @steady
-@given(seed=seeds, settings=st.lists(any_params, min_size=1, max_size=6))
-def test_a_row_has_the_same_bits_alone_and_beside_others(seed, settings):
-    logits = random_logits(seed, len(settings))
-    counts = count_tokens(random_ids(seed, 9), 4, random_ids(seed + 1, len(settings) - 1), VOCAB)
-    together = process_logits(logits, settings, counts)
-    for i, params in enumerate(settings):
+@given(seed=seeds, params=any_params)
+def test_a_row_has_the_same_bits_alone_and_beside_others(seed, params):
+    logits = random_logits(seed)
+    counts = count_tokens(random_ids(seed, 9), 4, ids(random_ids(seed + 1, len(logits) - 1)), VOCAB)
+    together = process_scores(logits, params, counts)
+    for i in range(len(logits)):
         own_counts = type(counts)(*(count[i : i + 1] for count in counts))
-        assert torch.equal(process_logits(logits[i : i + 1], params, own_counts), together[i : i + 1])
+        assert torch.equal(process_scores(logits[i : i + 1], params, own_counts), together[i : i + 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -132,11 +148,6 @@ def test_a_boundless_temperature_is_uniform_over_what_is_not_masked():
 def test_broken_logits_raise_and_name_the_row(temperature, broken):
     with pytest.raises(FloatingPointError, match=r"row 1 .*broken"):
         process_logits(torch.tensor([[0.0, 1.0], broken]), SamplingParams(temperature=temperature))
-
-
-def test_as_many_settings_as_rows():
-    with pytest.raises(ValueError, match="2 sampling settings for 3 rows"):
-        process_logits(torch.zeros(3, 5), [SamplingParams()] * 2)
 
 
 # Penalties over a step
@@ -189,41 +200,39 @@ def test_a_step_has_one_row_more_than_drafts():
         process_step(torch.zeros(3, 5), SamplingParams(), [0], 1, [1, 2, 3])
 
 
-# Drawing
-
-edge_uniforms = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 5e-324, 1 - 2**-53, 1.0]))
-edge_weights = st.one_of(st.just(0.0), st.floats(0, 1, width=32), st.sampled_from([1e-45, 1e-30, 1e-8]))
+# The token
 
 
-@steady
-@given(weights=st.lists(edge_weights, min_size=1, max_size=12).filter(any), uniform=edge_uniforms)
-def test_a_token_of_probability_zero_is_never_drawn(weights, uniform):
-    probs = torch.tensor([weights], dtype=torch.float32)
-    drawn = sample_rows(probs, torch.tensor([uniform], dtype=torch.float64))
-    assert probs[0, drawn] > 0
+def random_uniforms(seed, num_rows=4, vocab=VOCAB):
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.rand(num_rows, vocab, dtype=torch.float64, generator=generator).clamp_min(1e-9)
 
 
 @steady
-@given(seed=seeds, uniform=st.floats(0, 1, exclude_max=True))
-def test_the_token_drawn_is_where_the_running_sum_passes_the_uniform(seed, uniform):
-    row = random_logits(seed, 1).softmax(-1).double()
-    drawn = int(sample_rows(row, torch.tensor([uniform], dtype=torch.float64)))
-    cdf = (row[0].cumsum(0) / row[0].sum()).tolist()
-    assert cdf[drawn - 1] * (drawn > 0) - 1e-12 <= uniform <= cdf[drawn] + 1e-12
+@given(seed=seeds, params=sampled_params)
+def test_the_token_is_the_argmax_of_scores_and_noise_whatever_a_cut_left(seed, params):
+    scores, uniforms = (
+        process_scores(random_logits(seed), replace(params, repetition_penalty=1.0)),
+        random_uniforms(seed),
+    )
+    chosen = choose(scores, uniforms)
+    assert chosen.token_ids_N.tolist() == (scores.double() + gumbel(uniforms)).argmax(-1).tolist()
+    assert chosen.is_finite_N.all()
 
 
-def test_the_ends_of_the_interval_draw_the_first_and_last_possible_token():
-    row = torch.tensor([[0.0, 0.3, 0.0, 0.6999, 0.0]])  # sums to less than one
-    for uniform, token_id in [(0.0, 1), (1 - 2**-53, 3), (1.0, 3)]:
-        assert sample_rows(row, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token_id]
+def test_a_cut_that_leaves_few_tokens_of_many_draws_as_the_whole_row_would():
+    scores = process_scores(random_logits(0, 200, 400), SamplingParams(temperature=2.0, top_k=7))
+    uniforms = random_uniforms(0, 200, 400)
+    assert (scores > -torch.inf).sum(-1).tolist() == [7] * 200
+    assert torch.equal(choose(scores, uniforms).token_ids_N, (scores.double() + gumbel(uniforms)).argmax(-1))
 
 
-@pytest.mark.parametrize("row", [[0.0, 0.0], [torch.nan, 0.5]])
-def test_a_row_without_probability_is_refused(row):
-    with pytest.raises(ValueError, match="nothing to draw"):
-        sample_rows(torch.tensor([row]), torch.zeros(1))
-
-
-def test_drawing_wants_one_uniform_a_row():
-    with pytest.raises(ValueError, match=r"\(3,\) for 2 rows"):
-        sample_rows(torch.ones(2, 4), torch.zeros(3))
+@pytest.mark.parametrize("uniforms", [None, torch.full((2, 3), 0.5, dtype=torch.float64)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_whose_best_score_is_not_finite_is_noted_and_no_other(broken, uniforms):
+    params = SamplingParams(temperature=0.0 if uniforms is None else 0.7)
+    rows = torch.tensor(
+        [[0.0, 1.0, 2.0], [0.0, broken, 2.0] if broken > -torch.inf or broken != broken else [broken] * 3]
+    )
+    chosen = choose(process_scores(rows, params), uniforms)
+    assert chosen.is_finite_N.tolist() == [True, False]

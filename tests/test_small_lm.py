@@ -25,6 +25,7 @@ from onlinespec.losses import auto, soft_cross_entropy
 from onlinespec.methods import parse
 from onlinespec.models.linear import PlainLinear, plain_product
 from onlinespec.models.loading import load_target
+from onlinespec.randomness import Noise, StepNoise
 
 TARGET = rigs.random_target()
 TUNINGS = {"layers": Tuning("layers"), "all": Tuning("all"), "adapters": Tuning("adapters", rank=3, alpha=5.0)}
@@ -70,8 +71,9 @@ def plain_model(folder):
 def drafted_rows(drafter, text, sampling=FLAT, num_draft_tokens=1, max_tokens=None):
     """The rows [K, V] that tokens behind the text are drafted from, and the tokens."""
     drafter.start(0, text, torch.empty(len(text) - 1, 0), max_tokens or len(text) + 16)
-    numbers = torch.full((1, num_draft_tokens), 0.5, dtype=torch.float64)
-    draft = drafter.propose([0], [text[-1]], [num_draft_tokens], [sampling], numbers)
+    drafter.gives_probs = True
+    noise = StepNoise([None if sampling.is_greedy else Noise(0, 0, 288)], [len(text)])
+    draft = drafter.propose([0], [text[-1]], [num_draft_tokens], [sampling], noise)
     drafter.release(0)
     return draft.probs_BKV[0], draft.token_ids_BK[0].tolist()
 

@@ -1,7 +1,7 @@
 """How likely the next drafted tokens are to be kept: a running estimate, by position and by request.
 
-Deterministic, and made of committed facts alone: of a step's draft it uses the tokens that were kept and whether one
-was refused behind them, never how many more were drafted or what they were (see `randomness`).
+Deterministic. Counted, not estimated: of a step's draft it uses the tokens that were kept, and whether one was refused
+behind them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Several learners over one stream of prompts, request by request, so that a machine that slows down slows all alike.
 
 Every run has its own copy of the drafter and shares the target. `none` is plain decoding and the reference: every
-greedy answer of every other run is compared with it, token by token.
+answer of every other run is compared with it, token by token, at every temperature (under the papers' rejection rule,
+whose text depends on the drafts, the greedy ones alone).
 """
 
 from __future__ import annotations
@@ -30,13 +31,18 @@ from onlinespec.methods import learner_of, parse
 from onlinespec.metrics import figures, telemetry, total, windows
 from onlinespec.models.loading import Target
 from onlinespec.provenance import provenance
+from onlinespec.randomness import gumbel
 from onlinespec.records import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
+from onlinespec.rejection import Rejection
+from onlinespec.sampling import process_step
+from onlinespec.verify import Coupled
 from onlinespec.workloads import Prompt, Workload, load_workload
 
 log = logging.getLogger(__name__)
 
 NONE = "none"  # plain decoding: no drafter, no learner
 FROZEN = "frozen"
+ACCEPTANCE = {"coupled": Coupled, "rejection": Rejection}
 TIE_GAP = 1e-4  # of the target's two largest logits; where they are closer, either token is a right answer
 
 
@@ -56,6 +62,7 @@ class Comparison:
     generation: GenerationParams = GenerationParams()
     learn: LearnConfig = LearnConfig()  # for what the learners' own lines leave open
     tuning: Tuning | None = None  # what of the drafter learns; None for its own choice
+    acceptance: str = "coupled"  # how drafts are judged; "rejection" is the papers' rule
     measures_costs: bool = False  # of learning on this machine, instead of those in `learn`; the report says them
 
     def __post_init__(self) -> None:
@@ -65,6 +72,8 @@ class Comparison:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.minutes < float("inf"):
             raise ValueError(f"minutes is {self.minutes}; it must be 0 (no limit) or a positive number")
+        if self.acceptance not in ACCEPTANCE:
+            raise ValueError(f"acceptance is {self.acceptance!r}; it must be one of {', '.join(ACCEPTANCE)}")
         for name in ("learners", "data", "temperatures"):
             if not getattr(self, name):
                 raise ValueError(f"no {name} given; name at least one")
@@ -262,7 +271,7 @@ class Comparing:
     ) -> RequestRecord:
         stats = answer.stats
         is_identical = None
-        if plain is not None and answer.params.sampling.is_greedy:
+        if plain is not None and (answer.params.sampling.is_greedy or self.comparison.acceptance == "coupled"):
             is_identical = answer.output_ids == plain.output_ids
             if not is_identical and is_tie(self.target, answer, plain):
                 stats = replace(stats, ties=1)
@@ -298,8 +307,9 @@ class Comparing:
         self._group_is_counted = False
 
     def _make_runner(self, name: str) -> _Runner:
+        rule = ACCEPTANCE[self.comparison.acceptance]()
         if name == NONE:
-            return _Runner(name, DecodeLoop(self.target), None)
+            return _Runner(name, DecodeLoop(self.target, rule=rule), None)
         drafter = self._load_drafter()
         config = parse(name, replace(self.comparison.learn, **self._costs.get(self._setting[0], {})))
         if config.learner != FROZEN and not drafter.is_trainable:
@@ -308,7 +318,7 @@ class Comparing:
                 "choose --learners none,frozen"
             )
         learning = InlineLearning(drafter, config=config, seed=self.comparison.seed)
-        return _Runner(name, DecodeLoop(self.target, drafter, learning), learning)
+        return _Runner(name, DecodeLoop(self.target, drafter, learning, rule=rule), learning)
 
     def _load_drafter(self) -> Drafter:
         comparison = self.comparison
@@ -383,21 +393,29 @@ class Comparing:
 
 
 def is_tie(target: Target, answer: Request, plain: Request) -> bool:
-    """Whether the first difference of two greedy answers is at a near-tie: the target's logits of both tokens lie
-    within TIE_GAP of its best, or what rounding both to the target's dtype may put between them. Costs a forward;
-    called only when answers differ."""
+    """Whether the first difference of two answers to one request is at a near-tie.
+
+    The target's logits of both tokens, as they were chosen (penalties, noise), lie within TIE_GAP of its best, or within
+    what rounding both to the target's dtype may put between them. Costs a forward; called only when answers differ.
+    """
     pairs = list(zip(answer.output_ids, plain.output_ids, strict=False))
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if first is None:
         return False
-    ids = plain.trace.token_ids[: plain.num_prompt_tokens + first]
-    cache = target.decoder.new_cache()
+    num_prompt_tokens, sampling = plain.num_prompt_tokens, plain.params.sampling
+    ids = plain.trace.token_ids[: num_prompt_tokens + first]
+    cache, decoder = target.decoder.new_cache(), target.decoder
     cache.take(0, plain.max_tokens)  # as when it was decoded: a scaling may go by it
-    output = target.decoder.forward(torch.tensor(ids, device=target.decoder.device), [0], [len(ids)], cache, [1])
-    logits_V = output.logits_MV[0].float()
-    best = float(logits_V.max())
-    gap = max(TIE_GAP, 2 * abs(best) * torch.finfo(target.decoder.dtype).eps)
-    return best - float(logits_V[list(pairs[first])].min()) < gap
+    output = decoder.forward(torch.tensor(ids, device=decoder.device), [0], [len(ids)], cache, [1])
+    uncut = replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
+    no_drafts = torch.empty(0, dtype=torch.int64, device=decoder.device)
+    scores_V = process_step(output.logits_MV, uncut, ids, num_prompt_tokens, no_drafts)[0].double()
+    if plain.noise:
+        scores_V = scores_V + gumbel(plain.noise.row(len(ids)))
+    both = scores_V[list(pairs[first])]
+    best = float(scores_V.max() if uncut == sampling else both.max())
+    rounding = 2 * float(output.logits_MV.float().abs().max()) * torch.finfo(decoder.dtype).eps
+    return best - float(both.min()) < max(TIE_GAP, rounding) / (sampling.temperature or 1.0)
 
 
 def check_results_folder(out: Path) -> None:

@@ -3,10 +3,9 @@
 `choose` before a step, `observe` after it, `forget` when a request ends. No clock is read: time comes in with the
 records, and the same records give the same choices. Axis letters: B requests, K drafted tokens.
 
-**Lossless.** A request's number of drafted tokens may hang on what was committed and on time, never on tokens that
-were drafted and discarded (see `randomness`). What is used here: how many tokens each step kept, whether it refused
-one, its shape and its seconds. So a drafter may stop early by what is committed (a look-up without a match), but not
-by what it drafts: its shape would tell.
+**Lossless.** Sampling is coupled (see `randomness`), so the choice may depend on anything: what was drafted and
+discarded, what another drafter would have said, even the noise of the tokens to come. The text stays the same. (Under
+the papers' rejection rule it might not; there the number of drafted tokens is fixed.)
 """
 
 from __future__ import annotations

@@ -184,6 +184,9 @@ class Compare:
     """Time for the whole stream; a slower one has each segment cut to its share. 0 is no limit."""
     temperature: Annotated[tuple[float, ...], arg(metavar="NUMBER [NUMBER ...]")] = (0.0,)
     """0 is greedy; several are run one after the other."""
+    acceptance: Literal["coupled", "rejection"] = "coupled"
+    """How drafts are judged: coupled (a draft is kept while it is the token that plain decoding commits with the same
+    seed), or rejection (the papers' rule: the same law, but a seed's text depends on the drafts)."""
     repeats: int = 1
     """Repeat everything, to show the spread of the timings."""
     window: int = 5

@@ -53,6 +53,7 @@ def compare(command: Compare) -> int:
         data=command.data,
         num_requests=command.num_requests,
         minutes=command.minutes,
+        acceptance=command.acceptance,
         temperatures=command.temperature,
         seed=command.machine.seed,
         repeats=command.repeats,
