@@ -194,10 +194,23 @@ def test_greedy_answers_are_checked_against_plain_decoding(target, data, tmp_pat
     assert all(line["identical_to_plain"] is True for line in lines_of(tmp_path))
 
 
-def test_sampled_answers_are_not_called_identical(target, data, tmp_path):
-    report = run(target, data(), out=tmp_path, temperatures=(0.9,))
-    assert [one.totals.identical_to_plain for one in report.runs] == [None] * 3
-    assert all(line["identical_to_plain"] is None for line in lines_of(tmp_path))
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_sampled_answers_are_identical_to_plain_decodings(target, data, tmp_path, temperature):
+    report = run(target, data(), out=tmp_path, temperatures=(temperature,))
+    assert [one.totals.identical_to_plain for one in report.runs] == [True] * 3
+    assert all(line["identical_to_plain"] for line in lines_of(tmp_path))
+    assert run_of(report, "frozen").totals.acceptance_length > 1
+
+
+def test_under_the_papers_rule_only_greedy_answers_are_called_identical(target, data, tmp_path):
+    report = run(target, data(), out=tmp_path, temperatures=(0.9, 0.0), acceptance="rejection")
+    assert [one.totals.identical_to_plain for one in report.runs] == [None] * 3 + [True] * 3
+    assert report.provenance["settings"]["acceptance"] == "rejection"
+
+
+def test_an_unknown_rule_is_refused_by_name(target, data):
+    with pytest.raises(ValueError, match="acceptance is 'typical'; it must be one of coupled, rejection"):
+        run(target, data(), acceptance="typical")
 
 
 def test_without_plain_decoding_nothing_is_called_identical(target, data):
@@ -275,6 +288,8 @@ def answer_of(prompt, output):
         num_prompt_tokens=len(prompt),
         max_tokens=len(prompt + output),
         trace=SimpleNamespace(token_ids=prompt + output),
+        params=GenerationParams(),
+        noise=None,
     )
 
 

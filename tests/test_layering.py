@@ -18,6 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "onlinespec"
 # From the ground up. A module imports from the rows above its own and from itself; a package's name stands for
 # all its modules, unless one of them has a place of its own. A new module gets its place here.
 LEVELS = (
+    ("host",),
     (
         "core",
         "config",
@@ -43,7 +44,8 @@ LEVELS = (
         "wire",
         "workloads",
     ),
-    ("verify", "models"),
+    ("verify", "agreement", "models"),
+    ("rejection",),
     ("drafters",),
     ("telemetry", "trial"),
     ("decode", "learn", "publish", "versions", "control", "plots"),

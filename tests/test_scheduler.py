@@ -378,19 +378,66 @@ class Faulty(Script):
 
 
 @pytest.mark.parametrize("where", ["start", "propose", "observe"])
-def test_a_drafter_that_raises_costs_its_requests_their_drafts_and_nothing_else(where, caplog):
+def test_a_drafter_that_raises_once_costs_nobody_the_drafter(where, caplog):
     jobs = [(prompt(n, n), GenerationParams(15)) for n in (3, 9, 40)]
     scheduler = make(drafter=Faulty(2, where))
     requests = submit(scheduler, jobs)
     drain(scheduler)
-    later = submit(scheduler, jobs)
-    drain(scheduler)
-    for request, job in zip(requests + later, jobs * 2, strict=True):
+    for request, job in zip(requests, jobs, strict=True):
         assert request.output_ids == plain(TARGET, *job).output_ids
         assert request.finish_reason == "length"
-    assert all(request.is_plain for request in requests[1 if where == "start" else 0 :])
-    assert not any(request.is_plain for request in later)
+        assert not request.is_plain
     assert caplog.text.count("the drafter broke); this is said once") == 1
+    assert is_empty(scheduler)
+
+
+def test_a_request_for_which_drafting_always_fails_goes_on_without_and_the_others_keep_theirs(caplog):
+    class Refusing(Script):
+        def propose(self, slots, *args):
+            if self.refused in slots:
+                raise RuntimeError("the drafter broke")
+            return super().propose(slots, *args)
+
+    jobs = [(prompt(3, 1), GenerationParams(15)) for _ in range(3)]
+    answer = plain(TARGET, *jobs[0]).trace.token_ids
+    drafter = Refusing(answer)
+    drafter.refused = 1
+    scheduler = make(drafter=drafter)
+    requests = submit(scheduler, jobs)
+    drain(scheduler)
+    assert [request.output_ids for request in requests] == [answer[3:]] * 3
+    assert [request.is_plain for request in requests] == [False, True, False]
+    assert [request.stats.accepted > 0 for request in requests] == [True, False, True]
+    assert caplog.text.count("this is said once") == 1
+    assert is_empty(scheduler)
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_row_that_is_not_finite_once_costs_its_own_request_one_step(row, monkeypatch):
+    """Row 0 is the anchor's: nothing is committed. Behind it, what comes before is."""
+    jobs = [(prompt(3, 1), GenerationParams(15)) for _ in range(16)]
+    answer = plain(TARGET, *jobs[0]).trace.token_ids
+    scheduler, forward, steps = make(drafter=Script(answer)), TARGET.decoder.forward, []
+
+    def poisoned(token_ids, slots, counts, *args, **kwargs):
+        output = forward(token_ids, slots, counts, *args, **kwargs)
+        if len(slots) == 16 and len(output.logits_MV):
+            steps.append(counts)
+            if len(steps) == 2:
+                logits_MV = output.logits_MV.clone()
+                logits_MV[sum(counts[:5]) + row] = float("nan")  # of the sixth request
+                return output._replace(logits_MV=logits_MV)
+        return output
+
+    monkeypatch.setattr(TARGET.decoder, "forward", poisoned)
+    requests = submit(scheduler, jobs)
+    drain(scheduler)
+    monkeypatch.undo()
+    assert [request.output_ids for request in requests] == [answer[3:]] * 16
+    assert not any(request.is_plain for request in requests)
+    assert [request.stats.accepted for request in requests[:5]] == [12] * 5  # three steps of five tokens
+    assert requests[5].stats.accepted == 11  # a step more, and a token of its own more
+    assert [counts[5] for counts in steps] == ([5, 5, 1] if row == 0 else [5, 5, 5])
     assert is_empty(scheduler)
 
 

@@ -35,14 +35,14 @@ from onlinespec.randomness import gumbel
 from onlinespec.records import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
 from onlinespec.rejection import Rejection
 from onlinespec.sampling import process_step
-from onlinespec.verify import Coupled
+from onlinespec.verify import Coupled, Rule
 from onlinespec.workloads import Prompt, Workload, load_workload
 
 log = logging.getLogger(__name__)
 
 NONE = "none"  # plain decoding: no drafter, no learner
 FROZEN = "frozen"
-ACCEPTANCE = {"coupled": Coupled, "rejection": Rejection}
+ACCEPTANCE: dict[str, Callable[[], Rule]] = {"coupled": Coupled, "rejection": Rejection}
 TIE_GAP = 1e-4  # of the target's two largest logits; where they are closer, either token is a right answer
 
 
@@ -395,8 +395,8 @@ class Comparing:
 def is_tie(target: Target, answer: Request, plain: Request) -> bool:
     """Whether the first difference of two answers to one request is at a near-tie.
 
-    The target's logits of both tokens, as they were chosen (penalties, noise), lie within TIE_GAP of its best, or within
-    what rounding both to the target's dtype may put between them. Costs a forward; called only when answers differ.
+    The target's logits of both tokens, as they were chosen (penalties, noise), lie within TIE_GAP of its best, or
+    within what rounding both to the target's dtype may put between them. Costs a forward; called only when they differ.
     """
     pairs = list(zip(answer.output_ids, plain.output_ids, strict=False))
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)

@@ -19,7 +19,7 @@ from torch import Tensor
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, TokenLogprobs, Trace, Verdict
 from onlinespec.drafters.base import Drafter
-from onlinespec.host import to_host
+from onlinespec.host import to_device, to_host
 from onlinespec.models.base import Output
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.loading import Target
@@ -350,7 +350,7 @@ class DecodeLoop:
         decoder = self.target.decoder
         read = [(request, count) for request, count in pieces if count]
         slots, counts = [request.slot for request, _ in read], [count for _, count in read]
-        ids_N = torch.tensor(token_ids, device=decoder.device)
+        ids_N = to_device(token_ids, decoder.device)
         output = decoder.forward(ids_N, slots, counts, self._cache, num_logits=[0] * len(slots))
         for (request, _), rows_ND in zip(read, output.hidden_states_ND.split(counts), strict=True):
             _append_features(request.trace, rows_ND)
@@ -446,7 +446,7 @@ class DecodeLoop:
 
     def _score(self, requests: Sequence[Request], draft: Draft, counts: Sequence[int]) -> Output:
         decoder = self.target.decoder
-        anchors_B1 = torch.tensor([[request.trace.token_ids[-1]] for request in requests], device=decoder.device)
+        anchors_B1 = to_device([[request.trace.token_ids[-1]] for request in requests], decoder.device)
         ids_BL = torch.cat([anchors_B1, draft.token_ids_BK], dim=1)
         ids_N = (
             ids_BL[0, : counts[0]]

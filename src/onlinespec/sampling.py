@@ -18,6 +18,7 @@ from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import TokenLogprobs
+from onlinespec.host import to_device
 from onlinespec.randomness import gumbel
 
 _FEW = 8  # a cut is worth gathering for where it leaves at most one token in so many: two logarithms a token are saved
@@ -229,5 +230,5 @@ def _keep_min_p(scores_NV: Tensor, min_p: float) -> Tensor:
 
 
 def _bincount(token_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
-    ids = torch.tensor([i for i in token_ids if i < vocab_size], dtype=torch.int64, device=device)
+    ids = to_device([i for i in token_ids if i < vocab_size], device, torch.int64)
     return torch.zeros(vocab_size, device=device).index_add_(0, ids, torch.ones(len(ids), device=device))

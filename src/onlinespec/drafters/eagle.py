@@ -23,6 +23,7 @@ from onlinespec.drafters.formats import read_drafter_config, read_side, write_dr
 from onlinespec.drafters.headed import Headed
 from onlinespec.drafters.shortlist import Shortlist
 from onlinespec.drafters.spans import Layout
+from onlinespec.host import to_device
 from onlinespec.models.checkpoint import check_tensors, read_weights
 from onlinespec.models.families import rope_in
 from onlinespec.models.kv_cache import KVCache
@@ -174,7 +175,7 @@ class Eagle(Headed):
         count = len(state.read_ids) - 1
         if count < _MANY_ROWS:
             return
-        features_ND, read_ids = torch.cat(state.features), torch.tensor(state.read_ids, device=self._decoder.device)
+        features_ND, read_ids = torch.cat(state.features), to_device(state.read_ids, self._decoder.device)
         x_ND, plan = self._enter(read_ids[:-1], features_ND[:-1], [slot], [count], attends=False)
         self._layer.write(x_ND, plan, 0)
         self._cache.extend(slot, count)

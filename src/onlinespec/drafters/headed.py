@@ -23,6 +23,7 @@ from onlinespec.core import Draft, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout, Span, lay_out, spans_of
+from onlinespec.host import to_device
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.base import Cache
 from onlinespec.models.loading import Target
@@ -112,13 +113,13 @@ class Headed(Drafter):
         K = max(counts, default=0)
         token_ids_BK, probs_BKV = torch.zeros(B, K, dtype=torch.int64, device=device), None
         if ready:
-            chosen = [slots[i] for i in ready]
+            chosen, at_R = [slots[i] for i in ready], to_device(ready, device)
             ids_RK, probs_RKV = self._chain(chosen, K, [sampling[i] for i in ready], noise.take(ready))
-            token_ids_BK[ready] = ids_RK
+            token_ids_BK[at_R] = ids_RK
             if probs_RKV is not None:
                 probs_BKV = torch.zeros(B, K, probs_RKV.shape[-1], device=device)
-                probs_BKV[ready] = probs_RKV
-        counts_B = torch.tensor(counts, dtype=torch.int64, device=device)
+                probs_BKV[at_R] = probs_RKV
+        counts_B = to_device(counts, device)
         return Draft(token_ids_BK, counts_B, probs_BKV, self.weights.version)
 
     def _can_draft(self, slot: int) -> bool:
@@ -150,9 +151,11 @@ class Headed(Drafter):
                 self._remember(slot)
             waiting = [self._slots[slot] for slot in pending]
             counts = [len(state.read_ids) for state in waiting]
-            read_ids = torch.tensor([i for state in waiting for i in state.read_ids], device=self._decoder.device)
+            read_ids = to_device([i for state in waiting for i in state.read_ids], self._decoder.device)
             features = [rows for state in waiting for rows in state.features]
-            features_ND = torch.cat(features) if self.reads_features else torch.empty(len(read_ids), 0)
+            features_ND = (
+                torch.cat(features) if self.reads_features else self._decoder.embedding_VD.new_empty(len(read_ids), 0)
+            )
             out_ND = self._read(read_ids, features_ND, pending, counts)
             for slot, rows_ND in zip(pending, out_ND.split(counts), strict=True):
                 self._slots[slot] = _Slot(state_1D=rows_ND[-1:])
@@ -183,7 +186,7 @@ class Headed(Drafter):
         noise_RS = noise.at(depth, token_ids_S)
         if noise_RS is not None:
             temperatures = [params.temperature or 1.0 for params in sampling]
-            scores_RS = scores_RS / scores_RS.new_tensor(temperatures)[:, None] + noise_RS
+            scores_RS = scores_RS / to_device(temperatures, scores_RS.device, torch.float32)[:, None] + noise_RS
         best_R = scores_RS.argmax(-1)
         return best_R if token_ids_S is None else token_ids_S[best_R], None
 
@@ -208,11 +211,11 @@ class Headed(Drafter):
         self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False
     ) -> list[Span]:
         fresh = self._spans(feedback, rejected_only, is_fresh=True)
-        if not any(span.counts_N.any() for span in fresh):
+        if not any(span.num_counted for span in fresh):
             return []
         spans = fresh + self._spans(replayed, rejected_only, is_fresh=False)
         is_greedy = not any(span.temperature for span in spans)
-        listed = self._shortlist.holding(torch.cat([span.token_ids_N for span in spans])) if is_greedy else None
+        listed = self._shortlist.holding([i for span in spans for i in span.token_ids]) if is_greedy else None
         return Batch(spans, listed)
 
     def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
@@ -221,7 +224,7 @@ class Headed(Drafter):
     def losses(
         self, candidates: Sequence[Params], batch: Sequence[Span], row_loss: RowLoss = soft_cross_entropy
     ) -> list[Loss]:
-        if not any(span.counts_N.any() for span in batch):
+        if not any(span.num_counted for span in batch):
             raise ValueError("a batch without verified rows has no loss")
         layout, params = lay_out(batch), stacked(candidates)
         listed, target = self._scope(batch, layout)
@@ -266,9 +269,10 @@ class Headed(Drafter):
         """The list to learn over, and the target's rows over its tokens: greedy rows learn what greedy drafts choose
         from, if their own tokens are all there."""
         listed = batch.listed if isinstance(batch, Batch) else None
-        columns_N = listed.columns(layout.token_ids_N) if listed else None
-        if listed is None or columns_N is None:
+        columns = listed.columns([i for span in batch for i in span.token_ids]) if listed else None
+        if listed is None or columns is None:
             return None, self._target_rows(layout)
+        columns_N = to_device(columns, layout.token_ids_N.device)
         logits_NS = self._target_logits(listed, layout.target_states_ND)
         return listed, TargetRows(logits_NS.softmax(-1), columns_N, layout.temperatures_N, layout.noise_keys_N3)
 

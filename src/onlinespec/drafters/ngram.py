@@ -14,6 +14,7 @@ from onlinespec.config import SamplingParams
 from onlinespec.core import Draft, DrafterWeights
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import read_drafter_config, write_drafter
+from onlinespec.host import to_device
 from onlinespec.models.loading import Target
 from onlinespec.randomness import StepNoise
 
@@ -81,8 +82,8 @@ class Ngram(Drafter):
         drafted = [self._histories[slot].continuation(count) for slot, count in wanted]
         width = max(map(len, drafted), default=0)
         padded = [ids + [0] * (width - len(ids)) for ids in drafted]
-        token_ids_BK = torch.tensor(padded, dtype=torch.int64, device=self._device)
-        counts_B = torch.tensor([len(ids) for ids in drafted], dtype=torch.int64, device=self._device)
+        token_ids_BK = to_device(padded, self._device, torch.int64)
+        counts_B = to_device([len(ids) for ids in drafted], self._device)
         return Draft(token_ids_BK.view(len(slots), width), counts_B, None, self.weights.version)
 
     def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Tensor]) -> None:

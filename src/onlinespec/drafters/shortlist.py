@@ -6,8 +6,8 @@ the stream, prompts included, so that a change of domain brings its own. On Spid
 4,096 tokens covered 96 to 99 % of what the demo target answered, and what they miss is what a drafter would hardly have
 guessed.
 
-For greedy requests: a token that is left out costs a draft and never exactness. A sampled answer would follow the same
-law, but its tokens would hang on what was served before, and a seed promises the same ones.
+A token that is left out costs a draft and never exactness, nor the text that a seed gives: the target chooses from its
+whole vocabulary.
 
 Axis letters: N rows, S tokens of the list, V vocabulary, D hidden size.
 """
@@ -17,11 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from onlinespec.host import to_device
 from onlinespec.models.linear import FrozenProduct, MakeLinear
+
+Ids = NDArray[np.int64]
+Counts = NDArray[np.float64]
 
 _LEAST_SIZE = 1024
 _SHARE = 16  # of the vocabulary one token in so many, once that is more
@@ -30,10 +36,16 @@ _DECAY = 0.95  # of counts, from one request to the next
 
 
 class Listed:
-    """The tokens of a list, in the order of their ids, and their rows of the head; never changes."""
+    """The tokens of a list, in the order of their ids, and their rows of the head; never changes.
 
-    def __init__(self, token_ids_S: Tensor, head_SD: Tensor, labels_SD: Tensor, make_linear: MakeLinear) -> None:
-        self.token_ids_S = token_ids_S
+    Args:
+        token_ids: On the host, and `token_ids_S` on the device.
+    """
+
+    def __init__(
+        self, token_ids: Ids, token_ids_S: Tensor, head_SD: Tensor, labels_SD: Tensor, make_linear: MakeLinear
+    ) -> None:
+        self.token_ids, self.token_ids_S = token_ids, token_ids_S
         self.head = FrozenProduct(head_SD, make_linear)  # as drafts are made
         self._labels_SD = labels_SD
 
@@ -41,10 +53,10 @@ class Listed:
         """What the target says of the listed tokens, in full precision, float32 [N, S]."""
         return F.linear(states_ND, self._labels_SD).float()
 
-    def columns(self, token_ids_N: Tensor) -> Tensor | None:
+    def columns(self, token_ids: Sequence[int]) -> Ids | None:
         """Where in the list each token is; None unless all of them are there."""
-        columns_N = torch.searchsorted(self.token_ids_S, token_ids_N).clamp_max(len(self.token_ids_S) - 1)
-        return columns_N if torch.equal(self.token_ids_S[columns_N], token_ids_N) else None
+        columns = np.searchsorted(self.token_ids, token_ids).clip(max=len(self.token_ids) - 1)
+        return columns if np.array_equal(self.token_ids[columns], token_ids) else None
 
 
 class Shortlist:
@@ -66,8 +78,8 @@ class Shortlist:
         V = len(head_VD)
         self._size = min(V, size or max(_LEAST_SIZE, V // _SHARE))
         # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
-        self._unseen_V = torch.linspace(1e-6, 0, V, dtype=torch.float64)
-        self._counts_V = torch.zeros(V, dtype=torch.float64)
+        self._unseen_V = np.linspace(1e-6, 0, V)
+        self._counts_V = np.zeros(V)
         self._noted: list[int] = []  # tokens that `_counts_V` does not have yet
         self._num_seen = 0
         self._chosen: Listed | None = None
@@ -80,7 +92,7 @@ class Shortlist:
 
     @cached_property
     def whole(self) -> FrozenProduct:
-        """The head for the whole vocabulary; made when a sampled draft, or a batch that the list can't hold, asks."""
+        """The head for the whole vocabulary; made when a cold list, or a batch that the list can't hold, asks."""
         return FrozenProduct(self._head_VD, self._make_linear)
 
     def use(self, head_VD: Tensor) -> None:
@@ -115,24 +127,26 @@ class Shortlist:
 
     def settle(self) -> None:
         """Counts what was noted, so that nothing but counts is kept."""
-        ids, self._noted = torch.tensor(self._noted, dtype=torch.int64), []
-        self._counts_V.index_put_((ids,), torch.ones((), dtype=torch.float64), accumulate=True)
+        np.add.at(self._counts_V, np.array(self._noted, dtype=np.int64), 1.0)
+        self._noted = []
 
-    def holding(self, token_ids_N: Tensor) -> Listed:
+    def holding(self, token_ids: Sequence[int]) -> Listed:
         """A list of the same size with these tokens on it before all others; what is drafted from stays as it is."""
         listed = self.now
-        if listed.columns(token_ids_N) is not None:
+        if listed.columns(token_ids) is not None:
             return listed
         self.settle()
-        weights_V = self._counts_V.clone()
-        weights_V[token_ids_N.cpu()] = torch.inf
+        weights_V = self._counts_V.copy()
+        weights_V[token_ids] = np.inf
         return self._choose(weights_V)
 
-    def _choose(self, weights_V: Tensor) -> Listed:
+    def _choose(self, weights_V: Counts) -> Listed:
         """Rows of the head are copied only if the choice differs from the last one."""
-        chosen_S = (weights_V + self._unseen_V).topk(self._size).indices.sort().values.to(self._head_VD.device)
-        if self._chosen is not None and torch.equal(chosen_S, self._chosen.token_ids_S):
+        order_V = np.argpartition(-(weights_V + self._unseen_V), self._size - 1)
+        chosen = np.sort(order_V[: self._size])
+        if self._chosen is not None and np.array_equal(chosen, self._chosen.token_ids):
             return self._chosen
+        chosen_S = to_device(chosen, self._head_VD.device)
         head_SD = self._head_VD[chosen_S]
         labels_SD = head_SD if self._labels_VD is self._head_VD else self._labels_VD[chosen_S]
-        return Listed(chosen_S, head_SD, labels_SD, self._make_linear)
+        return Listed(chosen, chosen_S, head_SD, labels_SD, self._make_linear)

@@ -28,6 +28,7 @@ from onlinespec.drafters.formats import read_side, write_drafter
 from onlinespec.drafters.headed import Head, Headed
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout
+from onlinespec.host import to_device
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, weight_files
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
@@ -212,7 +213,7 @@ class SmallLM(Headed):
         state = self._slots[slot]
         while len(state.read_ids) > _READ_AT_ONCE:
             piece, state.read_ids = state.read_ids[:_READ_AT_ONCE], state.read_ids[_READ_AT_ONCE:]
-            self._read(torch.tensor(piece, device=self._decoder.device), torch.empty(0), [slot], [len(piece)])
+            self._read(to_device(piece, self._decoder.device), torch.empty(0), [slot], [len(piece)])
 
     def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         return self._model.read(self._model.known(read_ids_N), slots, counts)

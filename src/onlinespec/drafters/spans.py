@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import Feedback
+from onlinespec.host import to_device
 
 
 class Span(NamedTuple):
@@ -24,8 +25,10 @@ class Span(NamedTuple):
     read_ids_S: Tensor  # read by each row; the last rows are what the loss is on
     features_SD: Tensor  # float32; the target's state before each row's token; empty for who does not read it
     target_states_ND: Tensor  # the target's state at each trained row's token: its head rows are the labels
-    token_ids_N: Tensor  # what came behind each trained row's token
-    counts_N: Tensor  # bool: which of the rows the loss counts
+    token_ids: list[int]  # what came behind each trained row's token ...
+    token_ids_N: Tensor  # ... and on the device
+    counts_N: Tensor  # bool: which of the rows the loss counts ...
+    num_counted: int  # ... and how many
     noise_keys_N3: Tensor  # int64 (seed, choice, position): what the token of each trained row was chosen with
     temperature: float  # at which the request decodes
     is_fresh: bool  # of this round, not replayed
@@ -133,7 +136,7 @@ def _span(
     trace, first = records[0].trace, max(num_before, records[0].start)
     last = records[-1].start + records[-1].num_rows
     states = trace.hidden_states_SD
-    ids = torch.tensor(trace.token_ids[num_before : last + 1], device=states.device)
+    ids = to_device(trace.token_ids[num_before : last + 1], states.device)
     counts = [
         not rejected_only or (record.is_rejection and i == record.num_rows - 1)
         for record in records
@@ -143,10 +146,12 @@ def _span(
         read_ids_S=ids[:-1],
         features_SD=states[: last - num_before].float() if has_features else states.new_zeros(last - num_before, 0),
         target_states_ND=states[first:last].clone(),
+        token_ids=trace.token_ids[first + 1 : last + 1],
         token_ids_N=ids[first - num_before + 1 :],
-        counts_N=torch.tensor(counts[first - records[0].start :], device=states.device),
-        noise_keys_N3=torch.tensor(
-            [(records[0].seed, records[0].choice, at + 1) for at in range(first, last)], device=states.device
+        counts_N=to_device(counts[first - records[0].start :], states.device),
+        num_counted=sum(counts[first - records[0].start :]),
+        noise_keys_N3=to_device(
+            [(records[0].seed, records[0].choice, at + 1) for at in range(first, last)], states.device
         ),
         temperature=records[0].temperature,
         is_fresh=is_fresh,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -115,5 +116,5 @@ def last_rows(hidden_ND: Tensor, counts: Sequence[int], num_logits: Sequence[int
     """The rows of each request that logits are wanted of."""
     if num_logits is None or list(num_logits) == list(counts):
         return hidden_ND
-    ends = torch.tensor(counts).cumsum(0).tolist()
+    ends = accumulate(counts)
     return torch.cat([hidden_ND[end - wanted : end] for end, wanted in zip(ends, num_logits, strict=True)])

@@ -1,0 +1,101 @@
+"""A whole step and a round of learning on another device than the host's, without one.
+
+Tensors are fake and of the `meta` device: they have shapes and a place, and no numbers. Every operator that would mix
+two devices is refused, and every read of the host but `host.to_host` fails by itself, for there is nothing to read.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import rigs
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from onlinespec import host
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import DRAFTERS, load_drafter
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+GREEDY = SamplingParams()
+CUT = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01)
+PENALISED = SamplingParams(temperature=0.8, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5)
+PROMPTS = [[5, 9, 200, 5, 9], list(range(70)), [7, 7, 7]]
+COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}  # what moves tensors on purpose
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses an operator whose tensors lie on two devices; torch itself lets some through, and copies unseen."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        places = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if len(places) > 1 and func not in COPIES:
+            raise RuntimeError(f"{func} mixes tensors of {' and '.join(sorted(places))}")
+        return func(*args, **(kwargs or {}))
+
+
+def prepared(tensor):
+    """What a step or a round would read: no draft kept, the token 0 committed, all finite, losses of 1."""
+    value = {torch.bool: True, torch.int64: 0}.get(tensor.dtype, 1.0)
+    filled = value
+    for size in reversed(tensor.shape):
+        filled = [filled] * size
+    return filled
+
+
+@contextmanager
+def a_device_without_numbers(monkeypatch):
+    with monkeypatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True), OneDevice():
+        patch.setattr(host, "_numbers", prepared)
+        yield "meta"
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with a_device_without_numbers(monkeypatch) as name:
+        yield name
+
+
+def params(sampling, num_logprobs=None):
+    return GenerationParams(40, 3, sampling, seed=1, num_logprobs=num_logprobs)
+
+
+@pytest.mark.parametrize("name", [None, *DRAFTERS])
+@pytest.mark.parametrize("sampling", [GREEDY, CUT, PENALISED], ids=["greedy", "cut", "penalised"])
+def test_a_step_on_cuda_mixes_no_devices_and_reads_them_once(device, name, sampling, monkeypatch):
+    target = rigs.random_target(device=device)
+    drafter = load_drafter(name, target) if name else None
+    loop = DecodeLoop(target, drafter)
+    requests = [loop.start(prompt, params(sampling, num_logprobs=2)) for prompt in PROMPTS]
+    reads, read = [], host._numbers
+    monkeypatch.setattr("onlinespec.decode.to_host", lambda *tensors: reads.append(1) or [read(t) for t in tensors])
+    for _ in range(3):
+        step = loop.step(requests)
+        assert len(step.feedback) == 3
+    assert len(reads) == 3
+    assert all(len(request.output_ids) >= 3 for request in requests)
+    assert all(request.trace.hidden_states_SD.device.type == device for request in requests)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_step_on_cuda_takes_greedy_and_sampled_requests_together(device, name):
+    target = rigs.random_target(device=device)
+    loop = DecodeLoop(target, load_drafter(name, target))
+    requests = [loop.start(prompt, params(s)) for prompt, s in zip(PROMPTS, (GREEDY, CUT, PENALISED), strict=True)]
+    for counts in ([3, 0, 2], [1, 3, 3], [0, 0, 0]):
+        loop.step(requests, counts)
+    loop.undo_step(requests[0])
+    loop.step(requests)
+    for request in requests:
+        loop.finish(request)
+
+
+def test_the_mode_refuses_what_torch_would_let_through(device):
+    rows = torch.zeros(4, 5, device=device)
+    with pytest.raises(RuntimeError, match="mixes tensors of cpu and meta"):
+        torch.nn.functional.embedding(torch.zeros(2, dtype=torch.int64), rows)
+    with pytest.raises(RuntimeError, match="mixes tensors of cpu and meta"):
+        rows[torch.zeros(2, dtype=torch.int64)]
