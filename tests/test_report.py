@@ -170,7 +170,7 @@ def test_headline_of_controls_alone_claims_no_learning():
         ({"ties": 2}, "on 73 of 75 answers; the other 2 first differ at a near-tie of the target."),
         ({"identical": False}, "Output differs from plain decoding with optimistic: requests.jsonl says where."),
         ({"identical": None}, "Output was not compared with plain decoding."),
-        ({"identical": None, "temperature": 0.7}, "Sampled output is not compared token by token."),
+        ({"identical": None, "temperature": 0.7}, "Output was not compared with plain decoding."),
     ],
 )
 def test_headline_never_claims_more_identity_than_was_seen(more, words):

@@ -263,6 +263,11 @@ class Comparing:
     def _sampling(self) -> SamplingParams:
         return replace(self.comparison.generation.sampling, temperature=self._setting[0])
 
+    @property
+    def _is_text_fixed(self) -> bool:
+        """Whether drafts can change no answer, so that all are to be plain decoding's."""
+        return self._sampling().is_greedy or self.comparison.acceptance == "coupled"
+
     def _seed_of(self, index: int) -> int:
         return self.comparison.seed * 1_000_003 + index
 
@@ -271,7 +276,7 @@ class Comparing:
     ) -> RequestRecord:
         stats = answer.stats
         is_identical = None
-        if plain is not None and (answer.params.sampling.is_greedy or self.comparison.acceptance == "coupled"):
+        if plain is not None and self._is_text_fixed:
             is_identical = answer.output_ids == plain.output_ids
             if not is_identical and is_tie(self.target, answer, plain):
                 stats = replace(stats, ties=1)
@@ -348,7 +353,7 @@ class Comparing:
         return [self._finished_run(runner, controls.get(NONE), controls.get(FROZEN)) for runner in self._group]
 
     def _finished_run(self, runner: _Runner, none: _Runner | None, frozen: _Runner | None) -> Run:
-        is_checked = none is not None and self._sampling().is_greedy
+        is_checked = none is not None and self._is_text_fixed
 
         def total_of(other: _Runner | None, segment: int | None) -> DecodeStats | None:
             if other is None:

@@ -344,8 +344,7 @@ class Group:
         if not self.drafting:
             return "Nothing was drafted."
         if not compared:
-            sampled = "Sampled output is not compared token by token."
-            return sampled if self.temperature else "Output was not compared with plain decoding."
+            return "Output was not compared with plain decoding."
         text = f"Output identical to plain decoding on {compared - ties:,} of {compared:,} answers"
         return f"{text}; the other {ties:,} first differ at a near-tie of the target." if ties else f"{text}."
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
+from onlinespec.host import to_host
 from onlinespec.learners.base import Params
 
 
@@ -103,7 +104,7 @@ def clip_by_norm(grads: Params, max_norm: float) -> Params:
     tensor([0.6000, 0.8000])
     """
     norm = torch.stack([g.float().norm() for g in grads.values()]).norm()
-    scale = float(max_norm / norm) if norm > max_norm else 1.0
+    (scale,) = to_host(torch.where(norm > max_norm, max_norm / norm, 1.0))
     return grads if scale == 1.0 else {name: g * scale for name, g in grads.items()}
 
 
@@ -154,24 +155,24 @@ def check_pool(step_sizes: Sequence[float]) -> None:
 
 def squared_norm(params: Params) -> float:
     """Of all tensors together."""
-    return math.fsum(float(p.float().square().sum()) for p in params.values())
+    return math.fsum(to_host(*(p.float().square().sum() for p in params.values())))
 
 
 def squared_distance(one: Params, other: Params) -> float:
     """Between two sets of tensors."""
-    return math.fsum(float((p.float() - other[name].float()).square().sum()) for name, p in one.items())
+    return math.fsum(to_host(*((p.float() - other[name].float()).square().sum() for name, p in one.items())))
 
 
 def inner_product(grads: Params, params: Params, origin: Params) -> float:
     """<grads, params - origin>: what a linear model says of moving there."""
-    return math.fsum(
-        float((g.float() * (params[name].float() - origin[name].float())).sum()) for name, g in grads.items()
-    )
+    sums = ((g.float() * (params[name].float() - origin[name].float())).sum() for name, g in grads.items())
+    return math.fsum(to_host(*sums))
 
 
 def is_finite(params: Params) -> bool:
     """Whether no tensor holds a NaN or an infinity, by their sums: a third of isfinite().all()'s time."""
-    return all(math.isfinite(p.sum(dtype=_SUMMED_AS.get(p.dtype))) for p in params.values())
+    sums = [p.sum(dtype=_SUMMED_AS.get(p.dtype)) for p in params.values()]
+    return all(map(math.isfinite, to_host(*sums)))
 
 
 _SUMMED_AS = {torch.float16: torch.float32}  # where a sum of finite numbers may leave the dtype's range
