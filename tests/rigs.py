@@ -41,6 +41,7 @@ def random_target(
     end_token_ids: Iterable[int] = (),
     seed: int = 0,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Target:
     """Random weights, and the byte tokenizer of `checkpoints` (its 259 tokens fit the vocabulary)."""
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +60,7 @@ def random_target(
         weights |= {f"model.layers.{i}.{name}.weight": draw(*dims, 1.0) for name, dims in shapes.items()}
         norms = ("input_layernorm", "post_attention_layernorm")
         weights |= {f"model.layers.{i}.{name}.weight": torch.ones(hidden) for name in norms}
-    weights = {name: weight.to(device) for name, weight in weights.items()}
+    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
     return _target(weights, num_layers, context, end_token_ids, f"random-{seed}")
 
 

@@ -93,6 +93,17 @@ def test_a_step_on_cuda_takes_greedy_and_sampled_requests_together(device, name)
         loop.finish(request)
 
 
+@pytest.mark.parametrize("name", ["eagle", "small_lm"])
+def test_on_cuda_drafts_are_computed_in_the_targets_dtype(device, name):
+    target = rigs.random_target(device=device, dtype=torch.bfloat16)
+    drafter = load_drafter(name, target)
+    loop = DecodeLoop(target, drafter)
+    requests = [loop.start(prompt, params(CUT)) for prompt in PROMPTS]
+    loop.step(requests)
+    assert all(drafter._cache.block(request.slot).dtype == torch.bfloat16 for request in requests)
+    assert all(p.dtype == torch.float32 for p in drafter.weights.params.values())
+
+
 def test_the_mode_refuses_what_torch_would_let_through(device):
     rows = torch.zeros(4, 5, device=device)
     with pytest.raises(RuntimeError, match="mixes tensors of cpu and meta"):

@@ -73,9 +73,14 @@ class Noise:
         seed, choice: 64 bits each; `choice` counts the answers that one seeded request asked for.
         vocab_size: Of the target: the length of a row.
         device: Where rows are used. They are made on the host.
+
+    Raises:
+        ValueError: if the device has no float64, which noise needs: float32 would repeat itself within a vocabulary.
     """
 
     def __init__(self, seed: int, choice: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        if torch.device(device).type == "mps":
+            raise ValueError("device mps has no float64, which sampling needs; choose temperature 0, or --device cpu")
         self.key = _key(seed, choice)
         self._vocab_size, self._device = vocab_size, torch.device(device)
         self._rows: dict[int, Tensor] = {}

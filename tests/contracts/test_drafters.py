@@ -417,6 +417,19 @@ def test_state_after_any_history_equals_state_from_scratch(name, history, num_pr
     assert_same_draft(after_history, propose(drafter, {0: text}))
 
 
+@pytest.mark.parametrize("place", [0, 2, -1], ids=["first", "third", "last"])
+def test_a_swap_that_fails_leaves_what_was_there(started, place):
+    if not started.is_trainable:
+        pytest.skip("has no weights")
+    weights, before = started.weights, propose(started, TEXTS, num_draft_tokens=3)
+    broken = dict(other_weights(weights, seed=1).params)
+    broken[list(broken)[place]] = None
+    with pytest.raises((AttributeError, TypeError)):
+        started.swap(DrafterWeights(broken, weights.version + 1))
+    assert started.weights is weights
+    assert_same_draft(propose(started, TEXTS, num_draft_tokens=3), before)
+
+
 # On disk
 
 

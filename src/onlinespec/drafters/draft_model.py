@@ -8,7 +8,7 @@ size, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +39,8 @@ class DraftModel(ABC):
     can_adapt: bool  # whether its products have the names and the layout that adapters are made for
 
     @abstractmethod
-    def use(self, weights: Params) -> None:
-        """Drafts with these from now on."""
+    def prepare(self, weights: Params) -> Callable[[], None]:
+        """Makes what drafting with other weights needs, aside. The returned call, which can't fail, takes it over."""
 
     @abstractmethod
     def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -68,6 +68,7 @@ class OwnDraftModel(DraftModel):
     """
 
     embedding_name = "model.embed_tokens.weight"
+    _decoder: Decoder
     max_context = 256  # a long prompt read again is most of a round; as good as all of it on Spider (480 tokens)
     can_adapt = True
 
@@ -77,17 +78,24 @@ class OwnDraftModel(DraftModel):
         published_config: Mapping[str, Any],
         weights: Params,
         make_linear: MakeLinear | None = None,
+        draft_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self._architecture = config, published_config["architectures"][0]
         device = weights[self.embedding_name].device
         self.head_name = "lm_head.weight" if "lm_head.weight" in weights else self.embedding_name
-        self._make_linear = make_linear or draft_linear_for(device, torch.float32)
+        self._make_linear, self._draft_dtype = make_linear or draft_linear_for(device, draft_dtype), draft_dtype
         self._product = plain_product if make_linear else learn_product_for(device)
         layer = config.layer
-        self.cache: KVCache = KVCache(config.num_layers, layer.num_kv_heads, layer.head_dim, device, torch.float32)
+        self.cache: KVCache = KVCache(config.num_layers, layer.num_kv_heads, layer.head_dim, device, draft_dtype)
 
-    def use(self, weights: Params) -> None:
-        self._decoder = Decoder(self.config, dict(weights), self._make_linear)
+    def prepare(self, weights: Params) -> Callable[[], None]:
+        own = {name: weight.to(self._draft_dtype) for name, weight in weights.items()}
+        decoder = Decoder(self.config, own, self._make_linear)
+
+        def take_over() -> None:
+            self._decoder = decoder
+
+        return take_over
 
     def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         return self._decoder.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).hidden_states_ND
@@ -152,8 +160,8 @@ class HFDraftModel(DraftModel):
         self.cache: HFCache = model.new_cache()
         self.embedding_name, self.head_name = model.weight_names()
 
-    def use(self, weights: Params) -> None:
-        self._model.put(weights)
+    def prepare(self, weights: Params) -> Callable[[], None]:
+        return self._model.prepare(weights)
 
     def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         return self._model.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).hidden_states_ND

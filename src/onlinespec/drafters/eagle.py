@@ -88,12 +88,13 @@ class Eagle(Headed):
         self.unroll = unroll
         self._layer_config = _layer_config(config)
         device, target_dtype = self._decoder.device, self._decoder.dtype
-        self._make_linear = make_linear or draft_linear_for(device, torch.float32)
+        self._make_linear = make_linear or draft_linear_for(device, self._draft_dtype)
         self._product = plain_product if make_linear else learn_product_for(device)
         make_head = make_linear or draft_linear_for(device, target_dtype)
         self._shortlist = Shortlist(self._decoder.head_VD, make_head, shortlist)
         self._embedding_VD = self._decoder.embedding_VD
-        self._cache = KVCache(1, self._layer_config.num_kv_heads, self._layer_config.head_dim, device, torch.float32)
+        layer = self._layer_config
+        self._cache = KVCache(1, layer.num_kv_heads, layer.head_dim, device, self._draft_dtype)
         self._rotary = RotaryTables(self._layer_config.rope, self._layer_config.head_dim, device)
         self._extra = dict(extra or {})
         self._dtype = dtype
@@ -162,12 +163,12 @@ class Eagle(Headed):
 
     def swap(self, weights: DrafterWeights) -> None:
         """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
+        if self.drafts:  # all aside first: if something fails, what drafts is what it was
+            params = {name: p.detach().to(self._draft_dtype) for name, p in weights.params.items()}
+            fc = self._make_linear(params["fc.weight"], params.get("fc.bias"))
+            layer = FastLayer(self._layer_config, _layer_weights(params), self._make_linear)
+            self._fc, self._layer = fc, layer
         self.weights = weights
-        if not self.drafts:
-            return
-        params = weights.params
-        self._fc = self._make_linear(params["fc.weight"], params.get("fc.bias"))
-        self._layer = FastLayer(self._layer_config, _layer_weights(params), self._make_linear)
 
     def _remember(self, slot: int) -> None:
         """A prompt's rows leave their keys and values, all but the last."""
@@ -192,7 +193,8 @@ class Eagle(Headed):
     ) -> tuple[Tensor, Plan]:
         """What goes into the layer, and where its rows lie."""
         rows = Rows(slots, [self._cache.lengths[slot] for slot in slots], counts)
-        x_ND = self._fc(torch.cat([F.embedding(read_ids_N, self._embedding_VD), states_ND], dim=-1).float())
+        embedded_ND = F.embedding(read_ids_N, self._embedding_VD)
+        x_ND = self._fc(torch.cat([embedded_ND, states_ND], dim=-1).to(self._draft_dtype))
         num_heads = self._layer_config.num_heads + self._layer_config.num_kv_heads
         return x_ND, make_plan(rows, self._rotary, self._cache, num_heads, attends)
 

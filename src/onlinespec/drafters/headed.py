@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout, Span, lay_out, spans_of
 from onlinespec.host import to_device
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
-from onlinespec.models.base import Cache
+from onlinespec.models.base import Cache, Model
 from onlinespec.models.loading import Target
 from onlinespec.randomness import StepNoise
 from onlinespec.sampling import process_logits
@@ -67,6 +68,7 @@ class Headed(Drafter):
     def __init__(self, target: Target) -> None:
         self._decoder = target.decoder
         self._fingerprint = target.fingerprint
+        self._draft_dtype = draft_dtype_for(self._decoder)
         self._slots: dict[int, _Slot] = {}
 
     # --- drafting -----------------------------------------------------------------------------------------------
@@ -285,6 +287,11 @@ class Headed(Drafter):
     def _target_rows(self, layout: Layout) -> TargetRows:
         probs_NV = self._decoder.head(layout.target_states_ND).softmax(-1)
         return TargetRows(probs_NV, layout.token_ids_N, layout.temperatures_N, layout.noise_keys_N3)
+
+
+def draft_dtype_for(target: Model[Any]) -> torch.dtype:
+    """What drafts are computed in: on a CPU float32, or products packed from it; on an accelerator the target's own."""
+    return torch.float32 if target.device.type == "cpu" else target.dtype
 
 
 def stacked(candidates: Sequence[Params]) -> Params:

@@ -25,7 +25,7 @@ from onlinespec.core import DrafterWeights, Params
 from onlinespec.drafters import adapters
 from onlinespec.drafters.draft_model import DraftModel, HFDraftModel, OwnDraftModel
 from onlinespec.drafters.formats import read_side, write_drafter
-from onlinespec.drafters.headed import Head, Headed
+from onlinespec.drafters.headed import Head, Headed, draft_dtype_for
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout
 from onlinespec.host import to_device
@@ -75,9 +75,9 @@ class SmallLM(Headed):
         self._tuning = Tuning()
         self._num_tokens = self._decoder.config.vocab_size
         device = self._decoder.device
-        make_head = make_linear or draft_linear_for(device, torch.float32)
+        make_head = make_linear or draft_linear_for(device, self._draft_dtype)
         self._product = plain_product if make_linear else learn_product_for(device)
-        head_VD = self._fitted(weights[model.head_name])
+        head_VD = self._fitted(weights[model.head_name]).to(self._draft_dtype)
         self._shortlist = Shortlist(head_VD, make_head, shortlist, labels_VD=self._decoder.head_VD)
         self.swap(DrafterWeights(self._trained(weights), version))
 
@@ -100,14 +100,14 @@ class SmallLM(Headed):
         if not is_tied:
             weights["lm_head.weight"] = model.head_VD.float().clone()
         config = _fresh_config(shape, is_tied)
-        draft_model = OwnDraftModel(shape, config, weights, make_linear)
+        draft_model = OwnDraftModel(shape, config, weights, make_linear, draft_dtype_for(model))
         return cls(target, config, draft_model, weights, make_linear=make_linear)
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Self:
         if adapters.is_in(folder):
             return cls._with_adapters(folder, target)
-        config, model, weights, dtype = _read(folder, target.decoder.device)
+        config, model, weights, dtype = _read(folder, target.decoder.device, draft_dtype_for(target.decoder))
         _check_tokenizer(folder, model.config, target)
         side = read_side(folder)
         if (made_for := side.get("target_fingerprint", target.fingerprint)) != target.fingerprint:
@@ -184,15 +184,17 @@ class SmallLM(Headed):
 
     def swap(self, weights: DrafterWeights) -> None:
         """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
+        learns_head = self._tuning.what == "all"
+        if self.drafts or learns_head:
+            with torch.no_grad():  # all aside first: if something fails, what drafts is what it was
+                effective = self._effective(weights.params)
+                head_VD = self._fitted(effective[self._model.head_name]) if learns_head else None
+                take_over = self._model.prepare(effective) if self.drafts else None
+                if take_over:
+                    take_over()
+            if head_VD is not None:
+                self._shortlist.use(head_VD)
         self.weights = weights
-        if not self.drafts and self._tuning.what != "all":
-            return
-        with torch.no_grad():
-            effective = self._effective(weights.params)
-            if self.drafts:
-                self._model.use(effective)
-        if self._tuning.what == "all":
-            self._shortlist.use(self._fitted(effective[self._model.head_name]))
 
     def _fitted(self, head_VD: Tensor) -> Tensor:
         """A head cut to the target's tokens. Ids that it lacks, if any, are padding that no target says: zeros do."""
@@ -245,12 +247,14 @@ class SmallLM(Headed):
         return lambda states: self._product(states, head_VD)
 
 
-def _read(folder: Path, device: torch.device) -> tuple[dict[str, Any], DraftModel, Params, torch.dtype]:
+def _read(
+    folder: Path, device: torch.device, draft_dtype: torch.dtype
+) -> tuple[dict[str, Any], DraftModel, Params, torch.dtype]:
     """config.json, the model that drafts, its float32 weights, and the dtype they are stored in."""
     found = read_model(folder, device)
     if found:
         config, shape, weights, dtype = found
-        return config, OwnDraftModel(shape, config, weights), weights, dtype
+        return config, OwnDraftModel(shape, config, weights, draft_dtype=draft_dtype), weights, dtype
     model, config = read_hf_model(folder, device), read_json(folder / "config.json")
     if not model.has_plain_head or model.head_VD.data_ptr() != model.weights[model.weight_names()[1]].data_ptr():
         raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,10 +146,19 @@ class HFModel(Model[HFCache]):
         return embedding, head
 
     @torch.no_grad()
-    def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Computes with other weights from now on; the cache keeps what the old ones wrote."""
-        for name, p in self._model.named_parameters():
-            p.copy_(weights[name])
+    def prepare(self, weights: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Makes other weights ready. The returned call, which can't fail, computes with them from now on; the cache
+        keeps what the old ones wrote."""
+        pairs = [(p, weights[name].detach().to(p.dtype)) for name, p in self._model.named_parameters()]
+        for p, new in pairs:
+            if new.shape != p.shape:
+                raise ValueError(f"a weight has shape {tuple(new.shape)}, expected {tuple(p.shape)}")
+
+        def take_over() -> None:
+            for p, new in pairs:
+                p.copy_(new)
+
+        return take_over
 
     def states(self, weights: Mapping[str, Tensor], token_ids_N: Tensor) -> Tensor:
         """Final states [N, D] of a whole text by other weights, differentiable."""
