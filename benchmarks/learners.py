@@ -378,7 +378,8 @@ def _hindsight_row(cells: Cells, temperature: float, stream: str) -> list[str]:
 
 
 def _step_size(method: str) -> str:
-    return f"{parse(method).step_size:g}"
+    step_size = parse(method).step_size
+    return f"{1e-3 if step_size is None else step_size:g}"  # what a drafter of a million weights has by default
 
 
 def _abrupt_row(method: str, rows: Sequence[dict[str, Any]]) -> list[str]:

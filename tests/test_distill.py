@@ -387,7 +387,7 @@ def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, da
 
 
 @pytest.mark.parametrize(("num_weights", "step_size"), [(900_000, 2e-3), (2_000_000, 2e-3), (200_000_000, 2e-4)])
-def test_the_step_size_follows_the_drafters_size(num_weights, step_size):
+def test_the_step_size_is_twice_that_of_online_rounds(num_weights, step_size):
     weights = {"one": torch.empty(num_weights // 2), "other": torch.empty(num_weights // 2)}
     assert module._step_size_for(weights) == pytest.approx(step_size)
 

@@ -12,14 +12,16 @@ from rigs import SOFT, Recorder, Script, plain, run_together
 from toy import steady
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.core import DecodeStats, Feedback, Trace
+from onlinespec.core import DecodeStats, DrafterWeights, Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.drafters.small_lm import SmallLM
 from onlinespec.learn import InlineLearning, newest_rows
 from onlinespec.learners import LEARNERS, make_learner
+from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.losses import LOSSES
-from onlinespec.methods import PRESETS, parse
+from onlinespec.methods import PRESETS, learner_of, parse
 
 TARGET = rigs.random_target()
 PROMPT = [5, 9, 200, 31, 77, 14, 9]
@@ -135,6 +137,33 @@ def test_a_drafter_without_weights_is_frozen_from_the_start():
     assert learn(Ngram()).is_frozen
 
 
+# The step size
+
+
+@pytest.mark.parametrize(
+    ("num_weights", "step_size"), [(930_000, 1e-3), (2_000_000, 1e-3), (8_000_000, 5e-4), (200_000_000, 1e-4)]
+)
+def test_the_step_size_follows_how_many_weights_learn(num_weights, step_size):
+    params = {"fc.weight": torch.empty(num_weights, device="meta")}
+    assert step_size_for(params) == step_size
+    learner = learner_of(LearnConfig(), params)
+    assert learner.step_size == step_size
+    ensemble = learner_of(LearnConfig(learner="ensemble"), params)
+    assert [expert.step_size for expert in ensemble.experts] == [step_size / 3, step_size, step_size * 3]
+
+
+def test_a_step_size_that_is_given_holds_whatever_learns():
+    params = {"fc.weight": torch.empty(200_000_000, device="meta")}
+    assert learner_of(LearnConfig(step_size=3e-3), params).step_size == 3e-3
+    assert learner_of(LearnConfig(step_size=0.0), params).step_size == 0
+    assert learner_of(parse("osd"), params).step_size == 1e-4
+
+
+def test_learning_takes_the_step_size_of_its_drafter(drafter, monkeypatch):
+    monkeypatch.setattr("onlinespec.learners.step_sizes._LARGEST_UP_TO", drafter.describe()["num_parameters"] / 4)
+    assert InlineLearning(drafter)._learner.step_size == 5e-4
+
+
 # What learning costs and gains
 
 
@@ -235,6 +264,22 @@ def test_an_ensemble_pays_for_each_of_its_experts(drafter, name, least, most):
     assert together.num_rows < alone.num_rows
 
 
+def test_sixteen_streams_learn_within_the_share_of_their_steps(drafter):
+    """A step of sixteen that draft four tokens took 4.75 times as long as one of a single stream, not sixteen times."""
+    share, costs = 0.25, {"round_cost": 4.0, "row_cost": 0.03}
+    config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=16, budget=share, **costs)
+    learning = learn(drafter, step_size=0.0, config=config)
+    loop = DecodeLoop(TARGET, drafter, learning)
+    requests = [loop.start(PROMPT[i % 5 :], GenerationParams(200)) for i in range(16)]
+    num_steps = 0
+    while learning.num_rounds < 30 and not any(request.finish_reason for request in requests):
+        loop.step(requests)
+        num_steps += 1
+    lent = 9 * (4.0 + 0.03 * 16)
+    assert learning.work <= share * 4.75 * num_steps + lent
+    assert learning.work > 0.6 * share * num_steps  # and at least what one stream would have earned is used
+
+
 # The pace, in the loop
 
 
@@ -244,6 +289,188 @@ def test_rounds_become_rare_where_they_bring_nothing_and_only_there(drafter, ste
     for _ in range(4):
         complete(drafter, learning)
     assert (learning.cadence.interval == 64) == is_rare
+
+
+# Whether the traffic has moved
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.7, top_k=20)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", [Eagle, SmallLM])
+def test_a_row_agrees_where_a_draft_that_begins_there_is_kept(kind, sampling):
+    """Each position of a text is drafted from in a request of its own; the rows were decoded without any draft."""
+    drafter = kind.fresh(TARGET)
+    learning = learn(drafter, config=replace(OFTEN, min_interval=32, max_interval=32))
+    for i in range(10):
+        complete(drafter, learning, sampling=sampling, seed=i)
+    recorder, settings = Recorder(), {"sampling": sampling, "seed": 3}
+    params = GenerationParams(25, num_draft_tokens=0, **settings)
+    request = DecodeLoop(TARGET, drafter, recorder).complete(PROMPT, params)
+    text, num_kept = request.trace.token_ids, 0
+    for length in range(len(PROMPT), len(text)):
+        alone = complete(drafter, None, num_tokens=2, prompt=text[:length], num_draft_tokens=1, **settings)
+        assert alone.output_ids[0] == text[length]
+        num_kept += alone.stats.accepted
+    loss = drafter.loss(drafter.weights.params, drafter.batch(recorder.feedback))
+    assert (loss.num_agreed, loss.num_fresh) == (num_kept, 25)
+    assert 2 < num_kept < 23
+
+
+def test_replayed_rows_do_not_count_in_the_agreement(drafter):
+    recorder = Recorder()
+    loop = DecodeLoop(TARGET, drafter, recorder)
+    fresh, old = (recorder.of(loop.complete(PROMPT[i:], GenerationParams(20, sampling=SOFT))) for i in (0, 2))
+    alone, both = (drafter.loss(drafter.weights.params, drafter.batch(fresh, more)) for more in ([], old))
+    assert both.num_rows > alone.num_rows
+    assert (both.num_agreed, both.num_fresh) == (alone.num_agreed, 20)
+
+
+def test_the_loop_tells_a_drift_when_the_traffic_moves_and_none_before(warm):
+    learning = learn(warm, config=replace(OFTEN, max_rows=32))
+    for i in range(10):
+        complete(warm, learning, num_draft_tokens=(1, 2, 4, 8, 16)[i % 5])
+    assert learning.cadence.num_drifts == 0
+    num_rounds = learning.num_rounds
+    complete(warm, learning, prompt=[250, 3, 77, 12])
+    assert learning.cadence.num_drifts == 1
+    assert learning.num_rounds - num_rounds < 8
+
+
+# A round that did harm
+
+
+@pytest.fixture(scope="module")
+def warm_params():
+    """Of a drafter that knows what the target says to PROMPT."""
+    drafter = Eagle.fresh(TARGET)
+    learning = learn(drafter, config=replace(OFTEN, min_interval=24, max_interval=24))
+    for _ in range(20):
+        complete(drafter, learning, num_tokens=60)
+    return drafter.weights.params
+
+
+@pytest.fixture
+def warm(drafter, warm_params):
+    drafter.swap(DrafterWeights(warm_params, version=1))
+    return drafter
+
+
+HARMFUL = {
+    "online_gradient": 0.05,
+    "optimistic": 0.05,
+    "ensemble": 0.1,
+    "surrogate_ensemble": 0.05,
+    "momentum": 0.05,
+    "reset_to_merged": 0.2,
+}
+
+
+def acceptance_of(learning, drafter):
+    stats = sum((complete(drafter, learning, num_tokens=60).stats for _ in range(6)), DecodeStats())
+    return stats.acceptance_length
+
+
+def test_a_step_size_ten_times_too_large_ruins_no_drafter(warm, monkeypatch):
+    """0.005 fits this drafter."""
+    params = warm.weights.params
+    start = complete(warm, None, num_tokens=60).stats.acceptance_length
+    lengths = {}
+    for is_guarded in (False, True):
+        warm.swap(DrafterWeights(params, version=1))
+        learning = learn(warm, step_size=0.05)
+        if not is_guarded:
+            monkeypatch.setattr(learning.cadence, "is_jump", lambda loss: False)
+        lengths[is_guarded] = acceptance_of(learning, warm)
+        assert (learning.num_undone > 0) == is_guarded
+    assert lengths[False] < 1.5 < 2.2 < lengths[True] < start
+
+
+def test_every_learner_has_a_step_size_that_does_harm():
+    assert set(HARMFUL) == set(LEARNERS) - {"frozen"}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_round_that_did_harm_is_taken_back_under_every_learner(warm, name, monkeypatch):
+    learning = InlineLearning(warm, config=parse(f"{name}/step_size={HARMFUL[name]}", OFTEN))
+    undo, restored = learning._undo, []
+
+    def spy(state):
+        earlier, learner = learning._earlier, learning._learner
+        undo(state)
+        kept = [learner.played(earlier), warm.weights.params]
+        if "ensemble" in name:  # of experts that are put back: what they have cost decides anew which of them play
+            kept = [[expert.played(own) for expert, own in zip(learner.experts, states.experts, strict=True)]
+                    for states in (earlier, learning.state)]  # fmt: skip
+            restored.append(all(same(*pair) for pair in zip(*kept, strict=True)))
+        else:
+            restored.append(same(*kept))
+        assert learning._last_good is warm.weights
+
+    monkeypatch.setattr(learning, "_undo", spy)
+    for _ in range(4):
+        complete(warm, learning, num_tokens=60)
+    assert not learning.is_frozen
+    assert learning.num_undone == len(restored) > 0
+    assert all(restored)
+
+
+def same(one, other):
+    return all(torch.equal(one[name], p) for name, p in other.items())
+
+
+def test_a_learner_of_several_step_sizes_remembers_which_of_them_did_harm(warm):
+    learning = InlineLearning(warm, config=parse("ensemble/step_size=0.1", OFTEN))
+    while not learning.num_undone:
+        complete(warm, learning, num_tokens=10)
+    costs = learning.state.costs
+    assert costs[0] < costs[1]
+    assert costs[0] < costs[2]
+
+
+def score_with(monkeypatch, drafter, fresh_of):
+    """Scores candidates by a function of their weights and how often was asked; returns the list of what was asked."""
+    losses, asked = drafter.losses, []
+
+    def scored(candidates, *more):
+        asked.extend(candidates)
+        return [
+            replace(loss, fresh=fresh_of(params), num_agreed=0, num_fresh=0)
+            for params, loss in zip(candidates, losses(candidates, *more), strict=True)
+        ]
+
+    monkeypatch.setattr(drafter, "losses", scored)
+    return asked
+
+
+def test_where_older_weights_are_as_far_off_the_newer_ones_stay(drafter, monkeypatch):
+    learning, level = learn(drafter), [2.0]
+    score_with(monkeypatch, drafter, lambda params: level[0])
+    complete(drafter, learning)
+    for level[0] in (20.0, 200.0):  # the traffic moves
+        complete(drafter, learning, num_tokens=9, num_draft_tokens=0)
+    assert learning.num_rounds > 4
+    assert learning.num_undone == 0
+
+
+def test_older_weights_are_scored_only_where_the_loss_jumps(drafter, monkeypatch):
+    learning, level = learn(drafter), [2.0]
+    asked = score_with(monkeypatch, drafter, lambda params: level[0])
+    counts = []
+    for level[0] in (2.0, 2.0, 2.0, 2.5, 4.0):
+        before = len(asked)
+        complete(drafter, learning, num_tokens=9, num_draft_tokens=0)
+        counts.append(len(asked) - before)
+    assert learning.num_rounds == 5
+    assert counts[:4] == [1, 1, 1, 1]
+    assert counts[4] > 1
+
+
+def test_what_was_taken_back_is_told(warm):
+    learning = learn(warm, step_size=0.05, config=replace(OFTEN, telemetry=True))
+    for _ in range(3):
+        complete(warm, learning, num_tokens=60)
+    rounds = learning.telemetry.rounds
+    assert sum(measured.is_undoing for measured in rounds) == learning.num_undone > 0
+    assert all(0 <= measured.agreement <= 1 for measured in rounds)
 
 
 # Memory

@@ -45,6 +45,7 @@ _NO_FIGURES: dict[str, Any] = {  # before the first report
     "loss": None,
     "interval": None,
     "drifts": 0,
+    "undone": 0,
     "learner": {},
     "memory_bytes": 0,
     "memory_requests": 0,

@@ -26,6 +26,7 @@ from onlinespec.decode import ContextOverflow, DecodeLoop, Request
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
+from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.losses import told
 from onlinespec.methods import learner_of, parse
 from onlinespec.metrics import figures, telemetry, total, windows
@@ -322,6 +323,8 @@ class Comparing:
                 f"drafter {self.comparison.drafter} does not learn, so learner {name} has nothing to do; "
                 "choose --learners none,frozen"
             )
+        if config.step_size is None and config.learner != FROZEN:
+            self._provenance["default_step_size"] = step_size_for(drafter.weights.params)
         learning = InlineLearning(drafter, config=config, seed=self.comparison.seed)
         return _Runner(name, DecodeLoop(self.target, drafter, learning, rule=rule), learning)
 

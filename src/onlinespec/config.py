@@ -138,7 +138,7 @@ class LearnConfig:
     """How a drafter learns inline. Rows are verified positions; a round trains each of its rows once."""
 
     learner: str = "online_gradient"
-    step_size: float = 1e-3  # for drafters of about a million parameters
+    step_size: float | None = None  # None: by how many weights learn, 1e-3 for a million (`learners/step_sizes.py`)
     geometry: str = "preconditioned"  # or "diagonal", "euclidean"
     clip_norm: float = 1.0
     full_loss: float | None = None  # loss of all drafting depths together below which the diagonal geometries' steps
@@ -162,7 +162,7 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_that(0 <= self.step_size < float("inf"), "step_size", self.step_size, "0 or a positive number")
+        check_that(0 <= (self.step_size or 0) < float("inf"), "step_size", self.step_size, "0 or a positive number")
         check_that(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
         check_that(0 <= (self.full_loss or 0) < float("inf"), "full_loss", self.full_loss, "0 or a positive number")
         check_that(self.rows in ROW_CHOICES, "rows", self.rows, f"one of {', '.join(ROW_CHOICES)}")

@@ -33,6 +33,7 @@ from onlinespec.core import DecodeStats, DrafterWeights, Params
 from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.losses import LOSSES, RowLoss
 from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
@@ -44,8 +45,7 @@ _LEAST_HELD_OUT = 8
 _CHECKPOINT_SECONDS = 20.0
 _CHECKPOINT_SHARE = 0.1  # most of the time that writing them may take
 _ANSWERING_SHARE = 0.6  # of a time limit: what the target may take for its answers
-_FULL_STEP_SIZE = 2e-3  # up to so many weights that learn; above, it falls with the square root of their number
-_FULL_STEP_WEIGHTS = 2e6
+_OFFLINE_STEP = 2.0  # times the step of online rounds: it falls to zero at the end, where theirs stays
 # In the work folder:
 _OURS = {"settings.json", "settings.partial", "finished.json", "finished.partial", "answers", "training"}
 _DECIDE_ANSWERS = ("target", "dtype", "prompts", "temperature", "max_new_tokens", "seed")  # and nothing else
@@ -541,8 +541,7 @@ def _optimizer(params: Params, step_size: float) -> torch.optim.Optimizer:
 
 def _step_size_for(params: Params) -> float:
     """By how many weights learn: 2e-3 up to two million, 2.8e-4 for a hundred million."""
-    num_weights = sum(p.numel() for p in params.values())
-    return _FULL_STEP_SIZE / max(1.0, math.sqrt(num_weights / _FULL_STEP_WEIGHTS))
+    return _OFFLINE_STEP * step_size_for(params)
 
 
 def _digest(pieces: Iterable[bytes | memoryview]) -> str:

@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,7 +60,7 @@ class InlineLearning:
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config or LearnConfig()
-        self._drafter, self._learner = drafter, learner or learner_of(self.config)
+        self._drafter, self._learner = drafter, learner or learner_of(self.config, drafter.weights.params)
         self._row_loss: RowLoss = resolve(LOSSES, self.config.loss, "loss")
         self.cadence = Cadence(
             self.config.min_interval, self.config.max_interval, self.config.least_gain, full_loss_of(self.config)
@@ -72,10 +72,12 @@ class InlineLearning:
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
         self._steps_waited = self._requests_waited = 0
         self._state = self._learner.init(drafter.weights.params)
+        self._earlier: Any = None  # the learner's state before the last round; None if there is nothing to undo
         self._domain = ""
         self._last_good = drafter.weights  # the newest that scored a finite loss, or the start
         self._anchor = drafter.weights.params  # what the cadence compares with
         self.num_rounds = 0
+        self.num_undone = 0  # rounds whose update was taken back by the next one
         self.num_rows = 0  # trained so far, replayed ones included
         self.last_loss = math.nan  # of the weights that played, before the last update; see `_Scores.cheap_loss`
         self.is_frozen = not drafter.is_trainable
@@ -98,15 +100,16 @@ class InlineLearning:
     num_published = 0  # every round's weights are played, and none is compared before
 
     def offer(self, feedback: Sequence[Feedback]) -> None:
-        """Takes the verified rows of a step. Never raises for what goes wrong inside a round."""
+        """Takes the verified rows of one step of a batch. Never raises for what goes wrong inside a round."""
         if self.is_frozen or not self._learner.needs_gradient:
             return
+        if feedback:
+            self.budget.earn([record.num_draft_tokens + 1 for record in feedback])
         for record in feedback:
             self._waiting.append(record)
             self._steps_waited += 1
             self._requests_waited += record.is_last
-            self.budget.earn()
-            self.cadence.observe_step(record.num_rows - 1, record.num_draft_tokens)
+            self.cadence.observe_step(record.num_accepted, record.num_draft_tokens, id(record.trace))
         if self.telemetry:
             self.telemetry.observe_steps(feedback)
         if self._is_due:
@@ -135,11 +138,12 @@ class InlineLearning:
     def resume(self, state: Any) -> None:
         """Goes on with a learner's state, whose weights play from now on."""
         self._play(state)
+        self._earlier = None
         self._last_good, self._anchor = self._drafter.weights, self._drafter.weights.params
 
     def restart(self, params: Params) -> None:
         """Learns on from other weights; how the old ones came about is forgotten, what was seen is not."""
-        self._state = self._learner.init(params)
+        self._state, self._earlier = self._learner.init(params), None
         self._drafter.swap(DrafterWeights(params, self._drafter.weights.version + 1))
         self._last_good, self._anchor = self._drafter.weights, params
         self.cadence.restart()
@@ -176,38 +180,65 @@ class InlineLearning:
         scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
         before = self._learner.played(self._state)
         state = self._learner.update(scores, self._state)
-        played_loss = scores.cheap_loss(before)
-        if math.isfinite(played_loss):
-            self._last_good = self._drafter.weights
-            self._pace(scores, before, played_loss)
+        played = scores.cheap(before)
+        better = self._better_before(scores, played)
         num_rows = sum(record.num_rows for record in (*rows, *replayed))
-        self.budget.spend(num_rows, scores.num_evaluations + self._learner.extra_work)
         self.num_rows += num_rows
-        self.last_loss = played_loss
-        self._play(state)
+        self.last_loss = played.loss
+        if better:
+            self._undo(state)
+        else:
+            self._earlier = self._state
+            if math.isfinite(played.loss):
+                self._last_good = self._drafter.weights
+        kept = self._learner.played(self._state)
+        if math.isfinite(played.loss):
+            self._pace(scores, kept, better or played, rows[-1])
+        self.budget.spend(num_rows, scores.num_evaluations + self._learner.extra_work)
+        if not better:
+            self._play(state)
         self.num_rounds += 1
         if self.telemetry:
             self.telemetry.observe_round(
                 batch,
                 rows[-1],
-                lambda: scores.fresh_loss(before),
+                lambda: scores.fresh(before).loss,
                 before,
                 self.cadence.interval,
                 lambda: self._learner.report(state),
+                played.agreement,
+                is_undoing=better is not None,
             )
+
+    def _better_before(self, scores: _Scores, played: FreshScore) -> FreshScore | None:
+        """What the weights before the last round score on this one's rows, if that round did harm.
+
+        They are scored only if the loss has jumped. Where the traffic has moved they are as far off as the newer ones,
+        which stay.
+        """
+        if self._earlier is None or not self.cadence.is_jump(played.loss):
+            return None
+        earlier = scores.fresh(self._learner.played(self._earlier))
+        return earlier if earlier.loss < played.loss else None
+
+    def _undo(self, state: Any) -> None:
+        """Takes back the last round, and the update to `state` that would have followed."""
+        self._play(self._learner.undone(self._earlier, state))
+        self._earlier, self._last_good = None, self._drafter.weights
+        self.num_undone += 1
 
     def _replayed(self) -> list[Feedback]:
         if self.replay is None or self.num_rounds % self.config.replay_every:
             return []
         return self.replay.draw(self.config.max_rows)
 
-    def _pace(self, scores: _Scores, before: Params, played_loss: float) -> None:
-        """Tells the cadence what happened, and every few rounds what they have brought."""
-        if self.cadence.observe_round(played_loss):
-            self._anchor = before
+    def _pace(self, scores: _Scores, kept: Params, score: FreshScore, newest: Feedback) -> None:
+        """Tells the cadence what the weights that stay have scored, and every few rounds what those have brought."""
+        if self.cadence.observe_round(score.loss, score.num_agreed, score.num_rows, id(newest.trace)):
+            self._anchor = kept
         if self.cadence.wants_probe:
-            self.cadence.observe_gain(scores.fresh_loss(self._anchor) - scores.fresh_loss(before))
-            self._anchor = before
+            self.cadence.observe_gain(scores.fresh(self._anchor).loss - scores.fresh(kept).loss)
+            self._anchor = kept
 
     def _expect(self) -> None:
         self._play(self._learner.expect(self._domain, self._state))
@@ -222,6 +253,18 @@ class InlineLearning:
         self._state = state
 
 
+class FreshScore(NamedTuple):
+    """What a set of weights scores on a round's fresh rows, at the first drafting depth."""
+
+    loss: float
+    num_agreed: float  # rows whose first draft would have been the committed token ...
+    num_rows: int  # ... of so many
+
+    @property
+    def agreement(self) -> float | None:
+        return self.num_agreed / self.num_rows if self.num_rows else None
+
+
 class _Scores:
     """Evaluates weights on one round's batch; each only once without gradient, whoever asks."""
 
@@ -229,24 +272,28 @@ class _Scores:
 
     def __init__(self, drafter: Drafter, batch: Any, row_loss: RowLoss, domain: str) -> None:
         self._drafter, self._batch, self._row_loss, self._domain = drafter, batch, row_loss, domain
-        self._known: list[tuple[Params, float]] = []
+        self._known: list[tuple[Params, FreshScore]] = []
         self.num_evaluations = 0.0  # in those with gradient
 
     def __call__(self, *candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
         return [*self._with_gradients(candidates), *self._without(scored)]
 
-    def fresh_loss(self, params: Params) -> float:
+    def fresh(self, params: Params) -> FreshScore:
         """On the fresh rows; asked of the drafter only if no one has."""
-        known = [loss for weights, loss in self._known if weights is params]
-        return known[0] if known else self._without([params])[0].fresh_loss
+        for weights, score in self._known:
+            if weights is params:
+                return score
+        self._without([params])
+        return self._known[-1][1]
 
-    def cheap_loss(self, params: Params) -> float:
+    def cheap(self, params: Params) -> FreshScore:
         """The same if it is known; else the mean of all that are: an ensemble's experts, around what it plays."""
-        around = [loss for _, loss in self._known]
+        around = [score for _, score in self._known]
         is_known = any(weights is params for weights, _ in self._known)
-        if is_known or not around or not all(map(math.isfinite, around)):
-            return self.fresh_loss(params)
-        return statistics.fmean(around)
+        if is_known or not around or not all(math.isfinite(score.loss) for score in around):
+            return self.fresh(params)
+        loss, num_agreed = (statistics.fmean(values) for values in list(zip(*around, strict=True))[:2])
+        return FreshScore(loss, num_agreed, around[0].num_rows)
 
     def _with_gradients(self, candidates: Sequence[Params]) -> list[Evaluation]:
         if not candidates:
@@ -272,7 +319,7 @@ class _Scores:
     def _evaluation(self, params: Params, loss: Loss, grads: Params) -> Evaluation:
         total = float(loss.total.detach())
         fresh = loss.fresh if math.isfinite(total) else math.nan
-        self._known.append((params, fresh))
+        self._known.append((params, FreshScore(fresh, loss.num_agreed, loss.num_fresh)))
         return Evaluation(fresh, total, grads, self._domain)
 
 

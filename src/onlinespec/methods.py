@@ -17,7 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import msgspec
 
 from onlinespec.config import LearnConfig
+from onlinespec.core import Params
 from onlinespec.learners import GEOMETRIES, LEARNERS, Learner, make_learner
+from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.tables import resolve
 
 # Names for whole settings, as the lines they stand for.
@@ -64,12 +66,18 @@ def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
     return replace(config, **{key: value for key, value in given.items() if key in shared}, options=options)
 
 
-def learner_of(config: LearnConfig) -> Learner:
-    """The learner that settings ask for."""
+def learner_of(config: LearnConfig, params: Params | None = None) -> Learner:
+    """The learner that settings ask for.
+
+    Args:
+        params: What is to learn: their number decides the step size if the settings leave it open. None where only the
+            settings are to be checked.
+    """
     make_geometry = resolve(GEOMETRIES, config.geometry, "geometry")
     has_length = "full_loss" in inspect.signature(make_geometry).parameters
     geometry = make_geometry(full_loss=full_loss_of(config)) if has_length else make_geometry()
-    return make_learner(config.learner, config.step_size, geometry, config.clip_norm, **config.options)
+    step_size = step_size_for(params or {}) if config.step_size is None else config.step_size
+    return make_learner(config.learner, step_size, geometry, config.clip_norm, **config.options)
 
 
 def full_loss_of(config: LearnConfig) -> float:

@@ -68,6 +68,8 @@ class Round(Struct, frozen=True, kw_only=True):
     distance: float  # of the weights from the start
     moved: float | None = None  # of the weights, since some rounds ago
     function_moved: float | None = None  # mean total variation on fixed rows, since some rounds ago
+    agreement: float | None = None  # share of the fresh rows whose first draft would have been the committed token
+    is_undoing: bool = False  # whether it took back the round before, whose weights scored worse than those before it
     learner: dict[str, Any] = {}  # what the learner itself reports: hint errors, meta weights
 
 

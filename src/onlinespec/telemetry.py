@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from onlinespec.core import Feedback, Params
@@ -55,17 +56,24 @@ class Telemetry:
         played: Params,
         interval: float,
         report: Callable[[], dict[str, Any]],
+        agreement: float | None = None,
+        is_undoing: bool = False,
     ) -> None:
         """Measures a round that has just ended, on its fresh rows, at the weights that played before it.
 
         Never raises: what can't be measured is told once, and learning goes on unmeasured. A round whose weights score
         nothing finite is left out.
+
+        Args:
+            agreement: Share of the fresh rows whose first draft would have been the committed token.
+            is_undoing: Whether this round took back the one before.
         """
         if self._has_failed:
             return
         began = time.perf_counter()
         try:
             measured = self._measured(batch, newest, loss(), played, interval, report())
+            measured = structs.replace(measured, agreement=agreement, is_undoing=is_undoing)
             if _is_finite(measured):
                 self.rounds.append(measured)
         except Exception as error:  # measuring must not stop what it measures

@@ -127,6 +127,7 @@ class Trainer:
             "loss": None if math.isnan(learning.last_loss) else learning.last_loss,
             "interval": learning.cadence.interval,
             "drifts": learning.cadence.num_drifts,
+            "undone": learning.num_undone,
             "learner": learning.report(),
             "memory_bytes": memory.num_bytes if memory else 0,
             "memory_requests": len(memory) if memory else 0,

@@ -70,8 +70,11 @@ class Decoding:
 class Learning:
     """How the drafter learns, unless a learner's own line says otherwise."""
 
-    step_size: float = LearnConfig.step_size
-    """Rate of learning; 1e-3 suits drafters of about a million parameters, 1e-4 of a hundred million."""
+    step_size: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: by the drafter's size)")] = (
+        LearnConfig.step_size
+    )
+    """Rate of learning: 1e-3 up to two million parameters that learn, then falling with the square root of their number
+    (1.4e-4 for a hundred million)."""
     geometry: str = LearnConfig.geometry
     """Norm of the updates: preconditioned (per-weight scales), diagonal (Adam: averages gradients too) or
     euclidean (the gradient itself)."""

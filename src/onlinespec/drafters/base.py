@@ -29,6 +29,8 @@ class Loss:
     total: Tensor  # a scalar with a gradient, over all rows and drafting depths: what learning descends
     fresh: float  # of this round's rows at the first depth, at these weights: what regret is counted in
     num_rows: int  # that count, replayed ones included
+    num_agreed: int = 0  # of the fresh rows, those whose first draft would have been the committed token ...
+    num_fresh: int = 0  # ... of so many; 0 where that is not known
 
 
 class Drafter(ABC):

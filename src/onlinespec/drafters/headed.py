@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onlinespec.agreement import agrees
 from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
 from onlinespec.core import Draft, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout, Span, lay_out, spans_of
-from onlinespec.host import to_device
+from onlinespec.host import to_device, to_host
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.models.base import Cache, Model
 from onlinespec.models.loading import Target
@@ -236,14 +237,27 @@ class Headed(Drafter):
         layout, params = lay_out(batch), stacked(candidates)
         listed, target = self._scope(batch, layout)
         head, counts_N = self._learn_head(params, listed), layout.counts_N.float()
-        num_rows, weights_EN = counts_N.sum(), []
+        num_rows, agreed_E = counts_N.sum(), counts_N.new_zeros(len(candidates))
+        weights_EN: list[Tensor] = []
         for at_M, states_EMD in self._depths(params, layout, self.unroll):
-            rows = target.take(at_M)
-            weights_EN.append(row_loss(head(states_EMD), rows).view(len(candidates), -1) * counts_N[at_M])
+            rows, logits = target.take(at_M), head(states_EMD)
+            if not weights_EN:  # the first depth, which every row reaches
+                agreed_E = self._num_agreed(logits.detach(), rows, batch)
+            weights_EN.append(row_loss(logits, rows).view(len(candidates), -1) * counts_N[at_M])
         totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
         fresh_N = layout.is_fresh_N & layout.counts_N
         fresh_E = weights_EN[0].detach()[:, fresh_N].sum(-1) / fresh_N.sum()
-        return [Loss(total, fresh, int(num_rows)) for total, fresh in zip(totals_E, fresh_E.tolist(), strict=True)]
+        num_fresh = sum(len(span.token_ids_N) for span in batch if span.is_fresh)
+        counted, fresh, agreed = to_host(num_rows, fresh_E, agreed_E)
+        scored = zip(totals_E, fresh, agreed, strict=True)
+        return [Loss(total, loss, int(counted), int(right), num_fresh) for total, loss, right in scored]
+
+    def _num_agreed(self, logits: Tensor, target: TargetRows, batch: Sequence[Span]) -> Tensor:
+        """Of the fresh rows, in how many a first draft would have been the committed token, for each set of weights."""
+        is_fresh = [span.is_fresh for span in batch for _ in range(len(span.token_ids_N))]
+        fresh_M = to_device([i for i, is_one in enumerate(is_fresh) if is_one], logits.device)
+        logits_ENS = logits.view(-1, len(is_fresh), logits.shape[-1])
+        return agrees(logits_ENS[:, fresh_M], target.take(fresh_M)).sum(-1)
 
     @torch.no_grad()
     def rows(

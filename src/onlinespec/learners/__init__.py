@@ -36,7 +36,7 @@ def make_learner(
         geometry = resolve(GEOMETRIES, geometry, "geometry")()
     factory = resolve(LEARNERS, name, "learner")
     learner: Learner = factory(step_size=step_size, geometry=geometry, clip_norm=clip_norm, **options)
-    parts = ("init", "played", "update", "extra_work", "expect", "report")
+    parts = ("init", "played", "update", "extra_work", "expect", "undone", "report")
     if missing := [part for part in parts if not hasattr(learner, part)]:
         raise ValueError(f'learner "{name}" has no {", ".join(missing)}; make it a subclass of onlinespec.Learner')
     return learner

@@ -53,6 +53,15 @@ class Learner(Protocol):
         """The state once it is known whose traffic comes next; most learners don't mind."""
         return state
 
+    def undone(self, earlier: Any, state: Any) -> Any:
+        """The state to go on with where a round's weights did harm: the one before it, and what else was found out.
+
+        Args:
+            earlier: Before the round that did harm, whose played weights score better.
+            state: After the update that would have followed.
+        """
+        return earlier
+
     def report(self, state: Any) -> dict[str, Any]:
         """What telemetry may want to know of the last round; computed when asked for, and only then."""
         return {}

@@ -165,6 +165,10 @@ class Ensemble(Learner):
             return state
         return self._playing(state._replace(experts=experts))
 
+    def undone(self, earlier: EnsembleState, state: EnsembleState) -> EnsembleState:
+        """The experts are put back; what they have cost since then is not forgotten, or the worst would lead again."""
+        return self._playing(state._replace(experts=earlier.experts))
+
     def report(self, state: EnsembleState) -> dict[str, Any]:
         return {
             "expert_losses": dict(zip(self.names, state.losses, strict=True)),
