@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -78,6 +78,7 @@ class Request:
     is_drafting: bool = False  # the drafter follows it
     is_plain: bool = False  # goes on without a drafter, because drafting for it failed
     num_faults: int = 0  # steps in a row whose logits were broken; after one, the next drafts nothing
+    prompt_text: PromptText | None = None  # of a prompt that is being read, where prefixes are kept
 
     @property
     def output_ids(self) -> list[int]:
@@ -333,7 +334,7 @@ class DecodeLoop:
     def _pieces(self, requests: Sequence[Request], max_tokens: int) -> list[tuple[Request, int]]:
         """How much of each prompt is read now; nothing of one that is known to its end."""
         pieces: list[tuple[Request, int]] = []
-        nexts: set[PromptText] = set()
+        nexts: set[Hashable] = set()
         for request in requests:
             self._recall(request)
             following = self._next_block(request)
@@ -355,17 +356,19 @@ class DecodeLoop:
         for (request, _), rows_ND in zip(read, output.hidden_states_ND.split(counts), strict=True):
             _append_features(request.trace, rows_ND)
 
-    def _next_block(self, request: Request) -> PromptText | None:
-        """What others could take over, once it is read; None for less than a block."""
+    def _next_block(self, request: Request) -> Hashable | None:
+        """The key of what others could take over, once it is read; None for less than a block."""
         if not self.prefixes or request.num_unread < PAD:
             return None
-        whole = self._text_of(request)
-        return PromptText(whole.token_ids[: request.trace.num_features + PAD], whole.scope)
+        return self._text_of(request).key(request.trace.num_features // PAD)
 
     def _text_of(self, request: Request) -> PromptText:
-        length = self.target.decoder.config.layer.rope.length_of(request.max_tokens)
-        ids = tuple(request.trace.token_ids[: request.num_prompt_tokens - 1])
-        return PromptText(ids, (request.tenant, length))
+        """What of a prompt can be shared; made when it is first asked for, and kept while the prompt is read."""
+        if request.prompt_text is None:
+            length = self.target.decoder.config.layer.rope.length_of(request.max_tokens)
+            ids = request.trace.token_ids[: request.num_prompt_tokens - 1]
+            request.prompt_text = PromptText(ids, (request.tenant, length))
+        return request.prompt_text
 
     def _recall(self, request: Request) -> None:
         """Takes over what is known of the rest of a prompt."""
@@ -379,6 +382,8 @@ class DecodeLoop:
         if self.prefixes:
             trace = request.trace
             self.prefixes.store(self._text_of(request), self._cache, request.slot, trace.hidden_states_SD)
+            if not request.num_unread:
+                request.prompt_text = None
 
     def _begin_drafting(self, request: Request) -> None:
         if not self.drafter or request.is_plain:
@@ -607,7 +612,8 @@ def _piece(request: Request, max_tokens: int) -> int:
 
 def _unread(request: Request, count: int) -> list[int]:
     """The next tokens of its prompt."""
-    return request.trace.token_ids[request.trace.num_features :][:count]
+    first = request.trace.num_features
+    return request.trace.token_ids[first : first + count]
 
 
 def _spread(draft: Draft, places: Sequence[int], size: int) -> Draft:

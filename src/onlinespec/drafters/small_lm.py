@@ -211,9 +211,14 @@ class SmallLM(Headed):
 
     def _remember(self, slot: int) -> None:
         state = self._slots[slot]
-        while len(state.read_ids) > _READ_AT_ONCE:
-            piece, state.read_ids = state.read_ids[:_READ_AT_ONCE], state.read_ids[_READ_AT_ONCE:]
-            self._read(to_device(piece, self._decoder.device), torch.empty(0), [slot], [len(piece)])
+        ids, num_read = state.read_ids, 0
+        try:
+            while len(ids) - num_read > _READ_AT_ONCE:
+                piece = to_device(ids[num_read : num_read + _READ_AT_ONCE], self._decoder.device)
+                self._read(piece, torch.empty(0), [slot], [_READ_AT_ONCE])
+                num_read += _READ_AT_ONCE
+        finally:  # what is in the cache is not read again, whatever became of the rest
+            state.read_ids = ids[num_read:]
 
     def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         return self._model.read(self._model.known(read_ids_N), slots, counts)
