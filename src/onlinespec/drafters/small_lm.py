@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, Tuning
-from onlinespec.core import DrafterWeights, Params
+from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters import adapters
 from onlinespec.drafters.draft_model import DraftModel, HFDraftModel, OwnDraftModel
 from onlinespec.drafters.formats import read_side, write_drafter
 from onlinespec.drafters.headed import Head, Headed
 from onlinespec.drafters.shortlist import Listed, Shortlist
-from onlinespec.drafters.spans import Layout
+from onlinespec.drafters.spans import Layout, Span, spans_of
 from onlinespec.host import to_device
+from onlinespec.losses import TargetRows
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, weight_files
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
@@ -195,9 +195,8 @@ class SmallLM(Headed):
             self._shortlist.use(self._fitted(effective[self._model.head_name]))
 
     def _fitted(self, head_VD: Tensor) -> Tensor:
-        """A head cut to the target's tokens. Ids that it lacks, if any, are padding that no target says: zeros do."""
-        missing = self._num_tokens - head_VD.shape[-2]
-        return head_VD[..., : self._num_tokens, :] if missing <= 0 else F.pad(head_VD, (0, 0, 0, missing))
+        """A head cut to the target's tokens. It may have fewer: what it lacks is neither drafted nor learned from."""
+        return head_VD[..., : self._num_tokens, :]
 
     # --- drafting -----------------------------------------------------------------------------------------------
 
@@ -243,11 +242,27 @@ class SmallLM(Headed):
         if self._tuning.what != "all":
             return super()._learn_head(params, listed)
         head_VD = self._fitted(params[self._model.head_name])
-        if listed:
-            head_VD = head_VD[
-                ..., listed.token_ids_S.clone(), :
-            ]  # may be from inference mode, which no gradient may meet
-        return lambda states: self._product(states, head_VD)
+        if listed is None:
+            return lambda states: self._shortlist.widened(self._product(states, head_VD))
+        token_ids_S = listed.token_ids_S.clone()  # it may be from inference mode, which no gradient may meet
+        head_SD = head_VD[..., token_ids_S, :]
+        return lambda states: self._product(states, head_SD)
+
+    def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
+        """Rows whose token can't be drafted don't count."""
+        return spans_of(
+            feedback,
+            self.num_before,
+            rejected_only,
+            is_fresh,
+            self.reads_features,
+            self.max_context,
+            self._shortlist.can_draft,
+        )
+
+    def _target_rows(self, layout: Layout) -> TargetRows:
+        rows = super()._target_rows(layout)
+        return rows._replace(probs_NV=self._shortlist.narrowed(rows.probs_NV))
 
 
 def _read(folder: Path, device: torch.device) -> tuple[dict[str, Any], DraftModel, Params, torch.dtype]:
