@@ -10,7 +10,7 @@ import peft
 import pytest
 import rigs
 import torch
-from checkpoints import save_tiny, tiny_model
+from checkpoints import add_tokens, save_tiny, tiny_model
 from rigs import hidden_states, other_weights, run_together
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -418,6 +418,17 @@ def test_a_tokenizer_that_differs_is_refused_by_its_first_difference(folders, ta
     (other / "tokenizer.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match=re.escape(f"token 7 is '{one}' for the target and '{two}' for the drafter")):
         load_drafter(other, target)
+
+
+def test_tokens_that_one_of_both_models_lacks_may_differ(tmp_path):
+    """Neither are they drafted, nor said by the target: a pad token added in fine-tuning, one that a class adds."""
+    target = load_target(save_tiny(tmp_path / "target", "qwen2", vocab_size=259))
+    drafter = load_drafter(add_tokens(save_tiny(tmp_path / "drafter", vocab_size=259), "<pad>"), target)
+    assert (target.tokens_beyond[259], drafter._tokenizer) == ("<|endoftext|>", target.tokenizer)
+    drafter.save(tmp_path / "saved")
+    assert load_drafter(tmp_path / "saved", target).weights.version == 0
+    wider = load_target(add_tokens(save_tiny(tmp_path / "wider", vocab_size=288), "<new>"))
+    assert load_drafter(tmp_path / "drafter", wider).weights.version == 0
 
 
 def test_a_model_without_a_tokenizer_is_refused(folders, target, tmp_path):

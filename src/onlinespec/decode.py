@@ -50,8 +50,16 @@ class Learning(Protocol):
         """Learning may take this share of time from now on."""
 
 
-class ContextOverflow(ValueError):
+class UnfitPrompt(ValueError):
+    """A prompt that this target can't answer, though it can others: a stream of prompts leaves it out."""
+
+
+class ContextOverflow(UnfitPrompt):
     """The prompt leaves no room in the target's context."""
+
+
+class UnknownToken(UnfitPrompt):
+    """The prompt has a token that the model has no row for: its tokenizer may have more tokens than it."""
 
 
 @dataclass(eq=False)
@@ -182,6 +190,7 @@ class DecodeLoop:
         Raises:
             ValueError: if the prompt is empty.
             ContextOverflow: if it leaves no room for a token in the target's context.
+            UnknownToken: if it has a token outside the target's vocabulary.
         """
         request = self.open(prompt_ids, params, **tags)
         try:
@@ -205,7 +214,7 @@ class DecodeLoop:
         """A request that takes no memory yet; of all methods the one that any thread may call.
 
         Raises:
-            ValueError, ContextOverflow: as `start`.
+            ValueError, ContextOverflow, UnknownToken: as `start`.
         """
         config = self.target.decoder.config
         context, vocab_size = config.max_positions, config.vocab_size
@@ -216,8 +225,12 @@ class DecodeLoop:
                 f"the prompt has {len(prompt_ids)} tokens, the target's context {context}: "
                 "no room for an answer; shorten it"
             )
-        if not all(0 <= i < vocab_size for i in prompt_ids):
-            raise ValueError(f"the prompt has token ids outside the target's vocabulary of {vocab_size}")
+        for i in prompt_ids:
+            if not 0 <= i < vocab_size:
+                name = f" ({self.target.tokens_beyond[i]!r})" if i in self.target.tokens_beyond else ""
+                raise UnknownToken(
+                    f"the prompt has token {i}{name}, outside the model's vocabulary of {vocab_size}; leave it out"
+                )
         max_tokens = min(len(prompt_ids) + params.max_new_tokens, context)
         return Request(
             params=params,

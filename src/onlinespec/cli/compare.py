@@ -102,7 +102,8 @@ def _show(report: Report, folder: Path) -> None:
     out.print(table if _fits(table) else _as_list(table))
     skipped = max((run.totals.skipped for run in report.runs), default=0)
     if skipped:
-        out.print(f"{skipped} prompts were longer than the target's context, and skipped in every run", highlight=False)
+        told = f"{skipped} prompts don't fit the target (longer than its context, or with tokens it lacks)"
+        out.print(f"{told}, and were skipped in every run", highlight=False, soft_wrap=True)
     out.print(f"the page:    {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
 

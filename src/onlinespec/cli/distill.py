@@ -73,7 +73,10 @@ def _show(command: Distill, outcome: Outcome) -> None:
         mark = " (saved)" if score == outcome.best else ""
         table.add_row(_when(score) + mark, f"{score.acceptance_length:.2f}", f"{score.loss:.2f}")
     out.print(table)
-    left_out = {"skipped as too long": outcome.num_skipped, "left out as repetitions": outcome.num_repeated}
+    left_out = {
+        "skipped, too long or with tokens the target lacks": outcome.num_skipped,
+        "left out as repetitions": outcome.num_repeated,
+    }
     told = "".join(f", {count} {why}" for why, count in left_out.items() if count)
     answering, training = outcome.seconds["answering"], outcome.seconds["training"]
     for line in (

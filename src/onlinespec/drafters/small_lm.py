@@ -282,10 +282,10 @@ def _read(folder: Path, device: torch.device) -> tuple[dict[str, Any], DraftMode
 
 
 def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
-    """Raises ValueError naming the first token of which drafter and target think differently."""
+    """Raises ValueError naming the first token of which drafter and target think differently, of those both have."""
     ours = {i: token for token, i in target.tokenizer.get_vocab().items()}
-    theirs = {i: token for token, i in read_tokenizer(folder, shape).get_vocab().items()}
-    for i in range(max(ours, default=0) + 1):
+    theirs = {i: token for token, i in read_tokenizer(folder).get_vocab().items()}
+    for i in range(min(shape.vocab_size, target.decoder.config.vocab_size)):
         if i in ours and i in theirs and ours[i] != theirs[i]:
             raise ValueError(
                 f"the tokenizers differ: token {i} is {ours[i]!r} for the target and {theirs[i]!r} for the drafter "
