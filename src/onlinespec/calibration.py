@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
+from onlinespec.models.clock import Clock, HostClock, clock_for
 from onlinespec.models.loading import Target
 from onlinespec.step_costs import StepCosts, profile
 
@@ -63,12 +63,13 @@ class _Timing(InlineLearning):
     """Learning that keeps the time of each round, with what led up to it since the last one; it never moves."""
 
     rounds: tuple[_Round, ...] = ()
+    clock: Clock = HostClock()
     _seconds = 0.0
 
     def offer(self, feedback: Sequence[Feedback]) -> None:
-        began, rows, work = time.perf_counter(), self.num_rows, self.work
+        began, rows, work = self.clock.mark(), self.num_rows, self.work
         super().offer(feedback)
-        self._seconds += time.perf_counter() - began
+        self._seconds += self.clock.seconds(began, self.clock.mark())
         if self.work > work:
             self.rounds = (*self.rounds, _Round(self.num_rows - rows, self._seconds / (self.work - work)))
             self._seconds = 0.0
@@ -83,6 +84,7 @@ def _timed(
         telemetry=False, round_cost=1.0, row_cost=1e-9,
     )  # fmt: skip
     learning = _Timing(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
+    learning.clock = clock_for(target.decoder.device)
     loop = DecodeLoop(target, drafter, learning)
     params = GenerationParams(_ANSWER_TOKENS, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
     prompt_ids = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2]
