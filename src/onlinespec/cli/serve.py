@@ -130,7 +130,8 @@ def _control(command: Serve, target: Target, drafter: Drafter, limits: Limits) -
         return None
     with err.status("measuring what steps cost"):
         sampling = command.defaults(target.sampling).sampling
-        costs = measure_step_costs(target, drafter, limits.max_running, most, sampling)
+        max_bytes = limits.cache_megabytes * 1e6
+        costs = measure_step_costs(target, drafter, limits.max_running, most, sampling, max_bytes)
     return Controller(costs, most, command.learning.learn_budget)
 
 
