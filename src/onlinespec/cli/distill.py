@@ -14,8 +14,9 @@ from rich.table import Table
 from onlinespec.cli.arguments import Distill
 from onlinespec.cli.checks import check_parent, load, use
 from onlinespec.cli.terminal import err, interrupts_raised, out
-from onlinespec.config import Tuning
+from onlinespec.config import LearnConfig, Tuning
 from onlinespec.distill import Distillation, Distilling, Outcome, Progress, Score
+from onlinespec.footprint import Beside
 
 _SECONDS_BETWEEN_LINES = 15.0
 _ENDS = {
@@ -46,7 +47,10 @@ def distill(command: Distill) -> int:
         seed=command.machine.seed,
     )
     check_parent(command.out, "--out")
-    return _run(command, Distilling(load(command.target, command.machine), settings, command.out, command.restart))
+    beside = Beside(command.drafter, [LearnConfig(geometry="diagonal")])  # trained by Adam
+    return _run(
+        command, Distilling(load(command.target, command.machine, beside), settings, command.out, command.restart)
+    )
 
 
 @interrupts_raised()

@@ -36,6 +36,11 @@ _DECAY = 0.95  # of counts, from one request to the next
 _NEVER = -1e30  # below every score, and finite: a label of 0 times it is 0 and not NaN
 
 
+def list_size(vocab_size: int) -> int:
+    """Tokens on a list, if its maker does not say."""
+    return max(_LEAST_SIZE, vocab_size // _SHARE)
+
+
 class Listed:
     """The tokens of a list, in the order of their ids, and their rows of the head; never changes.
 
@@ -78,7 +83,7 @@ class Shortlist:
         self._labels_VD = head_VD if labels_VD is None else labels_VD
         V = len(head_VD)
         self._num_lacking = len(self._labels_VD) - V  # tokens of the target that there is no row for
-        self._size = min(V, size or max(_LEAST_SIZE, V // _SHARE))
+        self._size = min(V, size or list_size(V))
         # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
         self._unseen_V = np.linspace(1e-6, 0, V)
         self._counts_V = np.zeros(len(self._labels_VD))

@@ -11,6 +11,7 @@ Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,10 @@ from onlinespec.drafters.spans import Layout, Span, spans_of
 from onlinespec.host import to_device
 from onlinespec.losses import TargetRows
 from onlinespec.models.base import ModelConfig
-from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, weight_files
+from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, tensor_shapes, weight_files
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
 from onlinespec.models.loading import Target, read_hf_model, read_model, read_tokenizer
+from onlinespec.models.memory import DrafterSize
 from onlinespec.models.rope import Rope
 
 if TYPE_CHECKING:
@@ -88,8 +90,7 @@ class SmallLM(Headed):
         """The target's own embedding and head around two untrained layers of its size."""
         model = target.decoder
         is_tied = model.head_VD.data_ptr() == model.embedding_VD.data_ptr()
-        layer = replace(model.config.layer, rope=Rope(model.config.layer.rope.theta))  # it learns unscaled positions
-        shape = ModelConfig(layer, _FRESH_LAYERS, model.config.vocab_size, model.config.max_positions)
+        shape = _fresh_shape(model.config)
         generator = torch.Generator().manual_seed(seed)
         weights = {
             name: torch.ones(dims) if len(dims) == 1 else torch.randn(dims, generator=generator) * 0.02
@@ -140,6 +141,19 @@ class SmallLM(Headed):
         params = adapters.read(folder, drafter._weights, drafter._tuning)
         drafter.swap(DrafterWeights(params, int(side.get("weights_version", 0))))
         return drafter
+
+    @classmethod
+    def size(cls, folder: Path | None, target: ModelConfig) -> DrafterSize:
+        if folder is None:
+            layers = sum(math.prod(dims) for dims in _fresh_shapes(_fresh_shape(target)).values())
+            width = target.layer.hidden_size
+            return DrafterSize(layers + 2 * target.vocab_size * width, layers, width)
+        if adapters.is_in(folder):
+            folder = find_folder(adapters.base_of(read_json(folder / adapters.CONFIG), folder))
+        sizes = {name: math.prod(dims) for name, dims in tensor_shapes(folder).items()}
+        matrices = {name: dims[-1] for name, dims in tensor_shapes(folder).items() if _is_of_vocabulary(name)}
+        layers = sum(count for name, count in sizes.items() if name not in matrices)
+        return DrafterSize(sum(sizes.values()), layers, max(matrices.values(), default=target.layer.hidden_size))
 
     def save(self, folder: Path) -> None:
         version, params = self.weights.version, self.weights.params
@@ -291,6 +305,17 @@ def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
                 f"the tokenizers differ: token {i} is {ours[i]!r} for the target and {theirs[i]!r} for the drafter "
                 f"{folder}; a small_lm must have its target's tokenizer: take a model of the same family"
             )
+
+
+def _is_of_vocabulary(name: str) -> bool:
+    """Whether a published tensor is an embedding or a head, by the names that families have for them."""
+    return name.endswith(("embed_tokens.weight", "lm_head.weight", "embed_in.weight", "embed_out.weight", "wte.weight"))
+
+
+def _fresh_shape(target: ModelConfig) -> ModelConfig:
+    """It learns unscaled positions."""
+    layer = replace(target.layer, rope=Rope(target.layer.rope.theta))
+    return ModelConfig(layer, _FRESH_LAYERS, target.vocab_size, target.max_positions)
 
 
 def _fresh_config(shape: ModelConfig, is_tied: bool) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Only safetensors are read, no code from a checkpoint is run, and every tensor of
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -78,12 +78,14 @@ def load_target(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
     make_linear: MakeLinear | None = None,
+    beside: Callable[[ModelConfig, torch.dtype, torch.device], int] | None = None,
 ) -> Target:
     """Loads a target, ready to decode.
 
     Args:
         path_or_hub_id: A directory, a Hub id, or `demo` for the pair that ships with the package.
         make_linear: How our decoder computes products; transformers takes its own.
+        beside: Bytes that a drafter and its learning will hold beside a target of this shape, dtype and device.
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id, or a file of it is missing.
@@ -101,11 +103,11 @@ def load_target(
     if shape:
         make_linear = make_linear or linear_for(device, dtype)
         need = estimate(tensor_shapes(folder), shape, dtype, keeps_second_head=make_linear is PackedLinear)
-        check_memory(need, device, folder)
+        check_memory(replace(need, beside=beside(shape, dtype, device) if beside else 0), device, folder)
         weights = checked_weights(read_weights(folder, device, dtype), config, shape, folder)
         decoder = Decoder(shape, weights, make_linear)
     else:
-        decoder = _load_through_transformers(folder, config, device, dtype)
+        decoder = _load_through_transformers(folder, config, device, dtype, beside)
     tokenizer, vocab_size = read_tokenizer(folder), decoder.config.vocab_size
     beyond = _tokens_beyond(tokenizer, vocab_size)
     if beyond:
@@ -125,13 +127,19 @@ def load_target(
 
 
 def _load_through_transformers(
-    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    beside: Callable[[ModelConfig, torch.dtype, torch.device], int] | None = None,
 ) -> HFModel:
     from onlinespec.models.hf import load_hf, model_config
 
-    need = estimate(tensor_shapes(folder), model_config(config, str(folder)), dtype)
-    for place in dict.fromkeys((torch.device("cpu"), device)):  # it is read there first
-        check_memory(need, place, folder)
+    shape = model_config(config, str(folder))
+    need = estimate(tensor_shapes(folder), shape, dtype)
+    if device.type != "cpu":  # it is read there first
+        check_memory(need, torch.device("cpu"), folder)
+    check_memory(replace(need, beside=beside(shape, dtype, device) if beside else 0), device, folder)
     return load_hf(folder, config, device, dtype)
 
 
