@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -139,3 +140,11 @@ def save_tiny(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer(chat_template).save_pretrained(folder)
     return Path(folder)
+
+
+def add_tokens(folder: Path, *names: str) -> Path:
+    """Adds special tokens to a checkpoint's tokenizer alone, as fine-tuning does that forgets the model's embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(names), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,18 +1,24 @@
-"""What rounds cost is read off rounds of few and of many rows; the drafter is left as it was."""
+"""What rounds cost is read off rounds of few and of many rows; the drafter is left as it was. What steps cost is
+measured within the memory that they may take."""
 
 from __future__ import annotations
 
 import time
 
+import pytest
 import rigs
 
 from onlinespec import calibration
-from onlinespec.calibration import Costs, measure_costs
+from onlinespec.calibration import Costs, measure_costs, measure_step_costs
+from onlinespec.cli.arguments import Serve
+from onlinespec.cli.serve import _control
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.ngram import Ngram
 from onlinespec.replay import ReplayBuffer
+from onlinespec.scheduler import Limits
 
 TARGET = rigs.random_target()
 PARAMS = GenerationParams(num_draft_tokens=2)
@@ -81,3 +87,58 @@ def test_measuring_puts_the_weights_back():
     weights = drafter.weights
     assert measure_costs(TARGET, drafter, LearnConfig(), PARAMS).row_cost > 0
     assert drafter.weights is weights
+
+
+# --- what steps cost, by their shape --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Bytes that running requests hold, by `DecodeLoop.num_bytes`, whenever one was admitted."""
+    running, sizes = {}, []
+    admit, finish = DecodeLoop.admit, DecodeLoop.finish
+
+    def noting_admit(loop, request):
+        admit(loop, request)
+        running[id(request)] = loop.num_bytes(request)
+        sizes.append(sum(running.values()))
+
+    def noting_finish(loop, request):
+        running.pop(id(request), None)
+        finish(loop, request)
+
+    monkeypatch.setattr(DecodeLoop, "admit", noting_admit)
+    monkeypatch.setattr(DecodeLoop, "finish", noting_finish)
+    monkeypatch.setattr(calibration, "_STEPS_OF_A_SHAPE", 1)
+    return sizes
+
+
+def bytes_of(num_tokens, drafter):
+    loop = DecodeLoop(TARGET, drafter)
+    return loop.num_bytes(loop.open([1], GenerationParams(num_tokens - 1)))
+
+
+def test_a_server_is_profiled_within_the_memory_that_its_requests_may_take(held):
+    """Four requests of a hundred tokens, where those of the profile would come to a thousand."""
+    budget = 4.5 * bytes_of(100, Eagle.fresh(TARGET)) / 1e6
+    command = Serve("random", max_running=4, cache_megabytes=budget)
+    control = _control(command, TARGET, Eagle.fresh(TARGET), Limits(4, cache_megabytes=budget))
+    assert control
+    assert 0.9 * budget * 1e6 < max(held) <= budget * 1e6
+
+
+@pytest.mark.parametrize(("num_tokens", "batches"), [(5000, (1, 2)), (250, (1, 2)), (130, (1, 2)), (66, (1,))])
+def test_requests_of_a_profile_get_shorter_before_they_get_fewer(held, num_tokens, batches):
+    budget = bytes_of(num_tokens, Ngram())
+    costs = measure_step_costs(TARGET, Ngram(), 2, 1, max_bytes=budget)
+    assert costs.batch_sizes == batches
+    assert max(held) <= budget
+
+
+def test_memory_for_less_than_one_request_is_refused_with_what_is_needed(held):
+    budget = bytes_of(64, Ngram())
+    with pytest.raises(
+        ValueError, match=r"may take .* MB, and one of 65 tokens.* takes .* MB; raise --cache-megabytes"
+    ):
+        measure_step_costs(TARGET, Ngram(), 2, 1, max_bytes=budget)
+    assert not held

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import save_tiny
+from checkpoints import add_tokens, save_tiny
 from rigs import AcceptsEverything
 
 import onlinespec.compare
@@ -332,6 +332,12 @@ def test_prompts_longer_than_the_context_are_skipped_and_counted_in_every_run(ta
         assert (one.segments[0].requests, one.segments[0].skipped) == (2, 1)
         assert sum(window.requests for window in one.segments[0].windows) == 2
     assert [(line["index"], line["id"]) for line in lines_of(tmp_path)[::3]] == [(0, "some0"), (2, "some2")]
+
+
+def test_prompts_with_a_token_that_the_model_lacks_are_skipped_and_counted_in_every_run(data, tmp_path):
+    folder = add_tokens(save_tiny(tmp_path / "target", vocab_size=259), "<pad>")
+    for one in run(load_target(folder), data("some", [PROMPTS[0], "hello <pad>", PROMPTS[1]]), out=tmp_path).runs:
+        assert (one.totals.requests, one.totals.skipped) == (2, 1)
 
 
 def test_where_all_was_skipped_nothing_is_called_identical(target, data, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import rigs
 import torch
-from checkpoints import save_tiny
+from checkpoints import add_tokens, save_tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -116,10 +116,17 @@ def test_prompts_longer_than_the_context_are_skipped_and_counted(tmp_path):
     outcome = Distilling(small, settings_for(str(path)), tmp_path / "d").run()
     assert (outcome.num_prompts, outcome.num_skipped) == (20, 10)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
-    with pytest.raises(
-        ValueError, match=r"8 prompts were answered \(4 were longer than the context\), at least 12 are"
-    ):
+    with pytest.raises(ValueError, match=r"8 prompts were answered \(4 did not fit the target\), at least 12 are"):
         Distilling(small, settings_for(str(path)), tmp_path / "few").run()
+
+
+def test_prompts_with_a_token_that_the_model_lacks_are_skipped_and_counted(tmp_path):
+    folder = add_tokens(save_tiny(tmp_path / "target", vocab_size=259), "<pad>")
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{i} hello" + "<pad>" * (i % 3 == 0)} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = Distilling(load_target(folder), settings_for(str(path)), tmp_path / "d").run()
+    assert (outcome.num_prompts, outcome.num_skipped) == (20, 10)
 
 
 def test_it_stops_when_epochs_bring_nothing_and_keeps_the_best(target, data, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
@@ -76,3 +77,45 @@ def test_heads_that_do_not_divide_are_refused():
         LayerConfig(64, 160, 4, 3, 16, 1e-6, Rope(10_000.0))
     with pytest.raises(ValueError, match="head_dim is 15"):
         LayerConfig(64, 160, 4, 2, 15, 1e-6, Rope(10_000.0))
+
+
+# --- what is done for equal bits on a CPU, and on other devices would only cost kernels ------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Which operators ran, and over how many elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.sizes.setdefault(function.overloadpacket.__name__, []).append(result.numel())
+        return result
+
+
+def calls_of(device: str, num_rows: int) -> dict[str, list[int]]:
+    """Of one layer with one key-value head and three query heads, over so many new tokens."""
+    config = LayerConfig(96, 1024, 3, 1, 32, 1e-6, Rope(10_000.0))
+    weights = {name: t.to(device) for name, t in weights_of(config, False, False, True).items()}
+    layer = FastLayer(config, weights, PlainLinear)
+    cache = KVCache(1, 1, 32, torch.device(device), torch.float32)
+    cache.take(0, 100)
+    with torch.inference_mode(), Calls() as calls:
+        rows, rotary = Rows([0], [0], [num_rows]), RotaryTables(config.rope, 32, torch.device(device))
+        layer(torch.zeros(num_rows, 96, device=device), make_plan(rows, rotary, cache, 4), 0)
+    return calls.sizes
+
+
+def test_gates_and_rotations_are_cut_for_threads_on_a_cpu_alone():
+    gates = {device: calls_of(device, 64)["silu"] for device in ("cpu", "meta")}
+    assert len(gates["cpu"]) > 1
+    assert gates["meta"] == [64 * 1024]
+    assert sum(gates["cpu"]) == 64 * 1024
+
+
+def test_a_lone_query_gets_company_and_an_odd_group_another_head_on_a_cpu_alone():
+    sizes = {device: calls_of(device, 1)["scaled_dot_product_attention"] for device in ("cpu", "meta")}
+    assert sizes == {"cpu": [2 * 4 * 32], "meta": [3 * 32]}

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CHAT_TEMPLATE, END_TOKEN_ID, save_tiny
+from checkpoints import CHAT_TEMPLATE, END_TOKEN_ID, add_tokens, save_tiny
 from safetensors.torch import load_file, save_file
 from transformers import tokenization_utils_base
 
-from onlinespec.config import SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.decode import DecodeLoop, UnknownToken
 from onlinespec.models.checkpoint import fingerprint, read_weights
 from onlinespec.models.loading import as_device, load_target
 
@@ -140,6 +141,65 @@ def test_a_tokenizer_does_not_say_that_a_long_text_would_be_run(folder, monkeypa
     assert not warnings
 
 
+# A tokenizer with more tokens than the model
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_tokenizer_with_tokens_that_the_model_lacks_is_loaded_and_it_is_said_once(tmp_path, family, caplog):
+    folder = add_tokens(save_tiny(tmp_path, family, vocab_size=259), "<pad>", "<extra>")
+    target = load_target(folder)
+    assert target.tokens_beyond == {259: "<pad>", 260: "<extra>"}
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        f"{folder}: the tokenizer has 261 tokens, the model 259; prompts with one of the others ('<pad>', '<extra>') "
+        "will be refused"
+    ]
+
+
+def test_a_tokenizer_class_that_adds_a_token_of_its_own_does_not_keep_a_checkpoint_from_being_loaded(tmp_path):
+    target = load_target(save_tiny(tmp_path, "qwen2", vocab_size=259))
+    assert target.tokens_beyond == {259: "<|endoftext|>"}
+    answer = DecodeLoop(target).complete(target.encode("hi"), GenerationParams(8, ignore_end_tokens=True))
+    assert len(answer.output_ids) == 8
+
+
+def test_many_tokens_that_the_model_lacks_are_counted_and_not_all_named(tmp_path, caplog):
+    load_target(add_tokens(save_tiny(tmp_path, vocab_size=259), *(f"<{i}>" for i in range(30))))
+    assert "the others ('<0>', '<1>', '<2>', ... 30 in all) will be refused" in caplog.text
+
+
+def test_only_a_prompt_that_uses_such_a_token_is_refused(tmp_path):
+    target = load_target(add_tokens(save_tiny(tmp_path, vocab_size=259), "<pad>"))
+    loop = DecodeLoop(target)
+    message = r"the prompt has token 259 \('<pad>'\), outside the model's vocabulary of 259; leave it out"
+    with pytest.raises(UnknownToken, match=message):
+        loop.open(target.encode("hi <pad>"), GenerationParams())
+    with pytest.raises(UnknownToken, match=r"the prompt has token 261, outside the model's vocabulary of 259"):
+        loop.open([5, 261], GenerationParams())
+    assert loop.complete(target.encode("hi"), GenerationParams(4)).output_ids
+
+
+def test_a_tokenizer_whose_ids_have_gaps_is_judged_by_its_ids(tmp_path):
+    folder = save_tiny(tmp_path)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["A"] = 300  # of as many tokens as before, fewer than the model's 288
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    target = load_target(folder)
+    assert target.tokens_beyond == {300: "A"}
+    with pytest.raises(UnknownToken, match=r"token 300 \('A'\)"):
+        DecodeLoop(target).open(target.encode("A"), GenerationParams())
+
+
+def test_an_end_token_that_the_model_can_not_say_ends_nothing_and_is_named(tmp_path, caplog):
+    folder = add_tokens(save_tiny(tmp_path, vocab_size=259), "<stop>")
+    edit_json(folder / "generation_config.json", eos_token_id=[END_TOKEN_ID, 259])
+    assert load_target(folder).end_token_ids == {END_TOKEN_ID}
+    assert "end token 259" not in caplog.text, "another one ends answers"
+    edit_json(folder / "generation_config.json", eos_token_id=259)
+    assert load_target(folder).end_token_ids == frozenset()
+    assert "the model can't say its end token 259 ('<stop>'); only max_new_tokens and stop strings end" in caplog.text
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -171,12 +231,6 @@ def add_tensor(folder: Path) -> None:
 
 def add_nan(folder: Path) -> None:
     edit_weights(folder, lambda weights: weights["model.layers.0.mlp.up_proj.weight"][0].fill_(float("nan")))
-
-
-def shrink_vocabulary(folder: Path) -> None:
-    edit_json(folder / "config.json", vocab_size=200)
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    edit_weights(folder, lambda weights: weights.update({name: weights[name][:200].clone() for name in names}))
 
 
 BROKEN = {
@@ -255,7 +309,6 @@ BROKEN = {
         r"/generation_config\.json: do_sample is 'false'; .* true",
     ),
     "no tokenizer": (remove("tokenizer.json"), FileNotFoundError, "holds no tokenizer"),
-    "small vocabulary": (shrink_vocabulary, ValueError, "the tokenizer has 259 tokens, the model only 200"),
 }
 
 

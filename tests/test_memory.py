@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rigs
 import torch
 from checkpoints import byte_tokenizer, save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import load_drafter
+from onlinespec.footprint import Beside, copies_of
+from onlinespec.learn import InlineLearning
+from onlinespec.methods import learner_of, parse
 from onlinespec.models import loading, memory
+from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import read_weights, tensor_shapes
 from onlinespec.models.decoder import Decoder
+from onlinespec.models.head_only import Ends
+from onlinespec.models.layer import LayerConfig
+from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack_half
 from onlinespec.models.loading import load_target
+from onlinespec.models.rope import Rope
 
 GIB = 1 << 30
 
@@ -195,3 +210,103 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(tmp_path, config,
     path, peak, estimated = done.stdout.split()
     assert path == ("own" if model is LlamaForCausalLM else "transformers")
     assert int(estimated) == pytest.approx(int(peak), rel=0.25)
+
+
+# --- beside the target: formulas against the tensors that are there ---------------------------------------------------
+
+
+WIDE = rigs.random_target(vocab=20_000)  # its head is twenty times the rest
+SHAPE = WIDE.decoder.config
+ROUNDS = "min_interval=4/max_interval=4/budget=inf/replay_every=0"
+
+
+def bytes_there() -> int:
+    """Of all tensors that Python knows of, each memory once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    packed = {id(t): 4 * t.numel() if t.dtype == torch.float32 else 2 * t.numel() for t in tensors if t.is_mkldnn}
+    plain = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_mkldnn}
+    return sum(packed.values()) + sum(plain.values())
+
+
+def decode(drafter, learning=None):
+    loop = DecodeLoop(WIDE, drafter, learning)
+    for i, sampling in enumerate([SamplingParams(), SamplingParams(1.0)] * 2):
+        ids = torch.randint(20_000, (200,), generator=torch.Generator().manual_seed(i)).tolist()
+        loop.complete(ids, GenerationParams(24, 2, sampling, seed=i))
+
+
+@pytest.fixture(params=[PlainLinear, HalfLinear], ids=["plain", "bfloat16"])
+def products(request, monkeypatch):
+    kind = request.param
+    if kind is HalfLinear and not can_pack_half():
+        pytest.skip("bfloat16 can't be packed here")
+    for module in ("drafters.eagle", "drafters.small_lm", "drafters.draft_model", "footprint"):
+        monkeypatch.setattr(f"onlinespec.{module}.draft_linear_for", lambda *_: kind)
+    return kind
+
+
+@pytest.mark.parametrize("name", ["eagle", "small_lm"])
+@pytest.mark.parametrize("method", ["online_gradient/geometry=diagonal", "optimistic", "ensemble"])
+def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_foretold(products, name, method):
+    decode(load_drafter(name, WIDE))  # first uses are not counted
+    told = Beside(name)(SHAPE, torch.float32, torch.device("cpu"))
+    before = bytes_there()
+    drafter = load_drafter(name, WIDE)
+    drafter._shortlist._num_seen = 10**6  # so that lists are drafted from
+    decode(drafter)
+    _ = drafter._shortlist.whole
+    assert bytes_there() - before == pytest.approx(told, rel=0.25)
+
+    config = parse(f"{method}/{ROUNDS}")
+    told_learning = Beside(name, [config])(SHAPE, torch.float32, torch.device("cpu")) - told
+    passing = 20_000 * 32 * (4 + 2) if products is HalfLinear else 0
+    before = bytes_there()
+    learning = InlineLearning(drafter, config=config)
+    decode(drafter, learning)
+    assert learning.num_rounds > 8
+    assert bytes_there() - before == pytest.approx(told_learning - passing, rel=0.35)
+
+
+def test_a_learning_process_is_foretold_its_copies_of_the_targets_ends():
+    shape, config = replace(SHAPE, vocab_size=128_256), LearnConfig()
+    thread, process = (
+        Beside("eagle", [config], place)(shape, torch.bfloat16, torch.device("cpu")) for place in ("thread", "process")
+    )
+    assert process - thread == 2 * 128_256 * 32 * 2
+
+
+def test_a_learning_process_keeps_the_targets_ends_once():
+    """The bytes that came are what its tensors lie over."""
+    ends = Ends.of(WIDE)
+    before = bytes_there()
+    target = ends.target()
+    assert bytes_there() - before == 2 * 20_000 * 32 * 4
+    data = (ends.embedding.data, ends.head.data)
+    for matrix, held in zip((target.decoder.embedding_VD, target.decoder.head_VD), data, strict=True):
+        assert matrix.numpy().__array_interface__["data"][0] == np.frombuffer(held, np.uint8).ctypes.data
+    assert torch.equal(target.decoder.head_VD, WIDE.decoder.head_VD)
+
+
+def test_an_8b_target_in_bfloat16_is_told_of_gigabytes_beside_it():
+    layer = LayerConfig(4096, 14_336, 32, 8, 128, 1e-5, Rope(5e5))
+    shape = ModelConfig(layer, 32, 128_256, 8192)
+    head = 128_256 * 4096 * 2
+    inline = Beside("eagle", [LearnConfig()])(shape, torch.bfloat16, torch.device("cpu"))
+    assert inline > head, "the gradient's way back through the head"
+    process = Beside("eagle", [LearnConfig()], "process")(shape, torch.bfloat16, torch.device("cpu"))
+    assert process - inline > 2 * head
+    assert Beside("ngram")(shape, torch.bfloat16, torch.device("cpu")) == 0
+
+
+def test_a_target_that_fits_alone_is_refused_where_its_drafter_does_not(folder, monkeypatch, no_reading):
+    give(monkeypatch, 10 * GIB)
+    with pytest.raises(ValueError, match=r"needs about 0\.0 GiB .*learning 11\.0 GiB more, 10\.0 GiB are"):
+        load_target(folder, beside=lambda *_: 11 * GIB)
+
+
+def test_learners_hold_the_copies_that_their_states_say():
+    assert copies_of(learner_of(parse("frozen"))) == 1
+    plain, adam = (copies_of(learner_of(parse(f"online_gradient/geometry={g}"))) for g in ("euclidean", "diagonal"))
+    assert adam == plain + 2, "two moments"
+    assert copies_of(learner_of(parse("ensemble"))) > 2 * copies_of(learner_of(parse("online_gradient")))

@@ -1,6 +1,7 @@
 """Positions in this file are those of tokens in a request's text, counted from 0."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ import peft
 import pytest
 import rigs
 import torch
-from checkpoints import save_tiny, tiny_model
+from checkpoints import add_tokens, save_tiny, tiny_model
 from rigs import hidden_states, other_weights, run_together
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,11 +22,12 @@ from onlinespec.drafters import load_drafter
 from onlinespec.drafters.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm import SmallLM
 from onlinespec.learn import InlineLearning
-from onlinespec.losses import auto, soft_cross_entropy
+from onlinespec.losses import LOSSES, auto, soft_cross_entropy
 from onlinespec.methods import parse
 from onlinespec.models.linear import PlainLinear, plain_product
 from onlinespec.models.loading import load_target
 from onlinespec.randomness import Noise, StepNoise
+from onlinespec.tables import resolve
 
 TARGET = rigs.random_target()
 TUNINGS = {"layers": Tuning("layers"), "all": Tuning("all"), "adapters": Tuning("adapters", rank=3, alpha=5.0)}
@@ -418,11 +420,112 @@ def test_a_tokenizer_that_differs_is_refused_by_its_first_difference(folders, ta
         load_drafter(other, target)
 
 
+def test_tokens_that_one_of_both_models_lacks_may_differ(tmp_path):
+    """Neither are they drafted, nor said by the target: a pad token added in fine-tuning, one that a class adds."""
+    target = load_target(save_tiny(tmp_path / "target", "qwen2", vocab_size=259))
+    drafter = load_drafter(add_tokens(save_tiny(tmp_path / "drafter", vocab_size=259), "<pad>"), target)
+    assert (target.tokens_beyond[259], drafter._tokenizer) == ("<|endoftext|>", target.tokenizer)
+    drafter.save(tmp_path / "saved")
+    assert load_drafter(tmp_path / "saved", target).weights.version == 0
+    wider = load_target(add_tokens(save_tiny(tmp_path / "wider", vocab_size=288), "<new>"))
+    assert load_drafter(tmp_path / "drafter", wider).weights.version == 0
+
+
 def test_a_model_without_a_tokenizer_is_refused(folders, target, tmp_path):
     other = shutil.copytree(folders / "qwen2", tmp_path / "other")
     (other / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer \(tokenizer.json"):
         load_drafter(other, target)
+
+
+# Vocabularies of another size than the target's
+
+
+def tempting_padding(folder, known):
+    """A draft model that scores its own padding highest, and all else so low that a row of zeros would be drafted."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][:] = 0
+    tensors["model.norm.weight"][0] = 1  # the state is one number, s ...
+    for name in [name for name in tensors if name.startswith("model.layers")]:
+        tensors[name] *= 0
+    tensors["model.embed_tokens.weight"][:, 0] = 3  # ... and that positive
+    head = tensors["lm_head.weight"]
+    head[:, 0] = -4 + 0.1 * torch.randn(len(head), generator=torch.Generator().manual_seed(0))
+    head[known:, 0] = 9
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+SIZES = {"narrow": 260, "wide": 320}
+
+
+def drafted_while_serving(drafter, target, monkeypatch, sampling, learns=True):
+    """All token ids that were drafted in some answers."""
+    drafted, propose = [], drafter.propose
+
+    def noting(*args):
+        draft = propose(*args)
+        for row, count in zip(draft.token_ids_BK.tolist(), draft.num_draft_tokens_B.tolist(), strict=True):
+            drafted.extend(row[:count])
+        return draft
+
+    monkeypatch.setattr(drafter, "propose", noting)
+    config = parse("online_gradient/min_interval=4/max_interval=4/budget=inf/step_size=0.01")
+    learning = InlineLearning(drafter, config=config) if learns else None
+    loop = DecodeLoop(target, drafter, learning)
+    for seed in range(3):
+        loop.complete(random_text(9, seed), GenerationParams(24, 3, sampling, seed=seed, ignore_end_tokens=True))
+    assert not learning or (learning.num_rounds >= 3 and not learning.is_frozen)
+    return drafted
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0), FLAT], ids=["greedy", "sampled", "flat"])
+@pytest.mark.parametrize("tuning", [None, *TUNINGS])
+@pytest.mark.parametrize("name", SIZES)
+def test_no_id_is_drafted_that_drafter_and_target_do_not_both_know(
+    tmp_path, target, monkeypatch, name, tuning, sampling
+):
+    folder = tempting_padding(save_tiny(tmp_path / name, vocab_size=SIZES[name]), known=min(SIZES[name], 288))
+    drafter = load_drafter(folder, target, tuning=TUNINGS.get(tuning))
+    drafted = drafted_while_serving(drafter, target, monkeypatch, sampling, learns=tuning is not None)
+    assert drafted
+    assert max(drafted) < min(SIZES[name], 288)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("row_loss", [resolve(LOSSES, name, "loss") for name in LOSSES])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_whose_token_the_drafter_lacks_are_not_learned_from(folders, target, tuning, row_loss, temperature):
+    drafter = load_drafter(folders / "narrow", target, tuning=TUNINGS[tuning])
+    text = random_text(20)
+    text[16] = 277  # committed at row 15
+    trace = trace_of(text, target)
+
+    def loss_of(records):
+        params = {n: p.clone().requires_grad_() for n, p in drafter.weights.params.items()}
+        batch = drafter.batch([replace(one, temperature=temperature) for one in records])
+        loss = drafter.loss(params, batch, row_loss)
+        loss.total.backward()
+        return loss, {n: p.grad for n, p in params.items()}
+
+    whole, grads = loss_of([record(trace, 12, 7)])
+    assert math.isfinite(whole.fresh)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert whole.num_rows == 6
+    (one, _), (six, _) = loss_of([record(trace, 12, 3)]), loss_of([record(trace, 12, 3), record(trace, 16, 3)])
+    assert one.num_rows == 3
+    assert whole.fresh == pytest.approx(six.fresh, rel=1e-4)
+    assert drafter.batch([record(trace, 15, 1)]) == []
+
+
+def test_what_a_drafter_lacks_has_no_share_in_its_labels(folders, target):
+    drafter, trace = load_drafter(folders / "narrow", target), trace_of(random_text(20), target)
+    ((logits, rows),) = drafter.rows([drafter.weights.params], drafter.batch([record(trace, 12, 5)]))
+    assert logits.shape[-1] == rows.probs_NV.shape[-1] == 288
+    assert not rows.probs_NV[:, 260:].any()
+    torch.testing.assert_close(rows.probs_NV.sum(-1), torch.ones(5))
+    assert not logits.softmax(-1)[..., 260:].any()
 
 
 # Families that only transformers runs

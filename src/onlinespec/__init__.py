@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from onlinespec.compare import Comparing, Comparison
     from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
-    from onlinespec.decode import ContextOverflow, DecodeLoop, Request
+    from onlinespec.decode import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
     from onlinespec.distill import Distillation, Distilling
     from onlinespec.drafters import DRAFTERS, load_drafter
     from onlinespec.drafters.base import Drafter
@@ -27,7 +27,7 @@ _MODULES = {
     "compare": ("Comparing", "Comparison"),
     "config": ("GenerationParams", "LearnConfig", "SamplingParams", "Tuning"),
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
-    "decode": ("ContextOverflow", "DecodeLoop", "Request"),
+    "decode": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),
     "distill": ("Distillation", "Distilling"),
     "drafters": ("DRAFTERS", "load_drafter"),
     "drafters.base": ("Drafter",),
@@ -67,6 +67,8 @@ __all__ = [
     "SamplingParams",
     "Target",
     "Tuning",
+    "UnfitPrompt",
+    "UnknownToken",
     "Verdict",
     "load_drafter",
     "load_target",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Feedback, Trace
-from onlinespec.decode import ContextOverflow, DecodeLoop, Request
+from onlinespec.decode import DecodeLoop, Request, UnfitPrompt
 from onlinespec.models.loading import Target
 from onlinespec.recording import Recorded
 from onlinespec.workloads import Prompt
@@ -149,13 +149,13 @@ class Answers:
     def _started(
         self, loop: DecodeLoop, prompts: Sequence[Prompt], params: Sequence[GenerationParams]
     ) -> list[Request]:
-        """Requests of a shard; prompts without room for an answer are left out."""
+        """Requests of a shard; prompts that don't fit the target are left out."""
         requests = []
         for prompt, its_params in zip(prompts, params, strict=True):
             try:
                 ids = self._target.encode(prompt.text)
                 requests.append(loop.start(ids, its_params, request_id=prompt.id, domain=prompt.domain))
-            except ContextOverflow:
+            except UnfitPrompt:
                 continue
         return requests
 

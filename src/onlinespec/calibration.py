@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
+from onlinespec.models.clock import Clock, HostClock, clock_for
 from onlinespec.models.loading import Target
 from onlinespec.step_costs import StepCosts, profile
 
@@ -63,12 +63,13 @@ class _Timing(InlineLearning):
     """Learning that keeps the time of each round, with what led up to it since the last one; it never moves."""
 
     rounds: tuple[_Round, ...] = ()
+    clock: Clock = HostClock()
     _seconds = 0.0
 
     def offer(self, feedback: Sequence[Feedback]) -> None:
-        began, rows, work = time.perf_counter(), self.num_rows, self.work
+        began, rows, work = self.clock.mark(), self.num_rows, self.work
         super().offer(feedback)
-        self._seconds += time.perf_counter() - began
+        self._seconds += self.clock.seconds(began, self.clock.mark())
         if self.work > work:
             self.rounds = (*self.rounds, _Round(self.num_rows - rows, self._seconds / (self.work - work)))
             self._seconds = 0.0
@@ -83,6 +84,7 @@ def _timed(
         telemetry=False, round_cost=1.0, row_cost=1e-9,
     )  # fmt: skip
     learning = _Timing(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
+    learning.clock = clock_for(target.decoder.device)
     loop = DecodeLoop(target, drafter, learning)
     params = GenerationParams(_ANSWER_TOKENS, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
     prompt_ids = target.encode(_PROMPT)[: target.decoder.config.max_positions // 2]
@@ -117,6 +119,7 @@ def _middle(rounds: list[_Round], step_seconds: float) -> tuple[float, float]:
 _DEPTHS = (0, 1, 2, 4, 8, 16)
 _STEPS_OF_A_SHAPE = 4
 _ROOM = 600  # tokens that a request of the measurement may come to, beside its prompt
+_LEAST_ROOM = 4 * MAX_DRAFT_TOKENS  # a shape takes two steps, of MAX_DRAFT_TOKENS + 1 tokens at most
 
 
 def measure_step_costs(
@@ -125,15 +128,29 @@ def measure_step_costs(
     max_running: int,
     max_draft_tokens: int,
     sampling: SamplingParams | None = None,
+    max_bytes: float = math.inf,
 ) -> StepCosts:
     """What steps of every shape cost on this machine, as far as `max_running` requests that draft `max_draft_tokens`.
 
     Decodes for some seconds; nothing of it is learned, and the drafter's weights are left alone.
+
+    Args:
+        max_bytes: What the requests of the measurement may hold together, counted by `DecodeLoop.num_bytes` as a
+            scheduler counts. Where it is short, they are shorter, as requests must be that run together then; and
+            fewer, where they could not decode any more.
+
+    Raises:
+        ValueError: if max_bytes does not hold one request that could be measured.
     """
     loop = DecodeLoop(target, drafter)
     context = target.decoder.config.max_positions
     prompt_ids = target.encode(_PROMPT)[: max(1, min(context // 2, context - _ROOM))]
     params = GenerationParams(_ROOM, MAX_DRAFT_TOKENS, sampling or SamplingParams(), ignore_end_tokens=True)
+    largest = loop.open(prompt_ids, params)
+    max_running, num_tokens = _that_fit(largest.max_tokens, max_running, max_bytes, loop.num_bytes(largest))
+    if num_tokens < largest.max_tokens:
+        room = max(_LEAST_ROOM, _ROOM * num_tokens // largest.max_tokens)
+        prompt_ids, params = prompt_ids[: num_tokens - room], replace(params, max_new_tokens=room)
 
     def started(seed: int) -> Request:
         return loop.start(prompt_ids, replace(params, seed=seed), learns=False)
@@ -142,7 +159,7 @@ def measure_step_costs(
 
     def measure(batch: int, depth: int) -> tuple[float, float]:
         for i, request in enumerate(requests[:batch]):
-            if request.max_tokens - len(request.trace.token_ids) < 4 * MAX_DRAFT_TOKENS:  # it nears its end
+            if request.max_tokens - len(request.trace.token_ids) < _LEAST_ROOM:  # it nears its end
                 loop.finish(request)
                 requests[i] = started(i)
         chosen = requests[:batch]
@@ -157,6 +174,26 @@ def measure_step_costs(
     finally:
         for request in requests:
             loop.finish(request)
+
+
+def _that_fit(num_tokens: int, max_running: int, max_bytes: float, num_bytes: int) -> tuple[int, int]:
+    """How many requests fit into a budget, and of how many tokens each.
+
+    Args:
+        num_bytes: Of a request of `num_tokens`; others take as much for each of their tokens.
+    """
+    if max_running * num_bytes <= max_bytes:
+        return max_running, num_tokens
+    tokens, least = int(max_bytes * num_tokens / num_bytes), min(num_tokens, _LEAST_ROOM + 1)
+    if tokens < least:
+        needed = math.ceil(least * num_bytes / num_tokens)
+        raise ValueError(
+            f"requests that run together may take {max_bytes / 1e6:g} MB, and one of {least} tokens, the shortest that "
+            f"steps can be measured with, takes {needed / 1e6:.2g} MB; raise --cache-megabytes, or give "
+            "--fixed-draft-length, which measures nothing"
+        )
+    fitting = min(max_running, tokens // least)
+    return fitting, tokens // fitting
 
 
 def _few(batches: Sequence[int]) -> list[int]:

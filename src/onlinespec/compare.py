@@ -22,7 +22,7 @@ import torch
 from onlinespec.calibration import measure_costs
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats
-from onlinespec.decode import ContextOverflow, DecodeLoop, Request
+from onlinespec.decode import DecodeLoop, Request, UnfitPrompt
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
@@ -238,7 +238,7 @@ class Comparing:
         return prompts
 
     def _request(self, segment: int, index: int, prompt: Prompt) -> dict[str, float]:
-        """One prompt through every run, each time another one first; skipped by all if it is too long."""
+        """One prompt through every run, each time another one first; skipped by all if it does not fit the target."""
         prompt_ids = self.target.encode(prompt.text)
         shift = index % len(self._group)
         answers: dict[str, Request] = {}
@@ -248,8 +248,8 @@ class Comparing:
                 answers[runner.learner] = runner.loop.complete(
                     prompt_ids, params, request_id=prompt.id, domain=prompt.domain
                 )
-            except ContextOverflow as overflow:
-                log.info("%s is skipped: %s", prompt.id, overflow)
+            except UnfitPrompt as reason:
+                log.info("%s is skipped: %s", prompt.id, reason)
                 runner.stats[-1].append(DecodeStats(skipped=1))
         records = [
             self._record(runner, segment, index, prompt, answers[runner.learner], answers.get(NONE))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -50,8 +50,16 @@ class Learning(Protocol):
         """Learning may take this share of time from now on."""
 
 
-class ContextOverflow(ValueError):
+class UnfitPrompt(ValueError):
+    """A prompt that this target can't answer, though it can others: a stream of prompts leaves it out."""
+
+
+class ContextOverflow(UnfitPrompt):
     """The prompt leaves no room in the target's context."""
+
+
+class UnknownToken(UnfitPrompt):
+    """The prompt has a token that the model has no row for: its tokenizer may have more tokens than it."""
 
 
 @dataclass(eq=False)
@@ -78,6 +86,7 @@ class Request:
     is_drafting: bool = False  # the drafter follows it
     is_plain: bool = False  # goes on without a drafter, because drafting for it failed
     num_faults: int = 0  # steps in a row whose logits were broken; after one, the next drafts nothing
+    prompt_text: PromptText | None = None  # of a prompt that is being read, where prefixes are kept
 
     @property
     def output_ids(self) -> list[int]:
@@ -181,6 +190,7 @@ class DecodeLoop:
         Raises:
             ValueError: if the prompt is empty.
             ContextOverflow: if it leaves no room for a token in the target's context.
+            UnknownToken: if it has a token outside the target's vocabulary.
         """
         request = self.open(prompt_ids, params, **tags)
         try:
@@ -204,7 +214,7 @@ class DecodeLoop:
         """A request that takes no memory yet; of all methods the one that any thread may call.
 
         Raises:
-            ValueError, ContextOverflow: as `start`.
+            ValueError, ContextOverflow, UnknownToken: as `start`.
         """
         config = self.target.decoder.config
         context, vocab_size = config.max_positions, config.vocab_size
@@ -215,8 +225,12 @@ class DecodeLoop:
                 f"the prompt has {len(prompt_ids)} tokens, the target's context {context}: "
                 "no room for an answer; shorten it"
             )
-        if not all(0 <= i < vocab_size for i in prompt_ids):
-            raise ValueError(f"the prompt has token ids outside the target's vocabulary of {vocab_size}")
+        for i in prompt_ids:
+            if not 0 <= i < vocab_size:
+                name = f" ({self.target.tokens_beyond[i]!r})" if i in self.target.tokens_beyond else ""
+                raise UnknownToken(
+                    f"the prompt has token {i}{name}, outside the model's vocabulary of {vocab_size}; leave it out"
+                )
         max_tokens = min(len(prompt_ids) + params.max_new_tokens, context)
         return Request(
             params=params,
@@ -333,7 +347,7 @@ class DecodeLoop:
     def _pieces(self, requests: Sequence[Request], max_tokens: int) -> list[tuple[Request, int]]:
         """How much of each prompt is read now; nothing of one that is known to its end."""
         pieces: list[tuple[Request, int]] = []
-        nexts: set[PromptText] = set()
+        nexts: set[Hashable] = set()
         for request in requests:
             self._recall(request)
             following = self._next_block(request)
@@ -355,17 +369,19 @@ class DecodeLoop:
         for (request, _), rows_ND in zip(read, output.hidden_states_ND.split(counts), strict=True):
             _append_features(request.trace, rows_ND)
 
-    def _next_block(self, request: Request) -> PromptText | None:
-        """What others could take over, once it is read; None for less than a block."""
+    def _next_block(self, request: Request) -> Hashable | None:
+        """The key of what others could take over, once it is read; None for less than a block."""
         if not self.prefixes or request.num_unread < PAD:
             return None
-        whole = self._text_of(request)
-        return PromptText(whole.token_ids[: request.trace.num_features + PAD], whole.scope)
+        return self._text_of(request).key(request.trace.num_features // PAD)
 
     def _text_of(self, request: Request) -> PromptText:
-        length = self.target.decoder.config.layer.rope.length_of(request.max_tokens)
-        ids = tuple(request.trace.token_ids[: request.num_prompt_tokens - 1])
-        return PromptText(ids, (request.tenant, length))
+        """What of a prompt can be shared; made when it is first asked for, and kept while the prompt is read."""
+        if request.prompt_text is None:
+            length = self.target.decoder.config.layer.rope.length_of(request.max_tokens)
+            ids = request.trace.token_ids[: request.num_prompt_tokens - 1]
+            request.prompt_text = PromptText(ids, (request.tenant, length))
+        return request.prompt_text
 
     def _recall(self, request: Request) -> None:
         """Takes over what is known of the rest of a prompt."""
@@ -379,6 +395,8 @@ class DecodeLoop:
         if self.prefixes:
             trace = request.trace
             self.prefixes.store(self._text_of(request), self._cache, request.slot, trace.hidden_states_SD)
+            if not request.num_unread:
+                request.prompt_text = None
 
     def _begin_drafting(self, request: Request) -> None:
         if not self.drafter or request.is_plain:
@@ -607,7 +625,8 @@ def _piece(request: Request, max_tokens: int) -> int:
 
 def _unread(request: Request, count: int) -> list[int]:
     """The next tokens of its prompt."""
-    return request.trace.token_ids[request.trace.num_features :][:count]
+    first = request.trace.num_features
+    return request.trace.token_ids[first : first + count]
 
 
 def _spread(draft: Draft, places: Sequence[int], size: int) -> Draft:

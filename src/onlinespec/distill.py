@@ -151,7 +151,7 @@ class Outcome:
     scores: tuple[Score, ...]  # before, and after every epoch
     best: Score
     num_prompts: int
-    num_skipped: int  # longer than the context
+    num_skipped: int  # that do not fit the target: longer than its context, or with tokens that it lacks
     num_repeated: int  # word for word as an earlier one
     num_tokens: int  # of all answers
     num_held_out: int
@@ -361,7 +361,7 @@ class Distilling:
         needed = num_held_out + self.settings.batch_requests
         if count < needed:
             raise ValueError(
-                f"{count} prompts were answered ({self._answers.num_skipped} were longer than the context), at least "
+                f"{count} prompts were answered ({self._answers.num_skipped} did not fit the target), at least "
                 f"{needed} are needed, {num_held_out} of them to measure on; give more data, or a larger --num-requests"
             )
         held_out = sorted(Random(f"holdout/{self.settings.seed}").sample(range(count), num_held_out))

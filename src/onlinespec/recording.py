@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats, Feedback, Trace
-from onlinespec.decode import ContextOverflow, DecodeLoop, Learning, step_stats
+from onlinespec.decode import DecodeLoop, Learning, UnfitPrompt, step_stats
 from onlinespec.drafters.base import Drafter
 from onlinespec.host import to_host
 from onlinespec.models.loading import Target
@@ -47,13 +47,13 @@ class Recorded:
 
 
 def record(target: Target, prompts: Iterable[Prompt], params: GenerationParams, seed: int = 0) -> Iterator[Recorded]:
-    """Answers prompts by plain decoding; those longer than the context are left out."""
+    """Answers prompts by plain decoding; those that do not fit the target are left out."""
     loop = DecodeLoop(target)
     for i, prompt in enumerate(prompts):
         own = GenerationParams(params.max_new_tokens, 0, params.sampling, seed=seed * 1_000_003 + i)
         try:
             request = loop.complete(target.encode(prompt.text), own)
-        except ContextOverflow:
+        except UnfitPrompt:
             continue
         yield Recorded(
             id=prompt.id,

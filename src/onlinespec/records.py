@@ -22,7 +22,7 @@ class Totals(Struct, frozen=True, kw_only=True):
     """What was counted over some requests; `core.DecodeStats` says how the ratios are formed."""
 
     requests: int
-    skipped: int  # prompts longer than the context; not among the requests
+    skipped: int  # prompts that do not fit the target, mostly longer than its context; not among the requests
     tokens: int
     steps: int
     acceptance_length: float

@@ -12,6 +12,7 @@ from onlinespec.compare import why_not_writable
 from onlinespec.config import LearnConfig
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.footprint import Beside
 from onlinespec.learners import LEARNERS
 from onlinespec.losses import LOSSES
 from onlinespec.methods import PRESETS, learner_of, parse
@@ -26,10 +27,10 @@ def use(machine: Machine) -> None:
     torch.set_num_threads(machine.num_threads)
 
 
-def load(name: str, machine: Machine) -> Target:
-    """The target, with a sign of life in a terminal while it is read."""
+def load(name: str, machine: Machine, beside: Beside) -> Target:
+    """The target, if it fits into memory with what is to stand beside it, with a sign of life while it is read."""
     with err.status(f"loading {name}"):
-        return load_target(name, machine.device, machine.dtype)
+        return load_target(name, machine.device, machine.dtype, beside=beside)
 
 
 def checked_learner(line: str, learning: Learning, also: tuple[str, ...] = ()) -> LearnConfig:

@@ -13,7 +13,8 @@ from onlinespec.cli.arguments import Compare, Demo
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
-from onlinespec.compare import NONE, Comparing, Comparison, check_results_folder
+from onlinespec.compare import FROZEN, NONE, Comparing, Comparison, check_results_folder
+from onlinespec.footprint import Beside
 from onlinespec.models.loading import Target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
@@ -67,7 +68,9 @@ def compare(command: Compare) -> int:
     for name in learners:
         if name != NONE:
             check_save(command.save and folder_for(command.save, name))
-    return _run(load(command.target, command.machine), comparison, folder, command.save)
+    learning = [checked_learner(name, command.learning) for name in learners if name not in (NONE, FROZEN)]
+    beside = Beside(command.drafter_name, learning, num_drafters=sum(name != NONE for name in learners))
+    return _run(load(command.target, command.machine, beside), comparison, folder, command.save)
 
 
 @interrupts_raised()
@@ -102,7 +105,8 @@ def _show(report: Report, folder: Path) -> None:
     out.print(table if _fits(table) else _as_list(table))
     skipped = max((run.totals.skipped for run in report.runs), default=0)
     if skipped:
-        out.print(f"{skipped} prompts were longer than the target's context, and skipped in every run", highlight=False)
+        told = f"{skipped} prompts don't fit the target (longer than its context, or with tokens it lacks)"
+        out.print(f"{told}, and were skipped in every run", highlight=False, soft_wrap=True)
     out.print(f"the page:    {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from onlinespec.cli.arguments import Distill
 from onlinespec.cli.checks import check_parent, load, use
 from onlinespec.cli.terminal import err, interrupts_raised, out
-from onlinespec.config import Tuning
+from onlinespec.config import LearnConfig, Tuning
 from onlinespec.distill import Distillation, Distilling, Outcome, Progress, Score
+from onlinespec.footprint import Beside
 
 _SECONDS_BETWEEN_LINES = 15.0
 _ENDS = {
@@ -46,7 +47,10 @@ def distill(command: Distill) -> int:
         seed=command.machine.seed,
     )
     check_parent(command.out, "--out")
-    return _run(command, Distilling(load(command.target, command.machine), settings, command.out, command.restart))
+    beside = Beside(command.drafter, [LearnConfig(geometry="diagonal")])  # trained by Adam
+    return _run(
+        command, Distilling(load(command.target, command.machine, beside), settings, command.out, command.restart)
+    )
 
 
 @interrupts_raised()
@@ -73,7 +77,10 @@ def _show(command: Distill, outcome: Outcome) -> None:
         mark = " (saved)" if score == outcome.best else ""
         table.add_row(_when(score) + mark, f"{score.acceptance_length:.2f}", f"{score.loss:.2f}")
     out.print(table)
-    left_out = {"skipped as too long": outcome.num_skipped, "left out as repetitions": outcome.num_repeated}
+    left_out = {
+        "skipped, too long or with tokens the target lacks": outcome.num_skipped,
+        "left out as repetitions": outcome.num_repeated,
+    }
     told = "".join(f", {count} {why}" for why, count in left_out.items() if count)
     answering, training = outcome.seconds["answering"], outcome.seconds["training"]
     for line in (

@@ -12,6 +12,7 @@ from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
+from onlinespec.footprint import Beside
 from onlinespec.learn import InlineLearning
 from onlinespec.losses import told
 from onlinespec.models.loading import Target
@@ -29,7 +30,8 @@ def generate(command: Generate) -> int:
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
         raise ValueError("the prompt is not UTF-8 text; convert it first")
 
-    target = load(command.target, command.machine)
+    learners = [config] if config.learner != FROZEN else []
+    target = load(command.target, command.machine, Beside(command.drafter_name, learners))
     drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
     if config.learner != FROZEN and not drafter.is_trainable:
         raise ValueError(f"drafter {command.drafter_name} does not learn; leave out --learner {command.learner}")

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
 from onlinespec.calibration import measure_step_costs
 from onlinespec.cli.arguments import Serve
@@ -25,6 +27,7 @@ from onlinespec.core import DrafterWeights
 from onlinespec.decode import DecodeLoop, Learning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
+from onlinespec.footprint import Beside
 from onlinespec.learn import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache
@@ -60,7 +63,7 @@ def serve(command: Serve) -> int:
     if command.reset_drafter and not command.versions:
         raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
     with listening(command.host, command.port) as door, _held(command.versions):
-        target = load(command.target, command.machine)
+        target = load(command.target, command.machine, _beside(command, config))
         drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
         config = _learner(command, config, drafter)
         if command.versions and drafter.is_trainable:
@@ -130,7 +133,8 @@ def _control(command: Serve, target: Target, drafter: Drafter, limits: Limits) -
         return None
     with err.status("measuring what steps cost"):
         sampling = command.defaults(target.sampling).sampling
-        costs = measure_step_costs(target, drafter, limits.max_running, most, sampling)
+        max_bytes = limits.cache_megabytes * 1e6
+        costs = measure_step_costs(target, drafter, limits.max_running, most, sampling, max_bytes)
     return Controller(costs, most, command.learning.learn_budget)
 
 
@@ -156,6 +160,13 @@ def _learning(command: Serve, config: LearnConfig, target: Target, drafter: Draf
         yield learning
     finally:
         learning.stop()
+
+
+def _beside(command: Serve, config: LearnConfig) -> Beside:
+    """What there will be memory needed for beside the target, of which nothing is known yet."""
+    is_learning = config.learner != FROZEN and command.decoding.num_draft_tokens > 0
+    place = command.learn_in or ("process" if torch.device(command.machine.device).type == "cpu" else "thread")
+    return Beside(command.drafter_name, [config] * is_learning, "" if place == "inline" else place)
 
 
 def _place(command: Serve, config: LearnConfig, target: Target) -> str:

@@ -18,7 +18,9 @@ from torch import Tensor
 from onlinespec.config import SamplingParams, Tuning
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params
 from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.models.base import ModelConfig
 from onlinespec.models.loading import Target
+from onlinespec.models.memory import DrafterSize
 from onlinespec.randomness import StepNoise
 
 
@@ -159,6 +161,12 @@ class Drafter(ABC):
         A depth's rows are those that a draft of such a length reaches.
         """
         raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
+
+    @classmethod
+    def size(cls, folder: Path | None, target: ModelConfig) -> DrafterSize | None:
+        """How large a saved drafter is, or a fresh one if there is no folder, without reading weights; None where that
+        is not worth counting."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """What `inspect` prints of it."""

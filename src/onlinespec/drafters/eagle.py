@@ -10,6 +10,7 @@ Reference: EAGLE, arXiv:2401.15077; file layout as other engines read it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +25,8 @@ from onlinespec.drafters.headed import Headed
 from onlinespec.drafters.shortlist import Shortlist
 from onlinespec.drafters.spans import Layout
 from onlinespec.host import to_device
-from onlinespec.models.checkpoint import check_tensors, read_weights
+from onlinespec.models.base import ModelConfig
+from onlinespec.models.checkpoint import check_tensors, read_weights, tensor_shapes
 from onlinespec.models.families import rope_in
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
@@ -47,6 +49,7 @@ from onlinespec.models.linear import (
     plain_product,
 )
 from onlinespec.models.loading import Target
+from onlinespec.models.memory import DrafterSize
 from onlinespec.models.rope import RotaryTables
 
 _LAYER = "layers.0."
@@ -104,31 +107,14 @@ class Eagle(Headed):
 
     @classmethod
     def fresh(cls, target: Target, seed: int = 0) -> Self:
-        shape = target.decoder.config
-        layer = shape.layer
-        config = {
-            "architectures": ["EagleLlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": layer.hidden_size,
-            "intermediate_size": layer.intermediate_size,
-            "num_hidden_layers": 1,
-            "num_attention_heads": layer.num_heads,
-            "num_key_value_heads": layer.num_kv_heads,
-            "head_dim": layer.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": layer.rms_norm_eps,
-            "rope_theta": layer.rope.theta,
-            "vocab_size": shape.vocab_size,
-            "max_position_embeddings": shape.max_positions,
-            "bias": False,
-            "torch_dtype": "float32",
-        }
+        config = _fresh_config(target.decoder.config)
         generator = torch.Generator().manual_seed(seed)
         params = {
             name: torch.ones(dims) if len(dims) == 1 else torch.randn(dims, generator=generator) * 0.02
             for name, dims in _param_shapes(config).items()
         }
-        params["fc.weight"][:, layer.hidden_size :] += torch.eye(layer.hidden_size)  # start from the state itself
+        hidden_size = target.decoder.config.layer.hidden_size
+        params["fc.weight"][:, hidden_size:] += torch.eye(hidden_size)  # start from the state itself
         return cls(target, config, {name: p.to(target.decoder.device) for name, p in params.items()})
 
     @classmethod
@@ -158,6 +144,12 @@ class Eagle(Headed):
         tensors = {name: p.to(self._dtype) for name, p in self.weights.params.items()} | self._extra
         side = self.side(target_fingerprint=self._fingerprint)
         write_drafter(folder, self.config, tensors, self.weights.version, side)
+
+    @classmethod
+    def size(cls, folder: Path | None, target: ModelConfig) -> DrafterSize:
+        shapes = tensor_shapes(folder) if folder else _param_shapes(_fresh_config(target))
+        count = sum(math.prod(dims) for dims in shapes.values())
+        return DrafterSize(count, count)
 
     # --- drafting -----------------------------------------------------------------------------------------------
 
@@ -231,6 +223,27 @@ class Eagle(Headed):
         turns_CR = turns_at(rows.context_positions_C, self._layer_config, rows.context_capacities_C)
         keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, turns_CR, self._product)
         return Seen(*keys_values, rows.is_visible_NC)
+
+
+def _fresh_config(shape: ModelConfig) -> dict[str, Any]:
+    layer = shape.layer
+    return {
+        "architectures": ["EagleLlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": layer.rms_norm_eps,
+        "rope_theta": layer.rope.theta,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_positions,
+        "bias": False,
+        "torch_dtype": "float32",
+    }
 
 
 def _fuse(params: Params, embedded_ND: Tensor, states_ND: Tensor, product: Product) -> Tensor:

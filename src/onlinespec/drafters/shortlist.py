@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onlinespec.host import to_device
-from onlinespec.models.linear import FrozenProduct, MakeLinear
+from onlinespec.models.linear import FrozenProduct, Linear, MakeLinear
 
 Ids = NDArray[np.int64]
 Counts = NDArray[np.float64]
@@ -33,6 +33,12 @@ _LEAST_SIZE = 1024
 _SHARE = 16  # of the vocabulary one token in so many, once that is more
 _COLD = 2  # times as many tokens as the list holds must have been seen
 _DECAY = 0.95  # of counts, from one request to the next
+_NEVER = -1e30  # below every score, and finite: a label of 0 times it is 0 and not NaN
+
+
+def list_size(vocab_size: int) -> int:
+    """Tokens on a list, if its maker does not say."""
+    return max(_LEAST_SIZE, vocab_size // _SHARE)
 
 
 class Listed:
@@ -63,7 +69,7 @@ class Shortlist:
     """The tokens that weigh most in a decaying count of what was seen.
 
     Args:
-        head_VD: The drafter's.
+        head_VD: The drafter's. Where the target has more tokens than rows here, those are never listed, nor drafted.
         size: How many tokens; by default 1,024 or a sixteenth of the vocabulary.
         labels_VD: The target's head, where it is another.
     """
@@ -76,10 +82,11 @@ class Shortlist:
         self._head_VD, self._make_linear = head_VD, make_linear
         self._labels_VD = head_VD if labels_VD is None else labels_VD
         V = len(head_VD)
-        self._size = min(V, size or max(_LEAST_SIZE, V // _SHARE))
+        self._num_lacking = len(self._labels_VD) - V  # tokens of the target that there is no row for
+        self._size = min(V, size or list_size(V))
         # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
         self._unseen_V = np.linspace(1e-6, 0, V)
-        self._counts_V = np.zeros(V)
+        self._counts_V = np.zeros(len(self._labels_VD))
         self._noted: list[int] = []  # tokens that `_counts_V` does not have yet
         self._num_seen = 0
         self._chosen: Listed | None = None
@@ -91,9 +98,26 @@ class Shortlist:
         return self._head_VD.dtype
 
     @cached_property
-    def whole(self) -> FrozenProduct:
+    def whole(self) -> Linear:
         """The head for the whole vocabulary; made when a cold list, or a batch that the list can't hold, asks."""
-        return FrozenProduct(self._head_VD, self._make_linear)
+        product = FrozenProduct(self._head_VD, self._make_linear)
+        return (lambda x_ND: self.widened(product(x_ND))) if self._num_lacking else product
+
+    def widened(self, logits_V: Tensor) -> Tensor:
+        """Logits over the target's vocabulary: tokens that there is no row for score so low that none is ever drafted,
+        whatever noise is added."""
+        return F.pad(logits_V.float(), (0, self._num_lacking), value=_NEVER) if self._num_lacking else logits_V
+
+    def can_draft(self, token_id: int) -> bool:
+        """Whether there is a row for one of the target's tokens."""
+        return token_id < len(self._head_VD)
+
+    def narrowed(self, probs_NV: Tensor) -> Tensor:
+        """The target's rows with nothing on tokens that can't be drafted, and the rest made whole: labels."""
+        if not self._num_lacking:
+            return probs_NV
+        known_NV = probs_NV[..., : len(self._head_VD)]
+        return F.pad(known_NV / known_NV.sum(-1, keepdim=True), (0, self._num_lacking))
 
     def use(self, head_VD: Tensor) -> None:
         """Another head for the same tokens: a drafter's whose head learns."""
@@ -142,7 +166,8 @@ class Shortlist:
 
     def _choose(self, weights_V: Counts) -> Listed:
         """Rows of the head are copied only if the choice differs from the last one."""
-        order_V = np.argpartition(-(weights_V + self._unseen_V), self._size - 1)
+        known_V = weights_V[: len(self._unseen_V)] + self._unseen_V
+        order_V = np.argpartition(-known_V, self._size - 1)
         chosen = np.sort(order_V[: self._size])
         if self._chosen is not None and np.array_equal(chosen, self._chosen.token_ids):
             return self._chosen

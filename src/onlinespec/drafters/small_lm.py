@@ -11,28 +11,30 @@ Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, Tuning
-from onlinespec.core import DrafterWeights, Params
+from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters import adapters
 from onlinespec.drafters.draft_model import DraftModel, HFDraftModel, OwnDraftModel
 from onlinespec.drafters.formats import read_side, write_drafter
 from onlinespec.drafters.headed import Head, Headed, draft_dtype_for
 from onlinespec.drafters.shortlist import Listed, Shortlist
-from onlinespec.drafters.spans import Layout
+from onlinespec.drafters.spans import Layout, Span, spans_of
 from onlinespec.host import to_device
+from onlinespec.losses import TargetRows
 from onlinespec.models.base import ModelConfig
-from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, weight_files
+from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, tensor_shapes, weight_files
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
 from onlinespec.models.loading import Target, read_hf_model, read_model, read_tokenizer
+from onlinespec.models.memory import DrafterSize
 from onlinespec.models.rope import Rope
 
 if TYPE_CHECKING:
@@ -88,8 +90,7 @@ class SmallLM(Headed):
         """The target's own embedding and head around two untrained layers of its size."""
         model = target.decoder
         is_tied = model.head_VD.data_ptr() == model.embedding_VD.data_ptr()
-        layer = replace(model.config.layer, rope=Rope(model.config.layer.rope.theta))  # it learns unscaled positions
-        shape = ModelConfig(layer, _FRESH_LAYERS, model.config.vocab_size, model.config.max_positions)
+        shape = _fresh_shape(model.config)
         generator = torch.Generator().manual_seed(seed)
         weights = {
             name: torch.ones(dims) if len(dims) == 1 else torch.randn(dims, generator=generator) * 0.02
@@ -140,6 +141,19 @@ class SmallLM(Headed):
         params = adapters.read(folder, drafter._weights, drafter._tuning)
         drafter.swap(DrafterWeights(params, int(side.get("weights_version", 0))))
         return drafter
+
+    @classmethod
+    def size(cls, folder: Path | None, target: ModelConfig) -> DrafterSize:
+        if folder is None:
+            layers = sum(math.prod(dims) for dims in _fresh_shapes(_fresh_shape(target)).values())
+            width = target.layer.hidden_size
+            return DrafterSize(layers + 2 * target.vocab_size * width, layers, width)
+        if adapters.is_in(folder):
+            folder = find_folder(adapters.base_of(read_json(folder / adapters.CONFIG), folder))
+        sizes = {name: math.prod(dims) for name, dims in tensor_shapes(folder).items()}
+        matrices = {name: dims[-1] for name, dims in tensor_shapes(folder).items() if _is_of_vocabulary(name)}
+        layers = sum(count for name, count in sizes.items() if name not in matrices)
+        return DrafterSize(sum(sizes.values()), layers, max(matrices.values(), default=target.layer.hidden_size))
 
     def save(self, folder: Path) -> None:
         version, params = self.weights.version, self.weights.params
@@ -197,9 +211,8 @@ class SmallLM(Headed):
         self.weights = weights
 
     def _fitted(self, head_VD: Tensor) -> Tensor:
-        """A head cut to the target's tokens. Ids that it lacks, if any, are padding that no target says: zeros do."""
-        missing = self._num_tokens - head_VD.shape[-2]
-        return head_VD[..., : self._num_tokens, :] if missing <= 0 else F.pad(head_VD, (0, 0, 0, missing))
+        """A head cut to the target's tokens. It may have fewer: what it lacks is neither drafted nor learned from."""
+        return head_VD[..., : self._num_tokens, :]
 
     # --- drafting -----------------------------------------------------------------------------------------------
 
@@ -213,9 +226,14 @@ class SmallLM(Headed):
 
     def _remember(self, slot: int) -> None:
         state = self._slots[slot]
-        while len(state.read_ids) > _READ_AT_ONCE:
-            piece, state.read_ids = state.read_ids[:_READ_AT_ONCE], state.read_ids[_READ_AT_ONCE:]
-            self._read(to_device(piece, self._decoder.device), torch.empty(0), [slot], [len(piece)])
+        ids, num_read = state.read_ids, 0
+        try:
+            while len(ids) - num_read > _READ_AT_ONCE:
+                piece = to_device(ids[num_read : num_read + _READ_AT_ONCE], self._decoder.device)
+                self._read(piece, torch.empty(0), [slot], [_READ_AT_ONCE])
+                num_read += _READ_AT_ONCE
+        finally:  # what is in the cache is not read again, whatever became of the rest
+            state.read_ids = ids[num_read:]
 
     def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         return self._model.read(self._model.known(read_ids_N), slots, counts)
@@ -240,11 +258,27 @@ class SmallLM(Headed):
         if self._tuning.what != "all":
             return super()._learn_head(params, listed)
         head_VD = self._fitted(params[self._model.head_name])
-        if listed:
-            head_VD = head_VD[
-                ..., listed.token_ids_S.clone(), :
-            ]  # may be from inference mode, which no gradient may meet
-        return lambda states: self._product(states, head_VD)
+        if listed is None:
+            return lambda states: self._shortlist.widened(self._product(states, head_VD))
+        token_ids_S = listed.token_ids_S.clone()  # it may be from inference mode, which no gradient may meet
+        head_SD = head_VD[..., token_ids_S, :]
+        return lambda states: self._product(states, head_SD)
+
+    def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
+        """Rows whose token can't be drafted don't count."""
+        return spans_of(
+            feedback,
+            self.num_before,
+            rejected_only,
+            is_fresh,
+            self.reads_features,
+            self.max_context,
+            self._shortlist.can_draft,
+        )
+
+    def _target_rows(self, layout: Layout) -> TargetRows:
+        rows = super()._target_rows(layout)
+        return rows._replace(probs_NV=self._shortlist.narrowed(rows.probs_NV))
 
 
 def _read(
@@ -266,15 +300,26 @@ def _read(
 
 
 def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
-    """Raises ValueError naming the first token of which drafter and target think differently."""
+    """Raises ValueError naming the first token of which drafter and target think differently, of those both have."""
     ours = {i: token for token, i in target.tokenizer.get_vocab().items()}
-    theirs = {i: token for token, i in read_tokenizer(folder, shape).get_vocab().items()}
-    for i in range(max(ours, default=0) + 1):
+    theirs = {i: token for token, i in read_tokenizer(folder).get_vocab().items()}
+    for i in range(min(shape.vocab_size, target.decoder.config.vocab_size)):
         if i in ours and i in theirs and ours[i] != theirs[i]:
             raise ValueError(
                 f"the tokenizers differ: token {i} is {ours[i]!r} for the target and {theirs[i]!r} for the drafter "
                 f"{folder}; a small_lm must have its target's tokenizer: take a model of the same family"
             )
+
+
+def _is_of_vocabulary(name: str) -> bool:
+    """Whether a published tensor is an embedding or a head, by the names that families have for them."""
+    return name.endswith(("embed_tokens.weight", "lm_head.weight", "embed_in.weight", "embed_out.weight", "wte.weight"))
+
+
+def _fresh_shape(target: ModelConfig) -> ModelConfig:
+    """It learns unscaled positions."""
+    layer = replace(target.layer, rope=Rope(target.layer.rope.theta))
+    return ModelConfig(layer, _FRESH_LAYERS, target.vocab_size, target.max_positions)
 
 
 def _fresh_config(shape: ModelConfig, is_tied: bool) -> dict[str, Any]:

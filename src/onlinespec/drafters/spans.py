@@ -8,7 +8,7 @@ Axis letters: S rows of a request, N rows the loss is on, C rows of context, D h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,14 +71,16 @@ def spans_of(
     is_fresh: bool,
     has_features: bool,
     max_context: int | None = None,
+    can_draft: Callable[[int], bool] = lambda token_id: True,
 ) -> list[Span]:
     """A span for every run of records that continue each other side by side and have a row to learn from.
 
     Args:
         max_context: Newest rows of context that are kept; None for all.
+        can_draft: Whether the drafter has a row for a token; rows whose token it lacks don't count.
     """
     spans = [
-        _span(run, num_before, rejected_only, is_fresh, has_features)
+        _span(run, num_before, rejected_only, is_fresh, has_features, can_draft)
         for run in _runs(feedback)
         if run[-1].start + run[-1].num_rows > max(num_before, run[0].start)
     ]
@@ -131,14 +133,20 @@ def _runs(feedback: Sequence[Feedback]) -> list[list[Feedback]]:
 
 
 def _span(
-    records: Sequence[Feedback], num_before: int, rejected_only: bool, is_fresh: bool, has_features: bool
+    records: Sequence[Feedback],
+    num_before: int,
+    rejected_only: bool,
+    is_fresh: bool,
+    has_features: bool,
+    can_draft: Callable[[int], bool],
 ) -> Span:
     trace, first = records[0].trace, max(num_before, records[0].start)
     last = records[-1].start + records[-1].num_rows
     states = trace.hidden_states_SD
     ids = to_device(trace.token_ids[num_before : last + 1], states.device)
     counts = [
-        not rejected_only or (record.is_rejection and i == record.num_rows - 1)
+        (not rejected_only or (record.is_rejection and i == record.num_rows - 1))
+        and can_draft(trace.token_ids[record.start + i + 1])
         for record in records
         for i in range(record.num_rows)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -82,9 +83,16 @@ class Ends:
 
     def target(self) -> Target:
         """A target to make a drafter for, and to learn from."""
-        embedding_VD = self.embedding.tensor()
-        decoder = HeadOnly(self.config, embedding_VD, self.head.tensor() if self.head else embedding_VD)
+        embedding_VD = _over(self.embedding)
+        decoder = HeadOnly(self.config, embedding_VD, _over(self.head) if self.head else embedding_VD)
         return Target(self.name, decoder, self.tokenizer, frozenset(), SamplingParams(), self.fingerprint)
+
+
+def _over(blob: Blob) -> Tensor:
+    """A tensor over a blob's own bytes, which no one may write into: a wide head is not held twice."""
+    with warnings.catch_warnings():  # that the bytes can't be written into is meant
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(blob.data, dtype=getattr(torch, blob.dtype)).view(blob.shape)
 
 
 def _without_scaling(config: ModelConfig) -> ModelConfig:

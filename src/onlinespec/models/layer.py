@@ -248,7 +248,7 @@ def _plan_attention(keys: _Keys, first: int, last: int) -> _Attention:
     if num_queries == PAD:
         k, v = keys.block_L2GSE[:, :, :, None].unbind(1)
         return _Attention(k.unbind(), v.unbind(), mask_NS, is_block=True)
-    if num_queries * num_kv_heads == 1:  # alone, its products would be shared by threads: other bits
+    if num_queries * num_kv_heads == 1 and mask_NS.is_cpu:  # alone, its products would be shared by threads: other bits
         num_queries = 2
     k, v = keys.block_L2GSE[:, :, None].expand(-1, -1, num_queries, -1, -1, -1).unbind(1)
     return _Attention(k.unbind(), v.unbind(), mask_NS[:, None, None], is_block=False)
@@ -282,12 +282,13 @@ def _interleave(weight: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
 
 
 def _by_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors with the same first axis in parts so small that an elementwise operator stays on one thread.
+    """Tensors with the same first axis in parts so small that an elementwise operator stays on one CPU thread.
 
-    Where threads share a row, their vectorised loops end in other places and the bits differ.
+    Where threads share a row, their vectorised loops end in other places and the bits differ. On other devices there is
+    nothing to gain, and each part would be a kernel of its own: one part.
     """
     size = tensors[0].numel()
-    if size < _MAX_SERIAL:
+    if size < _MAX_SERIAL or tensors[0].device.type != "cpu":
         return [tensors]
     rows = max(1, (_MAX_SERIAL - 1) * tensors[0].shape[0] // size)
     return list(zip(*(t.split(rows) for t in tensors), strict=True))
@@ -378,7 +379,7 @@ class FastLayer:
 def _attend_alone(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
     """Each query a batch row of its own."""
     keys_NGSE, (num_queries, _, group, _) = call.keys[index], q_NGME.shape
-    if group % 2:  # an odd one misaligns the scratch memory of torch's second thread, whose bits then differ
+    if group % 2 and q_NGME.is_cpu:  # an odd one misaligns scratch memory of torch's second thread: other bits
         q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
     if len(keys_NGSE) > num_queries:
         q_NGME = q_NGME.expand(2, -1, -1, -1)

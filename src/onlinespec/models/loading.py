@@ -6,8 +6,10 @@ Only safetensors are read, no code from a checkpoint is run, and every tensor of
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, s
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOST_NAMED = 3  # tokens in a line of the log
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _GENERATION_CONFIG = "generation_config.json"
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # as transformers'
@@ -52,6 +55,7 @@ class Target:
     end_token_ids: frozenset[int]
     sampling: SamplingParams  # what the checkpoint itself recommends; greedy where it says nothing
     fingerprint: str  # of weights, config and tokenizer
+    tokens_beyond: Mapping[int, str] = field(default_factory=dict)  # the tokenizer's, that the model has no row for
 
     @property
     def path(self) -> str:
@@ -74,12 +78,14 @@ def load_target(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
     make_linear: MakeLinear | None = None,
+    beside: Callable[[ModelConfig, torch.dtype, torch.device], int] | None = None,
 ) -> Target:
     """Loads a target, ready to decode.
 
     Args:
         path_or_hub_id: A directory, a Hub id, or `demo` for the pair that ships with the package.
         make_linear: How our decoder computes products; transformers takes its own.
+        beside: Bytes that a drafter and its learning will hold beside a target of this shape, dtype and device.
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id, or a file of it is missing.
@@ -97,29 +103,43 @@ def load_target(
     if shape:
         make_linear = make_linear or linear_for(device, dtype)
         need = estimate(tensor_shapes(folder), shape, dtype, keeps_second_head=make_linear is PackedLinear)
-        check_memory(need, device, folder)
+        check_memory(replace(need, beside=beside(shape, dtype, device) if beside else 0), device, folder)
         weights = checked_weights(read_weights(folder, device, dtype), config, shape, folder)
         decoder = Decoder(shape, weights, make_linear)
     else:
-        decoder = _load_through_transformers(folder, config, device, dtype)
+        decoder = _load_through_transformers(folder, config, device, dtype, beside)
+    tokenizer, vocab_size = read_tokenizer(folder), decoder.config.vocab_size
+    beyond = _tokens_beyond(tokenizer, vocab_size)
+    if beyond:
+        log.warning(
+            "%s: the tokenizer has %d tokens, the model %d; prompts with one of the others (%s) will be refused",
+            folder, len(tokenizer), vocab_size, _named(beyond),
+        )  # fmt: skip
     return Target(
         name=str(path_or_hub_id),
         decoder=decoder,
-        tokenizer=read_tokenizer(folder, decoder.config),
-        end_token_ids=end_token_ids,
+        tokenizer=tokenizer,
+        end_token_ids=_that_can_be_said(end_token_ids, beyond, vocab_size),
         sampling=sampling,
         fingerprint=fingerprint(folder),
+        tokens_beyond=beyond,
     )
 
 
 def _load_through_transformers(
-    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    beside: Callable[[ModelConfig, torch.dtype, torch.device], int] | None = None,
 ) -> HFModel:
     from onlinespec.models.hf import load_hf, model_config
 
-    need = estimate(tensor_shapes(folder), model_config(config, str(folder)), dtype)
-    for place in dict.fromkeys((torch.device("cpu"), device)):  # it is read there first
-        check_memory(need, place, folder)
+    shape = model_config(config, str(folder))
+    need = estimate(tensor_shapes(folder), shape, dtype)
+    if device.type != "cpu":  # it is read there first
+        check_memory(need, torch.device("cpu"), folder)
+    check_memory(replace(need, beside=beside(shape, dtype, device) if beside else 0), device, folder)
     return load_hf(folder, config, device, dtype)
 
 
@@ -239,12 +259,12 @@ def path_of(folder: Path) -> str:
         return f"none ({error})"
 
 
-def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokenizer.
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer. It may have more tokens than the model, or fewer.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it can't be read, or has more tokens than the model.
+        ValueError: if it can't be read.
     """
     from transformers import AutoTokenizer
 
@@ -259,9 +279,29 @@ def read_tokenizer(folder: Path, shape: ModelConfig) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: the tokenizer can't be loaded ({reason}); is tokenizer.json there?") from error
     # A text beyond the context is refused; this would say of every first one that it is run all the same.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    if len(tokenizer) > shape.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {shape.vocab_size}")
     return tokenizer
+
+
+def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int, str]:
+    """Tokens that the model has no row for, by id: a pad token added in fine-tuning, say, without a new embedding."""
+    return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)) if i >= vocab_size}
+
+
+def _named(tokens: Mapping[int, str]) -> str:
+    first = ", ".join(repr(token) for token in islice(tokens.values(), _MOST_NAMED))
+    return first if len(tokens) <= _MOST_NAMED else f"{first}, ... {len(tokens)} in all"
+
+
+def _that_can_be_said(end_token_ids: frozenset[int], beyond: Mapping[int, str], vocab_size: int) -> frozenset[int]:
+    """End tokens that the model can choose; if that is none of them, it is said."""
+    can_be_said = frozenset(i for i in end_token_ids if i < vocab_size)
+    if end_token_ids and not can_be_said:
+        first = min(end_token_ids)
+        log.warning(
+            "the model can't say its end token %d%s; only max_new_tokens and stop strings end an answer",
+            first, f" ({beyond[first]!r})" if first in beyond else "",
+        )  # fmt: skip
+    return can_be_said
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

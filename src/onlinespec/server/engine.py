@@ -120,7 +120,7 @@ class Engine:
 
         Raises:
             Closed: if the engine takes no more.
-            ValueError, ContextOverflow, TooLarge, Busy: as `DecodeLoop.open` and `Scheduler.submit`.
+            ValueError, UnfitPrompt, TooLarge, Busy: as `DecodeLoop.open` and `Scheduler.submit`.
         """
         answers = [Answer(self, self.scheduler.loop.open(ids, params, **tags)) for ids, params in prompts]
         with self._guard:

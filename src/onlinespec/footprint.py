@@ -1,0 +1,110 @@
+"""What a drafter and its learning will hold beside a target, told before the target's weights are read.
+
+The formulas are in `models/memory.py`; here it is found out what to put into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onlinespec import demo
+from onlinespec.config import LearnConfig
+from onlinespec.drafters import DRAFTERS
+from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.formats import drafter_folder, read_format
+from onlinespec.drafters.shortlist import list_size
+from onlinespec.learners import Evaluation, Learner, Params
+from onlinespec.methods import learner_of
+from onlinespec.models.base import ModelConfig
+from onlinespec.models.linear import draft_linear_for
+from onlinespec.models.memory import DrafterSize, Products, drafting_bytes, learning_bytes
+from onlinespec.tables import resolve
+
+_ROUNDS = 4  # after which a learner's state holds all that it ever will, a domain apart
+_OF_A_ROUND = 2  # sets of weights beside a learner's state: the last that scored well, and what progress is told by
+_OF_PUBLISHING = 4  # what is served, what was before, what learning began with, and what is on trial
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A drafter and what learns it, as a command names them.
+
+    Args:
+        learners: Settings of each that learns, with a drafter of its own; of who does not, none.
+        apart: Where the learning of a server runs: "thread" or "process"; empty for inline.
+        num_drafters: That draft, one for each run of a comparison.
+    """
+
+    drafter: str
+    learners: Sequence[LearnConfig] = ()
+    apart: str = ""
+    num_drafters: int = 1
+
+    def __call__(self, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes beside a target of this shape."""
+        size = self._size(shape)
+        if size is None:
+            return 0
+        head_dtype = torch.float32 if size.own_head_width else dtype
+        products = Products(
+            layers=draft_linear_for(device, torch.float32),
+            head=draft_linear_for(device, head_dtype),
+            list_size=list_size(shape.vocab_size),
+        )
+        total = self.num_drafters * drafting_bytes(size, shape, dtype, products)
+        for config in self.learners:
+            copies = copies_of(learner_of(config)) + _OF_A_ROUND + (_OF_PUBLISHING if self.apart else 0)
+            total += learning_bytes(size, shape, dtype, products, copies, self.apart)
+        return total
+
+    def _size(self, shape: ModelConfig) -> DrafterSize | None:
+        """None of what is not counted: one from elsewhere, say."""
+        name = self.drafter
+        is_fresh = name in DRAFTERS or (":" in name and not Path(name).exists())
+        folder = None if is_fresh else demo.DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
+        kind: type[Drafter] = resolve(DRAFTERS, read_format(folder) if folder else name, "drafter")
+        return kind.size(folder, shape)
+
+
+def copies_of(learner: Learner) -> int:
+    """Sets of weights, gradients and moments that a learner holds in a round, the ones that it began with among them.
+
+    It is tried on a single number, for some rounds.
+
+    >>> from onlinespec.learners import make_learner
+    >>> copies_of(make_learner("frozen", 0.0))
+    1
+    """
+    params, most_asked = {"weight": torch.zeros(1)}, 0
+
+    def evaluate(*candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
+        nonlocal most_asked
+        most_asked = max(most_asked, len(candidates))
+        asked = [Evaluation(1.0, 1.0, {"weight": torch.ones(1)}) for _ in candidates]
+        return asked + [Evaluation(1.0, 1.0, {}) for _ in scored]
+
+    state = learner.init(params)
+    for _ in range(_ROUNDS if learner.needs_gradient else 0):
+        state = learner.update(evaluate, state)
+    held = {id(tensor) for tensor in (*_tensors(state), *params.values())}
+    return len(held) + most_asked
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, tuple | list):
+        for value in state:
+            yield from _tensors(value)
+    elif is_dataclass(state):
+        for field in fields(state):
+            yield from _tensors(getattr(state, field.name))
