@@ -27,7 +27,7 @@ from onlinespec.methods import parse
 from onlinespec.models.head_only import Ends
 from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.trainer import Keeping, Trainer
-from onlinespec.versions import Versions
+from onlinespec.versions import FolderTaken, Versions
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200 + i % 4, 31] for i in range(8)]
@@ -39,8 +39,8 @@ EXPLODING = "online_gradient/step_size=1e38/clip_norm=1e38/geometry=euclidean/mi
 WAYS = {"thread": ThreadLearning, "process": ProcessLearning}
 
 
-def make(way, recipe=EAGER, target=TARGET, **options):
-    drafter = load_drafter(recipe.drafter, target)
+def make(way, recipe=EAGER, target=TARGET, drafter=None, **options):
+    drafter = drafter or load_drafter(recipe.drafter, target)
     learning = WAYS[way](target, drafter, recipe, **options)
     learning.start()
     return DecodeLoop(target, drafter, learning), learning
@@ -357,6 +357,7 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
     kinds = [event.kind for event in Versions(tmp_path).history()]
     assert kinds[0] == "started"
     assert kinds.count("promoted") + kinds.count("rolled back") == len(published)
+    first.close()
 
     drafter = load_drafter("eagle", TARGET)
     good.resume(drafter)
@@ -374,7 +375,9 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
 
 def test_numbers_go_on_after_versions_were_moved_aside(tmp_path, traffic):
     first, _ = trained(tmp_path, traffic)
-    Versions(tmp_path).reset()
+    first.close()
+    with Versions(tmp_path) as store:
+        store.reset()
     _, published = trained(tmp_path, traffic)
     assert published[0].version >= first.publisher.next_version
 
@@ -390,6 +393,95 @@ def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic,
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
     assert "No space left on device" in caplog.text
     assert not trainer.failure
+
+
+def unsaveable(error):
+    """Saving that fails as what is not ours may fail."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), RuntimeError("shared memory"), KeyError("name"), TypeError("x")])
+@pytest.mark.parametrize("where", ["onlinespec.versions.flattened", "onlinespec.drafters.eagle.Eagle.save"])
+def test_whatever_saving_raises_is_said_once_and_learning_goes_on(where, error, tmp_path, traffic, monkeypatch, caplog):
+    monkeypatch.setattr(where, unsaveable(error))
+    trainer, published = trained(tmp_path, traffic)
+    assert published
+    assert trainer.num_unsaved == len(published) + 1
+    assert not trainer.failure
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    assert type(error).__name__ in caplog.text
+
+
+def test_a_number_that_someone_else_put_into_the_folder_costs_that_version_alone(tmp_path, traffic):
+    config = replace(EAGER.config, budget=math.inf)
+    trainer = Trainer(load_drafter("eagle", TARGET), config, keeping=keeping(tmp_path))
+    (tmp_path / "versions" / "000001").mkdir()
+    published = [version for record in traffic if (version := trainer.offer([record]))]
+    assert published[0].version == 1
+    assert trainer.num_unsaved == 1
+    assert not trainer.failure
+
+
+ODD = """
+from typing import NamedTuple
+from onlinespec.learners.online_gradient import OnlineGradient
+
+class Odd(NamedTuple):
+    point: object
+    geometry: object
+    more: object = frozenset()
+
+class Learner(OnlineGradient):
+    def init(self, params):
+        return Odd(*super().init(params))
+
+    def update(self, evaluate, state):
+        return Odd(*super().update(evaluate, state))
+"""
+
+
+def test_a_process_whose_learner_can_not_be_saved_learns_and_publishes(tmp_path, monkeypatch, caplog):
+    (tmp_path / "odd_learner.py").write_text(ODD)
+    monkeypatch.syspath_prepend(tmp_path)
+    line = "odd_learner:Learner/step_size=5e-3/min_interval=8/max_interval=8"
+    recipe = replace(EAGER, config=parse(line), learner=line, versions=str(tmp_path / "kept"))
+    loop, learning = make("process", recipe)
+    served = until(lambda: learning.num_published >= 2 and learning.figures()["unsaved"] >= 2, loop)
+    learning.stop()
+    assert not learning.failure
+    assert_exact(served)
+    assert caplog.text.count("holds a frozenset, which can't be saved") == 1
+
+
+def test_a_process_that_can_not_begin_says_why(tmp_path, caplog):
+    loop, learning = make(
+        "process", replace(EAGER, drafter=str(tmp_path / "gone")), drafter=load_drafter("eagle", TARGET)
+    )
+    served = until(lambda: learning.failure, loop)
+    assert "gone" in learning.failure
+    assert_exact(served + answers(loop, 2))
+    learning.stop()
+    assert caplog.text.count("learning stopped") == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(way, tmp_path, monkeypatch):
+    monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
+    recipe, drafter = replace(EAGER, versions=str(tmp_path)), load_drafter("eagle", TARGET)
+    with Versions(tmp_path) as first:
+        first.hold()
+        with pytest.raises(FolderTaken, match=f"another one keeps its versions in {tmp_path}"):
+            WAYS[way](TARGET, drafter, recipe).start()
+    loop, learning = make(way, recipe)
+    until(lambda: learning.figures()["rounds"], loop)
+    with pytest.raises(FolderTaken):
+        Versions(tmp_path).hold()
+    learning.stop()
+    Versions(tmp_path).hold()
 
 
 def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):

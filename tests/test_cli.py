@@ -17,7 +17,6 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from checkpoints import CHAT_TEMPLATE, save_tiny
-from filelock import FileLock
 from rich.console import Console
 from rigs import AcceptsEverything
 
@@ -31,6 +30,7 @@ from onlinespec.drafters import load_drafter
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target
 from onlinespec.records import read_report
+from onlinespec.versions import Versions
 
 PROMPT = "naïve 日本 🎌 a b a b"
 CONTEXT = 1024
@@ -839,15 +839,18 @@ def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run):
     assert (code, "--reset-drafter moves the versions in --versions DIR aside; give that, too" in err) == (2, True)
 
 
-def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loaded(tmp_path, run):
+def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loaded(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
+    monkeypatch.setattr(checks, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
     (tmp_path / "file").touch()
     code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file")
     assert (code, "is a file; give a directory" in err) == (2, True)
     code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file" / "below")
     assert (code, "no versions can be kept in" in err) == (2, True)
-    with FileLock(tmp_path / ".lock"):
+    with Versions(tmp_path) as held:
+        held.hold()
         code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path)
-    assert (code, "another server keeps its versions in" in err) == (2, True)
+    assert (code, "another one keeps its versions in" in err) == (2, True)
 
 
 @pytest.mark.parametrize("seconds", ["0", "60"], ids=["no grace", "a second Ctrl-C"])

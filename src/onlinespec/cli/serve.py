@@ -10,7 +10,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
@@ -32,14 +31,12 @@ from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.versions import Versions
 
 try:
-    from filelock import FileLock, Timeout
-
     from onlinespec.server.app import create_app
     from onlinespec.server.engine import Engine
     from onlinespec.server.run import listening, run
     from onlinespec.server.settings import ServerSettings
 except ModuleNotFoundError as error:
-    needed = ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client", "filelock")
+    needed = ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client")
     if error.name not in needed:
         raise
     raise ImportError(
@@ -59,17 +56,19 @@ def serve(command: Serve) -> int:
     _settings(command)
     if command.reset_drafter and not command.versions:
         raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
-    with listening(command.host, command.port) as door, _held(command.versions):
+    with listening(command.host, command.port) as door, _versions(command, config) as versions:
         target = load(command.target, command.machine)
         drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
         config = _learner(command, config, drafter)
-        if command.versions and drafter.is_trainable:
-            _resume(command, command.versions, target, drafter)
+        if versions and drafter.is_trainable:
+            _resume(command, versions, target, drafter)
         start, is_ours = drafter.weights.version, target.path == "own"
         limits = limits if is_ours else _one_by_one(limits)
         prefixes = PrefixCache(int(command.prefix_megabytes * 1e6)) if command.prefix_megabytes and is_ours else None
         control = None if command.fixed_draft_length else _control(command, target, drafter, limits)
         settings, facts = _settings(command, target), _facts(command, config, target)
+        if versions and _place(command, config, target) in ("thread", "process"):
+            versions.close()  # which takes it from here
         with _learning(command, config, target, drafter) as learning:
             engine = Engine(Scheduler(DecodeLoop(target, drafter, learning, prefixes), limits, control))
             greet = partial(_greet, command, settings, target, facts, door)
@@ -84,32 +83,28 @@ def serve(command: Serve) -> int:
 
 
 @contextmanager
-def _held(folder: Path | None) -> Iterator[None]:
-    """A folder for versions that can be written, for this server alone."""
+def _versions(command: Serve, config: LearnConfig) -> Iterator[Versions | None]:
+    """The folder for versions; whether it can be written to is found out before anything is loaded."""
+    folder = command.versions
     if folder is None:
-        yield
+        yield None
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--versions {folder} is a file; give a directory")
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another server keeps its versions in {folder}; give each its own --versions") from error
-    except OSError as error:
-        raise ValueError(
-            f"no versions can be kept in {folder} ({error.strerror}); choose another --versions"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    with Versions(folder) as versions:
+        if config.learner != FROZEN or command.reset_drafter:
+            try:
+                versions.hold()
+            except OSError as error:
+                raise ValueError(
+                    f"no versions can be kept in {folder} ({error.strerror}); choose another --versions"
+                ) from error
+        yield versions
 
 
-def _resume(command: Serve, folder: Path, target: Target, drafter: Drafter) -> None:
+def _resume(command: Serve, versions: Versions, target: Target, drafter: Drafter) -> None:
     """Goes on with the newest good version, or begins anew."""
-    versions = Versions(folder)
+    folder = versions.folder
     if command.reset_drafter and (aside := versions.reset()):
         err.print(f"the versions in {folder} are kept in {aside.name}", highlight=False, soft_wrap=True)
     if found := versions.latest_good(target.fingerprint):
