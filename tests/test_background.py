@@ -395,6 +395,56 @@ def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic,
     assert not trainer.failure
 
 
+class Breaking:
+    """Stands before learning, and breaks a state of one request on its way there; decoding has none of it."""
+
+    diagnostic_seconds, num_published = 0.0, 0
+
+    def __init__(self, learning, request_id, value):
+        self.learning, self._request_id, self._value = learning, request_id, value
+        self._texts = {}
+
+    def offer(self, feedback):
+        self.learning.offer([self._broken(r) if r.request_id == self._request_id else r for r in feedback])
+
+    def _broken(self, record):
+        trace, end = record.trace, record.start + record.num_rows
+        text = self._texts.setdefault(id(trace), replace(trace, hidden_states_SD=trace.hidden_states_SD.clone()))
+        text.token_ids, text.num_features = list(trace.token_ids), trace.num_features
+        text.hidden_states_SD[:end] = trace.hidden_states_SD[:end]
+        text.hidden_states_SD[min(8, end) :end] = self._value  # from some position of the answer on
+        return replace(record, trace=text)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("way", ["inline", *WAYS])
+def test_a_state_that_is_not_finite_costs_its_own_text_and_learning_goes_on(way, value, caplog):
+    drafter = load_drafter("eagle", TARGET)
+    if way == "inline":
+        learning = InlineLearning(drafter, config=replace(EAGER.config, budget=math.inf))
+    else:
+        learning = WAYS[way](TARGET, drafter, EAGER)
+        learning.start()
+    loop = DecodeLoop(TARGET, drafter, Breaking(learning, "3", value))
+
+    def figures():
+        if way == "inline":
+            return {"rounds": learning.num_rounds, "left_out": learning.finite.num_left_out}
+        return learning.figures()
+
+    served = until(lambda: figures()["left_out"], loop)
+    before = figures()["rounds"]
+    served += until(lambda: figures()["rounds"] > before + 8, loop)
+    num_bad = sum(request.request_id == "3" for request in served)
+    assert num_bad <= figures()["left_out"] <= 40 * num_bad  # the steps from there on, of each
+    assert caplog.text.count("is not finite: learning goes on without") == 1
+    assert not (learning.is_frozen if way == "inline" else learning.failure)
+    assert all(p.isfinite().all() for p in drafter.weights.params.values())
+    assert_exact(served)
+    if way != "inline":
+        learning.stop()
+
+
 def unsaveable(error):
     """Saving that fails as what is not ours may fail."""
 

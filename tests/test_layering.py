@@ -45,7 +45,7 @@ LEVELS = (
     ),
     ("verify", "models"),
     ("drafters",),
-    ("telemetry", "trial"),
+    ("telemetry", "trial", "finite"),
     ("decode", "learn", "publish", "versions", "control", "plots"),
     ("calibration", "recording", "trainer"),
     ("compare", "answers", "scheduler", "background", "inspection", "charts", "demo.corpus"),

@@ -42,6 +42,7 @@ _GATHER_SECONDS = 0.1
 _NO_FIGURES: dict[str, Any] = {  # before the first report
     "rounds": 0,
     "rows": 0,
+    "left_out": 0,
     "loss": None,
     "interval": None,
     "drifts": 0,

@@ -21,6 +21,7 @@ from onlinespec.cadence import Budget, Cadence, ClockBudget
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
+from onlinespec.finite import FiniteTexts
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
@@ -69,6 +70,7 @@ class InlineLearning:
             self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows
         )
         self.replay = self._memory(seed) if self.config.replay_every else None
+        self.finite = FiniteTexts()
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
         self._steps_waited = self._requests_waited = 0
         self._state = self._learner.init(drafter.weights.params)
@@ -101,6 +103,7 @@ class InlineLearning:
         """Takes the verified rows of a step. Never raises for what goes wrong inside a round."""
         if self.is_frozen or not self._learner.needs_gradient:
             return
+        feedback = self.finite.of(feedback)
         for record in feedback:
             self._waiting.append(record)
             self._steps_waited += 1

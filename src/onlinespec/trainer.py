@@ -92,6 +92,7 @@ class Trainer:
         before = self.publisher.num_events
         for record in records:
             self._hear(record)
+        records = self.learning.finite.of(records)
         self.publisher.offer(records)
         # where time is scarce, rounds and judging take turns: each alone could take all of it
         version = self._judge() if self.learning.num_rounds > self._judged else None
@@ -140,6 +141,7 @@ class Trainer:
         return {
             "rounds": learning.num_rounds,
             "rows": learning.num_rows,
+            "left_out": learning.finite.num_left_out,
             "loss": None if math.isnan(learning.last_loss) else learning.last_loss,
             "interval": learning.cadence.interval,
             "drifts": learning.cadence.num_drifts,
