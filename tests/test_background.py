@@ -412,7 +412,7 @@ class Breaking:
         text = self._texts.setdefault(id(trace), replace(trace, hidden_states_SD=trace.hidden_states_SD.clone()))
         text.token_ids, text.num_features = list(trace.token_ids), trace.num_features
         text.hidden_states_SD[:end] = trace.hidden_states_SD[:end]
-        text.hidden_states_SD[min(8, end) :end] = self._value  # from some position of the answer on
+        text.hidden_states_SD[min(8, end) : end] = self._value  # from some position of the answer on
         return replace(record, trace=text)
 
 
