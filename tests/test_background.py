@@ -331,6 +331,21 @@ def test_a_newer_candidate_takes_the_place_of_one_that_is_neither_better_nor_wor
     assert len(proposed) == is_proposed
 
 
+def test_what_is_offered_to_the_gate_is_what_was_learned_and_not_a_look_ahead(traffic, monkeypatch):
+    config = replace(parse("optimistic/step_size=5e-3/min_interval=8/max_interval=8"), budget=math.inf)
+    trainer, proposed = Trainer(load_drafter("eagle", TARGET), config), []
+
+    def propose(candidate):
+        state = trainer.learning.state
+        proposed.append((candidate is state.point.played, candidate is state.played))
+
+    monkeypatch.setattr(trainer.publisher, "propose", propose)
+    for record in traffic[:200]:
+        trainer.offer([record])
+    assert len(proposed) > 3
+    assert set(proposed) == {(True, False)}
+
+
 def keeping(folder):
     return Keeping(Versions(folder), TARGET.fingerprint, "online_gradient")
 

@@ -135,6 +135,11 @@ class InlineLearning:
         """The learner's own, to be saved and given to `resume`."""
         return self._state
 
+    @property
+    def settled(self) -> Params:
+        """What was learned so far, without the look-ahead of a learner that plays ahead of it."""
+        return self._learner.settled(self._state)
+
     def resume(self, state: Any) -> None:
         """Goes on with a learner's state, whose weights play from now on."""
         self._play(state)

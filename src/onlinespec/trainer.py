@@ -128,7 +128,7 @@ class Trainer:
         is_outdated = self.publisher.is_undecided and num_newer >= _ROUNDS_NEWER
         if is_outdated or (self.publisher.wants_candidate and num_newer > 0):
             self._proposed = learning.num_rounds
-            self.publisher.propose(self._drafter.weights.params)
+            self.publisher.propose(self.learning.settled)
 
     def close(self) -> None:
         """Lets others write to the folder of versions. Nothing is to be offered any more."""

@@ -13,12 +13,12 @@ from onlinespec.cli.arguments import Compare, Demo
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
-from onlinespec.compare import NONE, Comparing, Comparison, check_results_folder
+from onlinespec.compare import Comparing, Comparison, check_results_folder
 from onlinespec.models.loading import Target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
+from onlinespec.tables import NONE
 
-DEMO_LEARNERS = "none,frozen,online_gradient"
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 
 
@@ -27,7 +27,6 @@ def demo_comparison(command: Demo) -> Compare:
     return Compare(
         target="demo",
         data=DEMO_STREAM,
-        learners=DEMO_LEARNERS,
         out=command.out or _new_folder("demo"),
         num_requests=command.num_requests,
         minutes=command.minutes,
@@ -44,9 +43,7 @@ def compare(command: Compare) -> int:
     use(command.machine)
     folder = command.out or _new_folder("compare")
     learners = tuple(name.strip() for name in command.learners.split(",") if name.strip())
-    for name in learners:
-        if name != NONE:
-            checked_learner(name, command.learning, also=(NONE,))
+    configs = {name: checked_learner(name, command.learning) for name in learners}
     comparison = Comparison(
         drafter=command.drafter_name,
         learners=learners,
@@ -64,9 +61,9 @@ def compare(command: Compare) -> int:
         measures_costs=command.learning.learn_costs is None,
     )
     check_results_folder(folder)
-    for name in learners:
-        if name != NONE:
-            check_save(command.save and folder_for(command.save, name))
+    for name, config in configs.items():
+        if config:
+            check_save(command.save and folder_for(command.save, name), config)
     return _run(load(command.target, command.machine), comparison, folder, command.save)
 
 

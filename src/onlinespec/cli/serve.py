@@ -17,7 +17,6 @@ from onlinespec.calibration import measure_step_costs
 from onlinespec.cli.arguments import Serve
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err
-from onlinespec.compare import FROZEN
 from onlinespec.config import LearnConfig
 from onlinespec.control import Controller
 from onlinespec.core import DrafterWeights
@@ -28,6 +27,7 @@ from onlinespec.learn import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.scheduler import Limits, Scheduler
+from onlinespec.tables import FROZEN, NONE
 from onlinespec.versions import Versions
 
 try:
@@ -43,26 +43,27 @@ except ModuleNotFoundError as error:
         f'serving needs the package {error.name}; install it with: pip install "onlinespec[server]"'
     ) from error
 
-_DEFAULT_LEARNER = "optimistic"
 _KEY_VARIABLE = "ONLINESPEC_API_KEY"
 
 
 def serve(command: Serve) -> int:
     """Refuses what would fail later, takes the address, loads, serves, saves."""
     use(command.machine)
-    config = checked_learner(command.learner or _DEFAULT_LEARNER, command.learning)
-    check_save(command.save)
+    config = checked_learner(command.learner or LearnConfig.learner, command.learning)
+    check_save(command.save, config)
+    if config is None and command.versions:
+        raise ValueError(f"plain decoding has no drafter to keep versions of; leave out --versions {command.versions}")
     limits = _limits(command)
     _settings(command)
     if command.reset_drafter and not command.versions:
         raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
     with listening(command.host, command.port) as door, _versions(command, config) as versions:
         target = load(command.target, command.machine)
-        drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
+        drafter = _drafter(command, target) if config else None
         config = _learner(command, config, drafter)
-        if versions and drafter.is_trainable:
+        if versions and drafter and drafter.is_trainable:
             _resume(command, versions, target, drafter)
-        start, is_ours = drafter.weights.version, target.path == "own"
+        start, is_ours = drafter.weights.version if drafter else 0, target.path == "own"
         limits = limits if is_ours else _one_by_one(limits)
         prefixes = PrefixCache(int(command.prefix_megabytes * 1e6)) if command.prefix_megabytes and is_ours else None
         control = None if command.fixed_draft_length else _control(command, target, drafter, limits)
@@ -73,7 +74,7 @@ def serve(command: Serve) -> int:
             engine = Engine(Scheduler(DecodeLoop(target, drafter, learning, prefixes), limits, control))
             greet = partial(_greet, command, settings, target, facts, door)
             stopped_by = run(create_app(engine, settings, facts), engine, door, settings.grace_seconds, greet)
-    if command.save:
+    if command.save and drafter:
         whose = f"drafter (weights version {drafter.weights.version})"
         save(drafter, command.save, drafter.weights.version > start, whose)
     if stopped_by == signal.SIGINT:
@@ -83,7 +84,7 @@ def serve(command: Serve) -> int:
 
 
 @contextmanager
-def _versions(command: Serve, config: LearnConfig) -> Iterator[Versions | None]:
+def _versions(command: Serve, config: LearnConfig | None) -> Iterator[Versions | None]:
     """The folder for versions; whether it can be written to is found out before anything is loaded."""
     folder = command.versions
     if folder is None:
@@ -92,7 +93,7 @@ def _versions(command: Serve, config: LearnConfig) -> Iterator[Versions | None]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--versions {folder} is a file; give a directory")
     with Versions(folder) as versions:
-        if config.learner != FROZEN or command.reset_drafter:
+        if command.reset_drafter or (config and config.learner != FROZEN):
             try:
                 versions.hold()
             except OSError as error:
@@ -118,10 +119,14 @@ def _resume(command: Serve, versions: Versions, target: Target, drafter: Drafter
         drafter.swap(DrafterWeights(drafter.weights.params, number))
 
 
-def _control(command: Serve, target: Target, drafter: Drafter, limits: Limits) -> Controller | None:
+def _drafter(command: Serve, target: Target) -> Drafter:
+    return load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
+
+
+def _control(command: Serve, target: Target, drafter: Drafter | None, limits: Limits) -> Controller | None:
     """What chooses the number of drafted tokens, once it has measured what steps cost here."""
     most = command.decoding.num_draft_tokens
-    if not most:
+    if not (most and drafter):
         return None
     with err.status("measuring what steps cost"):
         sampling = command.defaults(target.sampling).sampling
@@ -130,15 +135,20 @@ def _control(command: Serve, target: Target, drafter: Drafter, limits: Limits) -
 
 
 @contextmanager
-def _learning(command: Serve, config: LearnConfig, target: Target, drafter: Drafter) -> Iterator[Learning | None]:
+def _learning(
+    command: Serve, config: LearnConfig | None, target: Target, drafter: Drafter | None
+) -> Iterator[Learning | None]:
     """Learning where it was asked for; it ends with the block."""
     place = _place(command, config, target)
-    if place in ("", "inline"):
-        yield InlineLearning(drafter, config=config, seed=command.machine.seed) if place else None
+    if not (place and config and drafter):
+        yield None
+        return
+    if place == "inline":
+        yield InlineLearning(drafter, config=config, seed=command.machine.seed)
         return
     recipe = Recipe(
         drafter=command.drafter_name,
-        learner=command.learner or _DEFAULT_LEARNER,
+        learner=command.learner or LearnConfig.learner,
         config=config,
         seed=command.machine.seed,
         tuning=command.learning.tuning(),
@@ -153,9 +163,9 @@ def _learning(command: Serve, config: LearnConfig, target: Target, drafter: Draf
         learning.stop()
 
 
-def _place(command: Serve, config: LearnConfig, target: Target) -> str:
+def _place(command: Serve, config: LearnConfig | None, target: Target) -> str:
     """Where learning runs; empty if nothing is learned."""
-    if config.learner == FROZEN or not command.decoding.num_draft_tokens:
+    if config is None or config.learner == FROZEN or not command.decoding.num_draft_tokens:
         return ""
     if command.learn_in:
         return command.learn_in
@@ -163,13 +173,13 @@ def _place(command: Serve, config: LearnConfig, target: Target) -> str:
     return "process" if is_apart else "thread"
 
 
-def _facts(command: Serve, config: LearnConfig, target: Target) -> dict[str, Any]:
+def _facts(command: Serve, config: LearnConfig | None, target: Target) -> dict[str, Any]:
     """What the page says of the server."""
     place = _place(command, config, target)
     where = {"inline": "between steps", "thread": "in a thread", "process": "in a process of its own"}
     return {
-        "drafter": command.drafter_name,
-        "learning_mode": f"learns {where[place]} ({config.learner})" if place else "does not learn",
+        "drafter": command.drafter_name if config else NONE,
+        "learning_mode": f"learns {where[place]} ({config.learner})" if place and config else "does not learn",
         "has_chat": bool(target.tokenizer.chat_template),
     }
 
@@ -195,13 +205,17 @@ def _settings(command: Serve, target: Target | None = None) -> ServerSettings:
     )
 
 
-def _learner(command: Serve, config: LearnConfig, drafter: Drafter) -> LearnConfig:
+def _learner(command: Serve, config: LearnConfig | None, drafter: Drafter | None) -> LearnConfig | None:
     """What was asked for, or what the drafter can do."""
-    if drafter.is_trainable or config.learner == FROZEN:
+    if not (config and drafter) or drafter.is_trainable or config.learner == FROZEN:
         return config
     if command.learner is not None:
         raise ValueError(f"drafter {command.drafter_name} does not learn; leave out --learner {command.learner}")
     return checked_learner(FROZEN, command.learning)
+
+
+def _drafting(facts: dict[str, Any]) -> str:
+    return "plain decoding" if facts["drafter"] == NONE else f"drafter {facts['drafter']} {facts['learning_mode']}"
 
 
 def _greet(
@@ -211,7 +225,7 @@ def _greet(
     host, port = door.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    lines = [f"serving {settings.model} at {url}; drafter {command.drafter_name} {facts['learning_mode']}"]
+    lines = [f"serving {settings.model} at {url}; {_drafting(facts)}"]
     if target.path != "own":
         lines.append("this model runs through transformers: one request at a time, no shared prompts")
     if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:
