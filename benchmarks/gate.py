@@ -44,7 +44,7 @@ class Gate:
     num_requests: tuple[int, ...] = (16, 50, 80, 80, 48)
     max_tokens: int = 64
     num_draft_tokens: int = 4
-    learner: str = "optimistic"
+    learner: str = LearnConfig.learner
     budget: float = 0.24
     """Of decoding, in steps."""
     looks: tuple[int, ...] = PublishConfig().trial_looks

@@ -111,7 +111,7 @@ def interference(command: Interference) -> None:
     """Quantiles over all chunks of an arm, and the median over blocks of paired ratios."""
     rows = Rows(command, command)
     fixed = ("--fixed-draft-length", "--num-draft-tokens", str(command.num_draft_tokens))
-    still = ("--learner", "optimistic/step_size=0", "--learn-budget", str(command.learn_budget))
+    still = ("--learner", "online_gradient/step_size=0", "--learn-budget", str(command.learn_budget))
     arms = {
         "off": (*fixed, "--learner", "frozen"),
         "thread": (*fixed, *still, "--learn-in", "thread"),

@@ -27,7 +27,7 @@ from onlinespec.methods import parse
 from onlinespec.models.head_only import Ends
 from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.trainer import Keeping, Trainer
-from onlinespec.versions import Versions
+from onlinespec.versions import FolderTaken, Versions
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200 + i % 4, 31] for i in range(8)]
@@ -39,8 +39,8 @@ EXPLODING = "online_gradient/step_size=1e38/clip_norm=1e38/geometry=euclidean/mi
 WAYS = {"thread": ThreadLearning, "process": ProcessLearning}
 
 
-def make(way, recipe=EAGER, target=TARGET, **options):
-    drafter = load_drafter(recipe.drafter, target)
+def make(way, recipe=EAGER, target=TARGET, drafter=None, **options):
+    drafter = drafter or load_drafter(recipe.drafter, target)
     learning = WAYS[way](target, drafter, recipe, **options)
     learning.start()
     return DecodeLoop(target, drafter, learning), learning
@@ -331,6 +331,21 @@ def test_a_newer_candidate_takes_the_place_of_one_that_is_neither_better_nor_wor
     assert len(proposed) == is_proposed
 
 
+def test_what_is_offered_to_the_gate_is_what_was_learned_and_not_a_look_ahead(traffic, monkeypatch):
+    config = replace(parse("optimistic/step_size=5e-3/min_interval=8/max_interval=8"), budget=math.inf)
+    trainer, proposed = Trainer(load_drafter("eagle", TARGET), config), []
+
+    def propose(candidate):
+        state = trainer.learning.state
+        proposed.append((candidate is state.point.played, candidate is state.played))
+
+    monkeypatch.setattr(trainer.publisher, "propose", propose)
+    for record in traffic[:200]:
+        trainer.offer([record])
+    assert len(proposed) > 3
+    assert set(proposed) == {(True, False)}
+
+
 def keeping(folder):
     return Keeping(Versions(folder), TARGET.fingerprint, "online_gradient")
 
@@ -357,6 +372,7 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
     kinds = [event.kind for event in Versions(tmp_path).history()]
     assert kinds[0] == "started"
     assert kinds.count("promoted") + kinds.count("rolled back") == len(published)
+    first.close()
 
     drafter = load_drafter("eagle", TARGET)
     good.resume(drafter)
@@ -374,7 +390,9 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
 
 def test_numbers_go_on_after_versions_were_moved_aside(tmp_path, traffic):
     first, _ = trained(tmp_path, traffic)
-    Versions(tmp_path).reset()
+    first.close()
+    with Versions(tmp_path) as store:
+        store.reset()
     _, published = trained(tmp_path, traffic)
     assert published[0].version >= first.publisher.next_version
 
@@ -390,6 +408,145 @@ def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic,
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
     assert "No space left on device" in caplog.text
     assert not trainer.failure
+
+
+class Breaking:
+    """Stands before learning, and breaks a state of one request on its way there; decoding has none of it."""
+
+    diagnostic_seconds, num_published = 0.0, 0
+
+    def __init__(self, learning, request_id, value):
+        self.learning, self._request_id, self._value = learning, request_id, value
+        self._texts = {}
+
+    def offer(self, feedback):
+        self.learning.offer([self._broken(r) if r.request_id == self._request_id else r for r in feedback])
+
+    def _broken(self, record):
+        trace, end = record.trace, record.start + record.num_rows
+        text = self._texts.setdefault(id(trace), replace(trace, hidden_states_SD=trace.hidden_states_SD.clone()))
+        text.token_ids, text.num_features = list(trace.token_ids), trace.num_features
+        text.hidden_states_SD[:end] = trace.hidden_states_SD[:end]
+        text.hidden_states_SD[min(8, end) : end] = self._value  # from some position of the answer on
+        return replace(record, trace=text)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("way", ["inline", *WAYS])
+def test_a_state_that_is_not_finite_costs_its_own_text_and_learning_goes_on(way, value, caplog):
+    drafter = load_drafter("eagle", TARGET)
+    if way == "inline":
+        learning = InlineLearning(drafter, config=replace(EAGER.config, budget=math.inf))
+    else:
+        learning = WAYS[way](TARGET, drafter, EAGER)
+        learning.start()
+    loop = DecodeLoop(TARGET, drafter, Breaking(learning, "3", value))
+
+    def figures():
+        if way == "inline":
+            return {"rounds": learning.num_rounds, "left_out": learning.finite.num_left_out}
+        return learning.figures()
+
+    served = until(lambda: figures()["left_out"], loop)
+    before = figures()["rounds"]
+    served += until(lambda: figures()["rounds"] > before + 8, loop)
+    num_bad = sum(request.request_id == "3" for request in served)
+    assert num_bad <= figures()["left_out"] <= 40 * num_bad  # the steps from there on, of each
+    assert caplog.text.count("is not finite: learning goes on without") == 1
+    assert not (learning.is_frozen if way == "inline" else learning.failure)
+    assert all(p.isfinite().all() for p in drafter.weights.params.values())
+    assert_exact(served)
+    if way != "inline":
+        learning.stop()
+
+
+def unsaveable(error):
+    """Saving that fails as what is not ours may fail."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), RuntimeError("shared memory"), KeyError("name"), TypeError("x")])
+@pytest.mark.parametrize("where", ["onlinespec.versions.flattened", "onlinespec.drafters.eagle.Eagle.save"])
+def test_whatever_saving_raises_is_said_once_and_learning_goes_on(where, error, tmp_path, traffic, monkeypatch, caplog):
+    monkeypatch.setattr(where, unsaveable(error))
+    trainer, published = trained(tmp_path, traffic)
+    assert published
+    assert trainer.num_unsaved == len(published) + 1
+    assert not trainer.failure
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    assert type(error).__name__ in caplog.text
+
+
+def test_a_number_that_someone_else_put_into_the_folder_costs_that_version_alone(tmp_path, traffic):
+    config = replace(EAGER.config, budget=math.inf)
+    trainer = Trainer(load_drafter("eagle", TARGET), config, keeping=keeping(tmp_path))
+    (tmp_path / "versions" / "000001").mkdir()
+    published = [version for record in traffic if (version := trainer.offer([record]))]
+    assert published[0].version == 1
+    assert trainer.num_unsaved == 1
+    assert not trainer.failure
+
+
+ODD = """
+from typing import NamedTuple
+from onlinespec.learners.online_gradient import OnlineGradient
+
+class Odd(NamedTuple):
+    point: object
+    geometry: object
+    more: object = frozenset()
+
+class Learner(OnlineGradient):
+    def init(self, params):
+        return Odd(*super().init(params))
+
+    def update(self, evaluate, state):
+        return Odd(*super().update(evaluate, state))
+"""
+
+
+def test_a_process_whose_learner_can_not_be_saved_learns_and_publishes(tmp_path, monkeypatch, caplog):
+    (tmp_path / "odd_learner.py").write_text(ODD)
+    monkeypatch.syspath_prepend(tmp_path)
+    line = "odd_learner:Learner/step_size=5e-3/min_interval=8/max_interval=8"
+    recipe = replace(EAGER, config=parse(line), learner=line, versions=str(tmp_path / "kept"))
+    loop, learning = make("process", recipe)
+    served = until(lambda: learning.num_published >= 2 and learning.figures()["unsaved"] >= 2, loop)
+    learning.stop()
+    assert not learning.failure
+    assert_exact(served)
+    assert caplog.text.count("holds a frozenset, which can't be saved") == 1
+
+
+def test_a_process_that_can_not_begin_says_why(tmp_path, caplog):
+    loop, learning = make(
+        "process", replace(EAGER, drafter=str(tmp_path / "gone")), drafter=load_drafter("eagle", TARGET)
+    )
+    served = until(lambda: learning.failure, loop)
+    assert "gone" in learning.failure
+    assert_exact(served + answers(loop, 2))
+    learning.stop()
+    assert caplog.text.count("learning stopped") == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(way, tmp_path, monkeypatch):
+    monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
+    recipe, drafter = replace(EAGER, versions=str(tmp_path)), load_drafter("eagle", TARGET)
+    with Versions(tmp_path) as first:
+        first.hold()
+        with pytest.raises(FolderTaken, match=f"another one keeps its versions in {tmp_path}"):
+            WAYS[way](TARGET, drafter, recipe).start()
+    loop, learning = make(way, recipe)
+    until(lambda: learning.figures()["rounds"], loop)
+    with pytest.raises(FolderTaken):
+        Versions(tmp_path).hold()
+    learning.stop()
+    Versions(tmp_path).hold()
 
 
 def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):

@@ -17,7 +17,6 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from checkpoints import CHAT_TEMPLATE, save_tiny
-from filelock import FileLock
 from rich.console import Console
 from rigs import AcceptsEverything
 
@@ -31,6 +30,8 @@ from onlinespec.drafters import load_drafter
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target
 from onlinespec.records import read_report
+from onlinespec.tables import LEARNER_NAMES
+from onlinespec.versions import Versions
 
 PROMPT = "naïve 日本 🎌 a b a b"
 CONTEXT = 1024
@@ -263,6 +264,38 @@ def test_help_names_every_choice_and_no_python(run, command):
     assert "STR " not in out.replace("│ ", "")[:200]
     if command in ("generate", "compare"):
         assert all(name in out for name in ("TARGET", "ngram", "online_gradient", "--num-draft-tokens", "default: 4"))
+
+
+@pytest.mark.parametrize("name", LEARNER_NAMES)
+@pytest.mark.parametrize(
+    "argv", [(*GENERATE, "--learner"), (*SERVE, "--port", "0", "--learner"), (*COMPARE, "--learners")]
+)
+def test_every_command_takes_every_name_of_a_learner(run, monkeypatch, argv, name):
+    def reached(*_):
+        raise ValueError("the target is loaded")
+
+    monkeypatch.setattr(checks, "load_target", reached)
+    assert_refused(run(*argv, name), "the target is loaded")
+
+
+@pytest.mark.parametrize("argv", [(*GENERATE, "--learner"), (*SERVE, "--learner"), (*COMPARE, "--learners")])
+def test_every_command_names_all_learners_in_its_help_and_where_one_is_wrong(run, argv):
+    assert_refused(run(*argv, "magic"), "magic", ", ".join(LEARNER_NAMES))
+    shown = re.sub(r"[\s│]+", " ", run(argv[0], "--help")[1])
+    assert all(name in shown for name in LEARNER_NAMES)
+    learns_with = {"serve": "(default: online_gradient,", "compare": "(default: none,frozen,online_gradient)"}
+    assert learns_with.get(argv[0], "(default: frozen)") in shown
+    assert_refused(run(*argv, "none/step_size=1"), "step_size=1", "none", "takes no settings")
+
+
+def test_plain_decoding_by_name_is_plain_decoding(run, tmp_path):
+    options = ("-p", PROMPT, "--max-new-tokens", "20")
+    status, out, err = run("generate", "target", *options, "--learner", "none", "--drafter", "drafter")
+    assert (status, out) == (0, expected_text(max_new_tokens=20) + "\n")
+    assert "20 tokens in 20 steps, acceptance length 1.00" in err
+    refused = run("generate", "target", *options, "--learner", "none", "--save", tmp_path / "d")
+    assert_refused(refused, "no drafter to save", "leave out --save")
+    assert_refused(run(*SERVE, "--learner", "none", "--versions", tmp_path), "leave out --versions")
 
 
 # --- generate ---
@@ -781,7 +814,7 @@ def refusal(url):
 def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_path):
     options = ("--drafter", "drafter", "--save", tmp_path / "saved", "--learn-in", "inline", "--fixed-draft-length")
     with serving("target", *options) as (process, url, said):
-        assert "drafter drafter learns between steps (optimistic)" in said
+        assert "drafter drafter learns between steps (online_gradient)" in said
         assert "warning" not in said
         prompts = [f"a b {i} a b" for i in range(6)]
         streams = [ask(url, prompt=prompt, max_tokens=900) for prompt in prompts]
@@ -839,15 +872,18 @@ def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run):
     assert (code, "--reset-drafter moves the versions in --versions DIR aside; give that, too" in err) == (2, True)
 
 
-def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loaded(tmp_path, run):
+def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loaded(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
+    monkeypatch.setattr(checks, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
     (tmp_path / "file").touch()
     code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file")
     assert (code, "is a file; give a directory" in err) == (2, True)
     code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file" / "below")
     assert (code, "no versions can be kept in" in err) == (2, True)
-    with FileLock(tmp_path / ".lock"):
+    with Versions(tmp_path) as held:
+        held.hold()
         code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path)
-    assert (code, "another server keeps its versions in" in err) == (2, True)
+    assert (code, "another one keeps its versions in" in err) == (2, True)
 
 
 @pytest.mark.parametrize("seconds", ["0", "60"], ids=["no grace", "a second Ctrl-C"])
@@ -875,6 +911,18 @@ def test_who_serves_everyone_without_a_key_is_warned_and_a_key_is_taken_from_the
         assert "Authorization: Bearer KEY" in said
         with pytest.raises(HTTPError, match="401"):
             ask(url, prompt="a")
+
+
+def test_plain_decoding_is_served_by_name():
+    with serving("target", "--learner", "none") as (process, url, said):
+        assert "; plain decoding" in said
+        target, params = load_target("target"), GenerationParams(20, ignore_end_tokens=True)
+        expected = DecodeLoop(target).complete(target.encode("a b", is_chat=False), params)
+        assert streamed(ask(url, prompt="a b", max_tokens=20)) == (expected.text.text, True)
+        assert json.loads(urlopen(f"{url}/live", timeout=60).read())["learning"] == {}
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
 
 
 def test_a_target_that_runs_through_transformers_is_served_one_request_at_a_time():

@@ -47,7 +47,7 @@ LEVELS = (
     ("verify", "agreement", "models"),
     ("rejection",),
     ("drafters",),
-    ("telemetry", "trial", "footprint"),
+    ("telemetry", "trial", "footprint", "finite"),
     ("decode", "learn", "publish", "versions", "control", "plots"),
     ("calibration", "recording", "trainer"),
     ("compare", "answers", "scheduler", "background", "inspection", "charts", "demo.corpus"),

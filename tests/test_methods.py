@@ -4,12 +4,13 @@ from dataclasses import fields, replace
 from itertools import permutations
 
 import pytest
+import torch
 
 from onlinespec.config import LearnConfig
-from onlinespec.learners import LEARNERS, Euclidean
+from onlinespec.learners import LEARNERS, Euclidean, Evaluation
 from onlinespec.learners.geometry import Diagonal, Preconditioned
-from onlinespec.methods import PRESETS, learner_of, parse
-from onlinespec.tables import resolve
+from onlinespec.methods import learner_of, parse
+from onlinespec.tables import LEARNER_NAMES, NONE, PRESETS, resolve
 
 LINES = [*LEARNERS, *PRESETS]
 
@@ -203,6 +204,66 @@ def test_osd_is_what_the_paper_does():
     assert math.isinf(config.clip_norm)
     assert config.full_loss == 0
     assert math.isinf(config.budget)
+
+
+# Names
+
+
+def test_every_name_is_in_the_one_list_once():
+    assert sorted(LEARNER_NAMES) == sorted({NONE, *LEARNERS, *PRESETS})
+
+
+def test_plain_decoding_has_no_settings_and_says_so():
+    with pytest.raises(ValueError, match='"none" is plain decoding'):
+        parse("none")
+
+
+# What is kept of a learner
+
+
+def rounds_of(learner, count=6):
+    """The state after some rounds towards a goal that moves."""
+    state = learner.init({"w": torch.zeros(4)})
+    for i in range(count):
+        goal = torch.full((4,), math.sin(i))
+
+        def evaluate(*candidates, scored=(), goal=goal):
+            losses = [float((params["w"] - goal).square().sum()) / 2 for params in (*candidates, *scored)]
+            grads = [{"w": params["w"] - goal} for params in candidates] + [{}] * len(scored)
+            return [Evaluation(loss, loss, grad) for loss, grad in zip(losses, grads, strict=True)]
+
+        state = learner.update(evaluate, state)
+    return state
+
+
+@pytest.mark.parametrize("name", sorted(set(LINES) - {"optimistic"}))
+def test_what_plays_is_what_is_kept_by_a_learner_without_a_look_ahead(name):
+    learner = learner_of(parse(name))
+    state = rounds_of(learner)
+    assert learner.settled(state) is learner.played(state)
+
+
+def test_what_is_kept_of_an_optimistic_learner_is_what_it_learned_and_not_its_look_ahead():
+    learner = learner_of(parse("optimistic/step_size=0.1"))
+    state = rounds_of(learner)
+    assert learner.settled(state) is state.point.played
+    assert not torch.equal(learner.settled(state)["w"], learner.played(state)["w"])
+    assert learner.settled(learner.init({"w": torch.ones(4)}))["w"].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("is_best_played", [False, True])
+def test_what_is_kept_of_an_ensemble_is_made_of_what_its_experts_keep(is_best_played):
+    learner = learner_of(parse("ensemble/base=optimistic/step_size=0.1"))
+    state = rounds_of(learner)
+    if is_best_played:
+        best = state.meta_weights.index(max(state.meta_weights))
+        state = state._replace(played=learner.experts[best].played(state.experts[best]))
+        expected = state.experts[best].point.played["w"]
+    else:
+        state = state._replace(played=state.mean)
+        expected = sum(w * own.point.played["w"] for w, own in zip(state.meta_weights, state.experts, strict=True))
+    assert torch.allclose(learner.settled(state)["w"], expected)
+    assert not torch.allclose(learner.played(state)["w"], expected)
 
 
 # Learners of others

@@ -12,7 +12,7 @@ import pytest
 import rigs
 import torch
 from rigs import Recorder
-from toy import TableTarget, enumerate_law
+from toy import TableTarget
 
 from onlinespec import load_drafter
 from onlinespec.background import Recipe
@@ -26,7 +26,8 @@ from onlinespec.learn import InlineLearning
 from onlinespec.losses import TargetRows, cross_entropy
 from onlinespec.methods import parse
 from onlinespec.publish import Publisher
-from onlinespec.trial import Lengths, Trial, lengths_of, paired, run_of
+from onlinespec.randomness import gumbel, uniforms
+from onlinespec.trial import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
 
 VOCAB = 6
 TARGET = TableTarget(VOCAB, seed=0)
@@ -48,12 +49,14 @@ class Bigram(Drafter):
         return list(feedback)
 
     def rows(self, candidates, batch, num_depths=1):
-        ids = torch.tensor(batch[0].trace.token_ids)[batch[0].start : batch[-1].start + batch[-1].num_rows + 1]
+        first, last = batch[0].start, batch[-1].start + batch[-1].num_rows
+        ids = torch.tensor(batch[0].trace.token_ids)[first : last + 1]
         temperatures = torch.full((len(ids) - 1,), batch[0].temperature)
-        target = TargetRows(self.target_logits_VV[ids[:-1]].softmax(-1), ids[1:], temperatures)
+        keys = torch.tensor([(batch[0].seed, batch[0].choice, at) for at in range(first + 1, last + 1)])
+        target = TargetRows(self.target_logits_VV[ids[:-1]].softmax(-1), ids[1:], temperatures, keys)
         logits = torch.stack([params["logits"][ids[:-1]] for params in candidates])
         depths = range(min(num_depths, len(ids) - 1))
-        return [(logits[:, depth:], TargetRows(*(part[depth:] for part in target))) for depth in depths]
+        return [(logits[:, depth:], target.take(torch.arange(depth, len(ids) - 1))) for depth in depths]
 
 
 Bigram.__abstractmethods__ = frozenset()
@@ -61,21 +64,21 @@ Bigram.__abstractmethods__ = frozenset()
 
 def text(seed, num_tokens, table=TARGET, sampling=None):
     """Token ids that the table says, greedy by default (from a start that the seed chooses)."""
-    rows = table.rows(sampling or SamplingParams())
-    generator, ids = torch.Generator().manual_seed(seed), [seed % VOCAB]
+    rows, ids = table.rows(sampling or SamplingParams()).log(), [seed % VOCAB]
     while len(ids) < num_tokens:
-        ids.append(int(rows[ids[-1]].multinomial(1, generator=generator)))
+        noise_V = gumbel(uniforms(seed, 0, len(ids), VOCAB))
+        ids.append(int((rows[ids[-1]] + noise_V).argmax()))
     return ids
 
 
-def request(name, ids, temperature=0.0, version=0, num_accepted=0, num_draft_tokens=4):
+def request(name, ids, temperature=0.0, version=0, num_accepted=0, num_draft_tokens=4, seed=0):
     """The Feedback of a request whose every step kept as many drafts; the prompt is one token."""
     trace, size = Trace(list(ids), torch.zeros(len(ids) - 1, 1), len(ids) - 1), num_accepted + 1
     starts = range(0, len(ids) - 1, size)
     return [
         Feedback(
             trace, start, min(size, len(ids) - 1 - start), num_draft_tokens, num_accepted, version, request_id=name,
-            temperature=temperature, is_last=start == starts[-1],
+            temperature=temperature, seed=seed, is_last=start == starts[-1],
         )
         for start in starts
     ]  # fmt: skip
@@ -85,7 +88,7 @@ def traffic(numbers, version=0, table=TARGET, temperature=1.0, num_accepted=0, n
     """Finished requests, one after the other; sampled ones by default, so that texts differ."""
     for i in numbers:
         ids = text(i, num_tokens, table, SamplingParams(temperature))
-        yield request(f"r{i}", ids, temperature, version, num_accepted)
+        yield request(f"r{i}", ids, temperature, version, num_accepted, seed=i)
 
 
 def better_and_worse(strength=1.0, seed=1):
@@ -98,31 +101,24 @@ def better_and_worse(strength=1.0, seed=1):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_expected_number_of_kept_drafts_is_unbiased(temperature):
-    """Over all texts that the target can say: the mean equals what verification keeps of such drafts, exactly."""
-    num_tokens, K = 4, 3
-    drafter = Bigram(better_and_worse(0.3)[1])
-    draft_VV = (drafter.weights.params["logits"] / temperature).softmax(-1)
-    target_VV = TARGET.rows(SamplingParams(temperature))
-    kept_VV = torch.minimum(draft_VV, target_VV)
-
-    def kept_from(token_id, depth):
-        return sum(float(kept_VV[token_id, v]) * (1 + kept_from(v, depth - 1)) for v in range(VOCAB)) if depth else 0
-
-    place_V = torch.zeros(VOCAB).index_fill_(0, torch.tensor(0), 1.0)
-    expected = 0.0
-    for position in range(num_tokens):
-        depth = min(K, num_tokens - position)
-        expected += sum(float(place_V[v]) * kept_from(v, depth) for v in range(VOCAB))
-        place_V = place_V @ target_VV
-    law = enumerate_law(target_VV, first_token=0, length=num_tokens)
-    mean = 0.0
-    for place, chance in enumerate(law.tolist()):
-        ids = [0, *(place // VOCAB**i % VOCAB for i in reversed(range(num_tokens)))]
-        lengths = lengths_of(drafter, [drafter.weights.params], request("a", ids, temperature), K)
-        assert lengths.num_anchors == num_tokens
-        mean += chance * lengths.accepted[0]
-    assert mean == pytest.approx(expected, rel=1e-4)
+def test_what_weights_would_have_kept_is_what_they_keep_when_they_draft(temperature):
+    """At every position: drafts from there on, with the noise of their positions, as far as they are the text's own."""
+    logits, K = better_and_worse(0.3)[1], 3
+    num_kept = 0
+    for seed, records in zip(range(20), traffic(range(20), temperature=temperature, num_tokens=12), strict=True):
+        ids, kept, first = records[0].trace.token_ids, 0, 0
+        for anchor in range(len(ids) - 1):
+            depth = 0
+            while depth < min(K, len(ids) - 1 - anchor):
+                at = anchor + depth
+                scores = logits[ids[at]] / temperature + gumbel(uniforms(seed, 0, at + 1, VOCAB))
+                if int(scores.argmax()) != ids[at + 1]:
+                    break
+                depth += 1
+            kept, first = kept + depth, first + (depth > 0)
+        assert lengths_of(Bigram(logits), [{"logits": logits}], records, K) == (len(ids) - 1, (kept,), (first,))
+        num_kept += kept
+    assert 0.2 < num_kept / (20 * 11) < 2.8  # neither nothing nor everything
 
 
 def test_greedy_counts_the_drafts_that_say_what_the_text_says():
@@ -231,20 +227,19 @@ def test_equal_weights_are_neither_better_nor_worse():
 
 def trial(served, candidate, config=DEFAULTS, **options):
     drafter = Bigram(served)
-    return Trial(drafter, {"logits": served}, {"logits": candidate}, config.trial_looks, config, **options)
+    looks, order = config.trial_looks, RequestOrder()
+    return Trial(drafter, {"logits": served}, {"logits": candidate}, looks, config, order, since=0, **options)
 
 
 def drawn_trials(monkeypatch, gain, num_streams=400):
     """Of trials on drawn lengths, the shares that end with the candidate better, and with it worse."""
     better = worse = 0
-    (records,) = traffic([1])
-    records = [replace(record, request_id="") for record in records]  # each is another
     for seed in range(num_streams):
         rng = Random(f"{seed}/{gain}")
         monkeypatch.setattr("onlinespec.trial.lengths_of", lambda *asked, rng=rng: drawn_lengths(rng, gain))
         each, figures = trial(TARGET.logits, TARGET.logits), None
         while not each.is_over and not (figures and (figures.is_other_better or figures.is_served_better)):
-            each.offer(records)
+            each.offer(request("", [0, 1]))  # one step; its lengths are drawn
             figures = each.look()
         better += figures.is_other_better
         worse += figures.is_served_better
@@ -299,8 +294,9 @@ def test_what_other_versions_drafted_is_no_evidence_where_one_is_asked_for():
 def test_several_choices_of_one_request_count_once():
     each, counted = trial(*better_and_worse()), []
     for number in range(8):
-        for seed in range(3):  # choices
-            each.offer(request(f"request {number}", text(10 * number + seed, 40), temperature=1.0))
+        for choice in range(3):
+            records = request(f"request {number}", text(10 * number + choice, 40))
+            each.offer([replace(record, choice=choice) for record in records])
         each.look()
         counted.append(each.num_requests)
     assert counted == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -376,6 +372,61 @@ def test_what_came_before_a_candidate_is_no_evidence_for_it():
     assert publisher.check() is None
 
 
+def halves(numbers, **options):
+    """The same requests running at once: the first halves of all, then the second halves."""
+    whole = list(traffic(numbers, **options))
+    middle = len(whole[0]) // 2
+    return [r for records in whole for r in records[:middle]], [r for records in whole for r in records[middle:]]
+
+
+def test_requests_that_ran_when_a_candidate_was_made_are_no_evidence_for_it():
+    """It has learned from their beginnings, which what is served has not."""
+    good, bad = better_and_worse()
+    publisher = publisher_with(bad)
+    beginnings, ends = halves(range(40))
+    publisher.offer(beginnings)
+    publisher.propose({"logits": good})
+    publisher.offer(ends)
+    assert not any(publisher.check() for _ in range(40))
+    assert publisher._trial.num_requests == 0
+    weights, num_requests = checks(publisher, traffic(range(40, 80)))
+    assert (weights.version, num_requests) == (1, 4)
+
+
+def test_a_choice_of_a_request_that_ran_when_a_candidate_was_made_is_no_evidence_either():
+    """Another choice of it was learned from: the same prompt, and often the same words."""
+    good, bad = better_and_worse()
+    publisher = publisher_with(bad)
+    for records in traffic(range(8)):
+        publisher.offer(records)
+    publisher.propose({"logits": good})
+    for records in traffic(range(8)):
+        publisher.offer([replace(record, choice=1) for record in records])
+        assert publisher.check() is None
+    assert publisher._trial.num_requests == 0
+
+
+def test_requests_that_ran_when_what_is_served_was_made_are_no_evidence_against_what_came_before():
+    """Watch and collapse, then the way back: of requests whose beginnings only one of the two has learned."""
+    publisher = publisher_with(OTHER_TRAFFIC.logits)
+    beginnings, ends = halves(range(500, 520), version=1, num_accepted=0)
+    publisher.offer(beginnings)
+    assert tried(publisher, TARGET.logits, traffic(range(80)))[0].version == 1
+    publisher._drafter.target_logits_VV = OTHER_TRAFFIC.logits
+    publisher.offer(ends)
+    assert not any(publisher.check() for _ in range(30))
+    assert publisher._watch.num_requests == 0
+    assert publisher._collapse.num_steps == 0
+    publisher.begin_anew()  # the way back is looked for beside the watch
+    more_beginnings, more_ends = halves(range(600, 608), version=1, table=OTHER_TRAFFIC, num_accepted=1)
+    publisher.offer(more_beginnings)
+    assert publisher._way_back is not None
+    publisher.offer(more_ends)
+    weights = next(filter(None, (publisher.check() for _ in range(30))))
+    assert publisher.history[-1].kind == "returned"  # by those that began after it was made, running or not
+    assert weights.version == 2
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_candidate_that_is_no_better_is_refused(temperature):
     good, bad = better_and_worse()
@@ -415,14 +466,14 @@ def test_a_candidate_that_is_like_what_is_served_is_undecided_after_eight_reques
 def test_what_is_on_trial_when_the_traffic_moves_is_dropped():
     good, bad = better_and_worse()
     publisher = publisher_with(good)
-    for _ in range(3):
-        assert tried(publisher, bad, traffic(range(8)))[0] is None
+    for i in range(3):
+        assert tried(publisher, bad, traffic(range(8 * i, 8 * i + 8)))[0] is None
         publisher._pause = 0
     publisher.propose({"logits": bad})
     assert not publisher.wants_candidate
     publisher.begin_anew()
     assert publisher.wants_candidate
-    assert tried(publisher, bad, traffic(range(8)))[0] is None
+    assert tried(publisher, bad, traffic(range(24, 32)))[0] is None
     assert publisher.wants_candidate  # as after a first refusal
 
 
@@ -576,7 +627,8 @@ def test_a_promotion_while_the_last_is_watched_can_still_go_back_to_what_is_know
     good, bad = better_and_worse()
     publisher = promoted(bad, good)
     weights, num_requests = tried(publisher, TARGET.logits, traffic(range(100, 130), version=1, num_accepted=2))
-    assert (weights.version, num_requests) == (2, 4)
+    assert weights.version == 2
+    assert num_requests < 16  # before the watch looks for the first time
     assert publisher.previous.version == 0
 
 
@@ -672,16 +724,20 @@ def timeless(event):
 def test_a_learned_drafter_is_promoted_on_requests_it_never_saw_and_its_start_is_refused(learned):
     target, drafter = learned
     start = Eagle.fresh(target).weights
-    loop = DecodeLoop(target, drafter, recorder := Recorder())
-    for i in range(12):
-        loop.complete([5, 9, 200 + i % 4, 31], GenerationParams(24), request_id=str(i))
+
+    def served(numbers):
+        loop = DecodeLoop(target, drafter, recorder := Recorder())
+        for i in numbers:
+            loop.complete([5, 9, 200 + i % 4, 31], GenerationParams(24), request_id=str(i))
+        return recorder.feedback
+
     publisher = Publisher(drafter, PublishConfig(), served=start)
     publisher.propose(drafter.weights.params)
-    publisher.offer(recorder.feedback)
+    publisher.offer(served(range(12)))
     weights = next(filter(None, (publisher.check() for _ in range(12))))
     assert weights.version == 1
     assert publisher.history[0].paired.other_length > publisher.history[0].paired.served_length + 0.5
     publisher.propose(start.params)
-    publisher.offer(recorder.feedback)
+    publisher.offer(served(range(12, 24)))
     assert not any(publisher.check() for _ in range(12))
     assert publisher.history[-1].kind == "refused"

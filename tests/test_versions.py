@@ -36,7 +36,7 @@ from onlinespec.methods import parse
 from onlinespec.publish import Publisher
 from onlinespec.records import Event, Paired
 from onlinespec.states import flattened, rebuilt
-from onlinespec.versions import NotSaved, Versions
+from onlinespec.versions import FolderTaken, NotSaved, Versions
 
 TARGET = rigs.random_target()
 NAME = TARGET.fingerprint
@@ -377,6 +377,98 @@ def test_nothing_to_keep_is_refused(tmp_path, keep):
         Versions(tmp_path, keep)
 
 
+# One writer
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(versions, "_HANDOVER_SECONDS", 0.0)
+
+
+def test_a_folder_has_one_writer_and_any_number_of_readers(tmp_path, drafter, impatient):
+    store, other = filled(tmp_path, drafter, range(2)), Versions(tmp_path)
+    for write in (
+        lambda: save(other, drafter, 2),
+        lambda: other.note(happened("confirmed", 1)),
+        other.reset,
+        other.hold,
+    ):
+        with pytest.raises(FolderTaken, match=f"keeps its versions in {tmp_path}.* give each its own .* or stop the"):
+            write()
+    assert other.latest_good(NAME).number == 1
+    assert len(other.history()) == 2
+    assert describe(tmp_path)["on disk"] == "0, 1"
+    assert save(store, drafter, 2).number == 2
+    assert other.next_version == 3  # a reader reads anew
+    store.close()
+    assert save(other, drafter, 3).number == 3
+
+
+def test_another_that_writes_does_not_sweep_away_what_is_being_written(tmp_path, drafter, impatient):
+    store = filled(tmp_path, drafter, range(1))
+    half = tmp_path / "versions" / ".000001.tmp"
+    half.mkdir()
+    with pytest.raises(FolderTaken):
+        save(Versions(tmp_path), drafter, 1)
+    assert half.exists()
+    assert save(store, drafter, 1).number == 1
+    assert not half.exists()
+
+
+def test_a_folder_is_free_again_once_its_writer_is_closed_or_gone(tmp_path, drafter, impatient):
+    with Versions(tmp_path) as store:
+        save(store, drafter, 0)
+    assert in_child(lambda: (save(Versions(tmp_path), drafter, 1), os.kill(os.getpid(), signal.SIGKILL))) == -9
+    save(Versions(tmp_path), drafter, 2)
+    save(Versions(tmp_path), drafter, 3)
+
+
+def test_a_writer_reads_the_history_once_however_much_is_noted(tmp_path, drafter, monkeypatch):
+    filled(tmp_path, drafter, range(3))
+    store, read_bytes, reads = Versions(tmp_path), Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    for number in range(3, 40):
+        store.note(happened("refused", number))
+        assert store.next_version == number + 1
+    save(store, drafter, 40)
+    save(store, drafter, 41, happened("rolled back", 41, 40, 2))
+    store.note(happened("confirmed", 41))
+    assert store.latest_good(NAME).number == 41
+    assert store.watched(store.read(2)) is not None
+    assert reads.count("history.jsonl") == 1
+    assert store.history() == Versions(tmp_path).history()  # what it remembers is what is written
+
+
+def test_a_note_that_failed_is_not_remembered(tmp_path, drafter, monkeypatch):
+    store, fsync = filled(tmp_path, drafter, range(2)), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: fail())
+    with pytest.raises(NotSaved):
+        store.note(happened("confirmed", 1))
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert len(store.history()) == 2
+    store.note(happened("confirmed", 1))
+    assert store.history() == Versions(tmp_path).history()
+    assert len(store.history()) == 3
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, RuntimeError, AttributeError, MemoryError])
+def test_whatever_a_drafter_raises_when_saved_is_told_as_not_saved(error, tmp_path, drafter):
+    class Broken(Eagle):
+        def save(self, folder):
+            super().save(folder)
+            raise error("no such luck")
+
+    store = filled(tmp_path, drafter, range(2))
+    broken = Broken(TARGET, drafter.config, drafter.weights.params)
+    with pytest.raises(NotSaved, match=rf"version 2 could not be saved to .* \({error.__name__}: .*no such luck"):
+        save(store, broken, 2)
+    assert store.numbers() == [0, 1]
+    assert not list(tmp_path.glob("versions/.*"))
+    with pytest.raises(NotSaved, match="holds a set, which can't be saved"):
+        save(store, drafter, 2, state={1, 2})
+    assert save(store, drafter, 2).number == 2
+
+
 # Torn files
 
 FILES = ["config.json", "learner.json", "learner.safetensors", "model.safetensors", "onlinespec.json", "version.json"]
@@ -425,6 +517,7 @@ def test_a_torn_line_of_history_costs_that_line_alone(tmp_path, drafter, caplog)
     store = filled(tmp_path, drafter, range(3))
     path = tmp_path / "history.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
+    store.close()
     store.note(happened("confirmed", 2))
     for _ in range(2):
         events = [(event.kind, event.version) for event in store.history()]
@@ -535,6 +628,7 @@ def test_a_disk_that_is_full_at_any_step_leaves_what_was_there_and_says_so(times
                 save(store, drafter, 3)
             is_done = steps.num_done <= n
             steps.times = 0
+            store.close()
             if (folder / "versions" / "000003").exists():
                 assert Versions(folder).latest_good(NAME).number == 3
             else:
@@ -556,6 +650,7 @@ def test_a_disk_that_is_full_at_any_step_leaves_what_was_there_and_says_so(times
 def test_files_that_cannot_grow_leave_what_was_there(most_bytes, tmp_path, drafter):
     """The system itself refuses, in the middle of a write."""
     store = filled(tmp_path, drafter, range(3))
+    store.close()
     (tmp_path / "history.jsonl").write_bytes(b"")
 
     def work():

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from onlinespec import demo
 from onlinespec.calibration import Costs, measure_costs
-from onlinespec.compare import FROZEN
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
@@ -25,10 +24,10 @@ from onlinespec.learn import InlineLearning
 from onlinespec.methods import parse
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target
+from onlinespec.tables import FROZEN, NONE
 
 LEARNER = "online_gradient"
 PLAIN = "transformers"  # its plain `generate`: the control that every user has
-NONE = "none"  # ours without a drafter: the control, and the reference for tokens
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from onlinespec.drafters import DRAFTERS, load_drafter
     from onlinespec.drafters.base import Drafter
     from onlinespec.learn import InlineLearning
-    from onlinespec.learners import LEARNERS, Learner, make_learner
+    from onlinespec.learners import Learner, make_learner
     from onlinespec.losses import LOSSES
-    from onlinespec.methods import PRESETS, parse
+    from onlinespec.methods import parse
     from onlinespec.models.loading import Target, load_target
     from onlinespec.recording import Recorded, Replaying, record
+    from onlinespec.tables import LEARNERS, PRESETS
     from onlinespec.workloads import WORKLOADS, load_workload
 
 _MODULES = {
@@ -32,11 +33,12 @@ _MODULES = {
     "drafters": ("DRAFTERS", "load_drafter"),
     "drafters.base": ("Drafter",),
     "learn": ("InlineLearning",),
-    "learners": ("LEARNERS", "Learner", "make_learner"),
+    "learners": ("Learner", "make_learner"),
     "losses": ("LOSSES",),
-    "methods": ("PRESETS", "parse"),
+    "methods": ("parse",),
     "models.loading": ("Target", "load_target"),
     "recording": ("Recorded", "Replaying", "record"),
+    "tables": ("LEARNERS", "PRESETS"),
     "workloads": ("WORKLOADS", "load_workload"),
 }
 

@@ -17,7 +17,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,6 +42,7 @@ _GATHER_SECONDS = 0.1
 _NO_FIGURES: dict[str, Any] = {  # before the first report
     "rounds": 0,
     "rows": 0,
+    "left_out": 0,
     "loss": None,
     "interval": None,
     "drifts": 0,
@@ -188,7 +189,11 @@ class BackgroundLearning(ABC):
 
 
 class ThreadLearning(BackgroundLearning):
-    """Learns in a thread of this process, on the target's own device."""
+    """Learns in a thread of this process, on the target's own device.
+
+    Raises:
+        FolderTaken: if another one keeps its versions in the recipe's folder.
+    """
 
     def __init__(self, target: Target, drafter: Drafter, recipe: Recipe, most_waiting: int = 4096) -> None:
         super().__init__(drafter, most_waiting)
@@ -209,7 +214,10 @@ class ThreadLearning(BackgroundLearning):
 
     def stop(self, seconds: float = 10.0) -> None:
         self._end()
-        self._thread.join(seconds)
+        if self._thread.ident:
+            self._thread.join(seconds)
+        if not self._thread.is_alive():  # else it may be writing
+            self.trainer.close()
 
     def _run(self) -> None:
         torch.get_num_threads()  # which sets this thread's; see `Engine._run`
@@ -235,6 +243,7 @@ class ProcessLearning(BackgroundLearning):
 
     def __init__(self, target: Target, drafter: Drafter, recipe: Recipe, most_waiting: int = 4096) -> None:
         super().__init__(drafter, most_waiting)
+        self._versions = recipe.versions
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._theirs = theirs
@@ -247,6 +256,14 @@ class ProcessLearning(BackgroundLearning):
         ]
 
     def start(self) -> None:
+        """Begins to learn.
+
+        Raises:
+            FolderTaken: if another one keeps its versions in the recipe's folder.
+        """
+        if self._versions:  # refused here, where someone hears of it; the process itself holds the folder then
+            with Versions(self._versions) as versions, contextlib.suppress(OSError):
+                versions.hold()
         self.process.start()
         atexit.register(self.stop)  # before multiprocessing's own, which would wait for a process that hears no SIGTERM
         self._theirs.close()  # so that the end of the process is the end of the pipe
@@ -314,13 +331,27 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
         connection.send_bytes(encode(message))
 
     logging.basicConfig(level=logging.INFO, handlers=[_Forwarding(send)])
-    budget = ClockBudget(recipe.share)
     published = decode(serving)
     assert isinstance(published, Published)
-    trainer = recipe.trainer(ends.target(), published.weights(), budget)
-    with contextlib.suppress(OSError, AttributeError):
-        os.nice(recipe.niceness)
-    budget.begin()
+    figures = _NO_FIGURES | {"published": published.version}
+    try:
+        budget = ClockBudget(recipe.share)
+        trainer = recipe.trainer(ends.target(), published.weights(), budget)
+        with contextlib.suppress(OSError, AttributeError):
+            os.nice(recipe.niceness)
+        budget.begin()
+        _answer(connection, send, recipe, trainer, budget)
+        figures = trainer.figures()
+    except Exception as error:  # as in a thread: it is said by who serves
+        figures |= {"failure": f"{type(error).__name__}: {error}"}
+    with contextlib.suppress(OSError):
+        send(Report(figures))
+
+
+def _answer(
+    connection: Connection, send: Callable[[Message], None], recipe: Recipe, trainer: Trainer, budget: ClockBudget
+) -> None:
+    """Takes what comes, until that is the end, or the other end is gone, or nothing is learned any more."""
     incoming, reported, resting_share = Incoming(), -_REPORT_SECONDS, recipe.share
     with contextlib.suppress(EOFError, OSError):
         while not trainer.failure:
@@ -340,7 +371,6 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
                     resting_share = share
             is_resting = trainer.learning.cadence.is_resting
             budget.work_share = min(recipe.share, resting_share) if is_resting else recipe.share
-        send(Report(trainer.figures()))
 
 
 class _Forwarding(logging.Handler):

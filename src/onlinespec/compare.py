@@ -36,13 +36,12 @@ from onlinespec.randomness import gumbel
 from onlinespec.records import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
 from onlinespec.rejection import Rejection
 from onlinespec.sampling import process_step
+from onlinespec.tables import FROZEN, NONE
 from onlinespec.verify import Coupled, Rule
 from onlinespec.workloads import Prompt, Workload, load_workload
 
 log = logging.getLogger(__name__)
 
-NONE = "none"  # plain decoding: no drafter, no learner
-FROZEN = "frozen"
 ACCEPTANCE: dict[str, Callable[[], Rule]] = {"coupled": Coupled, "rejection": Rejection}
 TIE_GAP = 1e-4  # of the target's two largest logits; where they are closer, either token is a right answer
 

@@ -36,12 +36,13 @@ class Beside:
     """A drafter and what learns it, as a command names them.
 
     Args:
+        drafter: None for plain decoding.
         learners: Settings of each that learns, with a drafter of its own; of who does not, none.
         apart: Where the learning of a server runs: "thread" or "process"; empty for inline.
         num_drafters: That draft, one for each run of a comparison.
     """
 
-    drafter: str
+    drafter: str | None
     learners: Sequence[LearnConfig] = ()
     apart: str = ""
     num_drafters: int = 1
@@ -64,8 +65,10 @@ class Beside:
         return total
 
     def _size(self, shape: ModelConfig) -> DrafterSize | None:
-        """None of what is not counted: one from elsewhere, say."""
+        """None of what is not counted: no drafter, or one from elsewhere, say."""
         name = self.drafter
+        if name is None:
+            return None
         is_fresh = name in DRAFTERS or (":" in name and not Path(name).exists())
         folder = None if is_fresh else demo.DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
         kind: type[Drafter] = resolve(DRAFTERS, read_format(folder) if folder else name, "drafter")

@@ -21,6 +21,7 @@ from onlinespec.cadence import Budget, Cadence, ClockBudget
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
+from onlinespec.finite import FiniteTexts
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
@@ -69,6 +70,7 @@ class InlineLearning:
             self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows
         )
         self.replay = self._memory(seed) if self.config.replay_every else None
+        self.finite = FiniteTexts()
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
         self._steps_waited = self._requests_waited = 0
         self._state = self._learner.init(drafter.weights.params)
@@ -105,6 +107,7 @@ class InlineLearning:
             return
         if feedback:
             self.budget.earn([record.num_draft_tokens + 1 for record in feedback])
+        feedback = self.finite.of(feedback)
         for record in feedback:
             self._waiting.append(record)
             self._steps_waited += 1
@@ -134,6 +137,11 @@ class InlineLearning:
     def state(self) -> Any:
         """The learner's own, to be saved and given to `resume`."""
         return self._state
+
+    @property
+    def settled(self) -> Params:
+        """What was learned so far, without the look-ahead of a learner that plays ahead of it."""
+        return self._learner.settled(self._state)
 
     def resume(self, state: Any) -> None:
         """Goes on with a learner's state, whose weights play from now on."""

@@ -18,16 +18,9 @@ import msgspec
 
 from onlinespec.config import LearnConfig
 from onlinespec.core import Params
-from onlinespec.learners import GEOMETRIES, LEARNERS, Learner, make_learner
+from onlinespec.learners import GEOMETRIES, Learner, make_learner
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.tables import resolve
-
-# Names for whole settings, as the lines they stand for.
-PRESETS = {
-    # Online Speculative Decoding, arXiv:2310.07177: one Adam step per eight requests, on rejected positions, used once.
-    "osd": "online_gradient/step_size=1e-4/geometry=diagonal/clip_norm=inf/full_loss=0/rows=rejected"
-    "/requests_per_round=8/max_rows=1000000/loss=soft_cross_entropy/replay_every=0/budget=inf",
-}
+from onlinespec.tables import LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
 
 _CROSS_ENTROPIES = ("auto", "soft_cross_entropy", "cross_entropy", "mix")
 _FULL_LOSS = 4.0  # nats, both drafting depths together
@@ -88,11 +81,13 @@ def full_loss_of(config: LearnConfig) -> float:
 
 
 def _factory(name: str) -> Any:
-    """What makes a learner. The error for another name lists the presets too."""
-    try:
-        return resolve(LEARNERS, name, "learner")
-    except ValueError as error:
-        raise ValueError(str(error).replace("; or give", f", {', '.join(PRESETS)}; or give")) from error
+    """What makes a learner."""
+    if name not in LEARNERS and ":" not in name:
+        if name == NONE:
+            raise ValueError(f'"{NONE}" is plain decoding, with nothing that learns; decode without a drafter for it')
+        known = ", ".join(LEARNER_NAMES)
+        raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
+    return resolve(LEARNERS, name, "learner")
 
 
 def _parameters(factory: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.base import Drafter
 from onlinespec.learners.geometry import is_finite
 from onlinespec.records import Event, EventKind, Paired
-from onlinespec.trial import Collapse, Trial
+from onlinespec.trial import Collapse, RequestOrder, Trial
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class Publisher:
                 "give a number that was never used"
             )
         self.previous: DrafterWeights | None = None  # good, as far as known: what a rollback goes back to
+        self._order = RequestOrder()
+        self._since = 0  # requests that had begun when what is served was made
         self._origin = origin or self.served
         self._is_origin = _equal(self.served.params, self._origin.params)  # what is served
         self._way_back: Trial | None = None  # to what learning began with
@@ -95,11 +97,13 @@ class Publisher:
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served."""
+        for record in records:
+            self._order.number_of(record)
         num_ended = sum(record.is_last for record in records)
         self._pause -= num_ended
         self._stay -= num_ended
         if self._may_go_back and not self._way_back and self._stay <= 0:
-            self._way_back = self._against(self._origin.params, self.config.trial_looks[:2])
+            self._way_back = self._against(self._origin.params, self.config.trial_looks[:2], self._since)
         for judge in (self._trial, self._way_back, self._watch, self._collapse):
             if judge:
                 judge.offer(records)
@@ -117,7 +121,7 @@ class Publisher:
         """
         _check_alike(self.served.params, candidate)
         if is_finite(candidate):
-            self._trial = self._against(candidate, self.config.trial_looks)
+            self._trial = self._against(candidate, self.config.trial_looks, self._order.num_begun)
         elif not self._events or self._events[-1].reason != _NOT_FINITE:  # once, however often it is offered
             self._refuse(_NOT_FINITE)
 
@@ -130,9 +134,9 @@ class Publisher:
         """A new version to serve, if there is one: a candidate that drafts better, or an older one again."""
         return self._check_watch() or self._check_way_back() or self._check_trial()
 
-    def _against(self, other: Params, looks: Sequence[int], version: int | None = None) -> Trial:
-        """A trial of other weights against those that are served."""
-        return Trial(self._drafter, self.served.params, other, looks, self.config, version)
+    def _against(self, other: Params, looks: Sequence[int], since: int, version: int | None = None) -> Trial:
+        """A trial of other weights against those that are served, on the requests that began since then."""
+        return Trial(self._drafter, self.served.params, other, looks, self.config, self._order, since, version)
 
     def _check_trial(self) -> DrafterWeights | None:
         figures = self._trial.look() if self._trial else None
@@ -140,7 +144,7 @@ class Publisher:
             return None
         if figures.is_other_better:
             previous = self.served if self.previous is None or not self._watch else self.previous
-            parent = self.served.version
+            parent, self._since = self.served.version, self._trial.since
             self._serve(self._trial.other)
             self._note("promoted", _compared(figures, "the candidate", "better"), figures, parent)
             self._begin_watch(previous)
@@ -200,8 +204,8 @@ class Publisher:
     def _begin_watch(self, previous: DrafterWeights) -> None:
         """Of what is served against the newest version that is not itself still watched."""
         self.previous, version = previous, self.served.version
-        self._collapse = Collapse(version)
-        self._watch = self._against(previous.params, self.config.watch_looks, version)
+        self._collapse = Collapse(version, self._order, self._since)
+        self._watch = self._against(previous.params, self.config.watch_looks, self._since, version)
 
     def _roll_back(self, reason: str, figures: Paired | None = None) -> DrafterWeights:
         assert self.previous is not None

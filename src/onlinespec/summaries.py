@@ -9,9 +9,10 @@ from math import fsum, isfinite, nan
 from statistics import median
 from typing import NamedTuple
 
+from onlinespec import tables
 from onlinespec.records import Report, Round, Run, Segment, Totals, Window
 
-PLAIN, FROZEN = "none", "frozen"  # the controls: plain decoding, and a drafter that does not learn
+PLAIN, FROZEN = tables.NONE, tables.FROZEN  # the controls: plain decoding, and a drafter that does not learn
 _CONTROL_RANK = {FROZEN: 1, PLAIN: 2}
 
 

@@ -1,8 +1,32 @@
-"""Literal tables of lazy paths: a name stands for "package.module:Class", imported when it is asked for."""
+"""Literal tables of lazy paths: a name stands for "package.module:Class", imported when it is asked for.
+
+The table of learners is here, and not beside them, because the command line names them without importing torch.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
+
+NONE, FROZEN = "none", "frozen"  # the controls: plain decoding, and a drafter that does not learn
+
+LEARNERS = {
+    FROZEN: "onlinespec.learners.frozen:Frozen",
+    "online_gradient": "onlinespec.learners.online_gradient:OnlineGradient",
+    "optimistic": "onlinespec.learners.optimistic:OptimisticGradient",
+    "ensemble": "onlinespec.learners.ensemble:Ensemble",
+    "surrogate_ensemble": "onlinespec.learners.ensemble:SurrogateEnsemble",
+    "momentum": "onlinespec.learners.momentum:Momentum",
+    "reset_to_merged": "onlinespec.learners.reset_to_merged:ResetToMerged",
+}
+
+# Names for whole settings, as the lines they stand for; see `methods.parse`.
+PRESETS = {
+    # Online Speculative Decoding, arXiv:2310.07177: one Adam step per eight requests, on rejected positions, used once.
+    "osd": "online_gradient/step_size=1e-4/geometry=diagonal/clip_norm=inf/full_loss=0/rows=rejected"
+    "/requests_per_round=8/max_rows=1000000/loss=soft_cross_entropy/replay_every=0/budget=inf",
+}
+
+LEARNER_NAMES = (NONE, *LEARNERS, *PRESETS)  # wherever a learner is named
 
 
 def resolve(table: Mapping[str, str], name: str, kind: str) -> Any:

@@ -10,6 +10,7 @@ import logging
 import math
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,10 @@ class Trainer:
         budget: Of time; kept by whatever clock it has.
         keeping: Where versions go; None to keep none.
         origin: What learning began with, if the drafter's weights are later ones.
+
+    Raises:
+        FolderTaken: if another one keeps its versions in the folder.
+        ValueError: as `Versions.latest_good` and `Version.resume`.
     """
 
     def __init__(
@@ -69,7 +74,13 @@ class Trainer:
         self._drafter, self._keeping = drafter, keeping
         self.num_unsaved = 0  # versions that could not be written
         self.learning = InlineLearning(drafter, config=config, seed=seed, budget=budget, on_failure=self._fail)
-        self.publisher = self._resumed(publishing, origin) if keeping else Publisher(drafter, publishing, origin=origin)
+        try:
+            self.publisher = (
+                self._resumed(publishing, origin) if keeping else Publisher(drafter, publishing, origin=origin)
+            )
+        except BaseException:
+            self.close()
+            raise
         self._proposed = self.learning.num_rounds  # when a candidate was last proposed
         self._judged = self.learning.num_rounds  # when weights were last compared
         self._num_drifts = 0  # noticed so far
@@ -81,6 +92,7 @@ class Trainer:
         before = self.publisher.num_events
         for record in records:
             self._hear(record)
+        records = self.learning.finite.of(records)
         self.publisher.offer(records)
         # where time is scarce, rounds and judging take turns: each alone could take all of it
         version = self._judge() if self.learning.num_rounds > self._judged else None
@@ -116,7 +128,12 @@ class Trainer:
         is_outdated = self.publisher.is_undecided and num_newer >= _ROUNDS_NEWER
         if is_outdated or (self.publisher.wants_candidate and num_newer > 0):
             self._proposed = learning.num_rounds
-            self.publisher.propose(self._drafter.weights.params)
+            self.publisher.propose(self.learning.settled)
+
+    def close(self) -> None:
+        """Lets others write to the folder of versions. Nothing is to be offered any more."""
+        if self._keeping:
+            self._keeping.versions.close()
 
     def figures(self) -> dict[str, Any]:
         """How it fares, in plain numbers and words."""
@@ -124,6 +141,7 @@ class Trainer:
         return {
             "rounds": learning.num_rounds,
             "rows": learning.num_rows,
+            "left_out": learning.finite.num_left_out,
             "loss": None if math.isnan(learning.last_loss) else learning.last_loss,
             "interval": learning.cadence.interval,
             "drifts": learning.cadence.num_drifts,
@@ -143,6 +161,8 @@ class Trainer:
         """Goes on with what lies on disk, if that is what is served; else what is served is the first to be kept."""
         assert self._keeping
         served, versions = self._drafter.weights, self._keeping.versions
+        with suppress(OSError):  # said when the first version can't be saved
+            versions.hold()
         found = versions.latest_good(self._keeping.target_fingerprint)
         if found is None or found.number != served.version:
             next_version = max(served.version + 1, versions.next_version)
@@ -177,7 +197,7 @@ class Trainer:
                     keeping.learner,
                     self.learning.state,
                 )
-        except NotSaved as error:
+        except (NotSaved, ValueError) as error:
             log.log(logging.DEBUG if self.num_unsaved else logging.ERROR, "%s; this is said once", error)
             self.num_unsaved += 1
 

@@ -2,7 +2,7 @@
 
 Judged by what serving is paid for, the drafts that a step keeps, and never by the loss, which can fall while acceptance
 falls. Two sets of weights are compared on the same rows of the same requests, and those are held back from both: they
-came after both were made. So nothing is lost to learning, which goes on with other weights meanwhile, and a judgement
+began after both were made. So nothing is lost to learning, which goes on with other weights meanwhile, and a judgement
 comes after a few requests, however small a share of the traffic one would care to keep from learning.
 
 Acceptance is taken at every position of a text, not at the positions where steps began: those are where the drafter
@@ -14,6 +14,7 @@ Axis letters: E sets of weights, N positions of a request, V vocabulary.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from random import Random
@@ -130,14 +131,46 @@ def run_of(records: Sequence[Feedback], max_rows: int) -> list[Feedback]:
 # --- trials ---------------------------------------------------------------------------------------------------------
 
 
+class RequestOrder:
+    """In what order requests began, as far as learning has seen them.
+
+    Weights have learned from the beginnings of requests that were running when they were made, so that only those that
+    began afterwards can tell them from others.
+    """
+
+    def __init__(self) -> None:
+        self.num_begun = 0  # so far
+        self._numbers: dict[int, int] = {}  # by the id of a trace that others keep alive
+
+    def number_of(self, record: Feedback) -> int:
+        """The number of a record's request, counted from 0; it begins with the first record of it that comes here."""
+        trace = record.trace
+        if id(trace) not in self._numbers:
+            weakref.finalize(trace, self._numbers.pop, id(trace), None).atexit = False
+            self._numbers[id(trace)] = self.num_begun
+            self.num_begun += 1
+        return self._numbers[id(trace)]
+
+    def since(self, number: int, records: Sequence[Feedback]) -> list[Feedback]:
+        """The records of requests with this number or a later one, without any but the first choice of each.
+
+        Other choices (n > 1) begin no earlier than the first and are no news of the traffic: the same prompt, and often
+        the same words.
+        """
+        numbers = [self.number_of(record) for record in records]
+        return [each for each, own in zip(records, numbers, strict=True) if own >= number and not each.choice]
+
+
 class Trial:
-    """Two sets of weights on the requests that come, which are newer than both: neither has learned from them.
+    """Two sets of weights on requests that began when both were made: neither has learned from any part of them.
 
     There are a few looks, at growing numbers of requests, each at its share of the level: the chance that any of them
     takes for better what is not stays within it.
 
     Args:
         served, other: What is compared.
+        order: Knows when requests began.
+        since: The number of the first request that counts; as many had begun when the newer weights were made.
         version: Only rows that this version drafted count; None for all.
     """
 
@@ -148,25 +181,23 @@ class Trial:
         other: Params,
         looks: Sequence[int],
         config: PublishConfig,
+        order: RequestOrder,
+        since: int,
         version: int | None = None,
     ) -> None:
-        self.served, self.other = served, other
-        self._drafter, self._config, self._version = drafter, config, version
+        self.served, self.other, self.since = served, other, since
+        self._drafter, self._config, self._order, self._version = drafter, config, order, version
         self._looks = deque(looks)
         self._level = config.level / len(looks)
         self._unfinished = Unfinished()
         self._waiting: deque[Stored] = deque()
         self._lengths: list[Lengths] = []
-        self._names: set[str] = set()  # of the requests that count
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served; a request counts when it has ended."""
-        for trace, seen in self._unfinished.ended(records):
+        for trace, seen in self._unfinished.ended(self._order.since(self.since, records)):
             own = [record for record in seen if self._version in (None, record.weights_version)]
-            name = seen[0].request_id
-            is_new = not name or name not in self._names  # several choices of one request are no news of the traffic
-            if own and is_new and self._has_room:
-                self._names.add(name)
+            if own and self._has_room:
                 self._waiting.append(detached(trace, run_of(own, self._config.max_rows)))
 
     @property
@@ -212,20 +243,23 @@ class Collapse:
 
     It shows a swap that went wrong, where weights look well on paper. Both are of the same requests: where the traffic
     moves, both fall.
+
+    Args:
+        order, since: Which requests count; as for the trial that says what the weights would have kept.
     """
 
-    def __init__(self, version: int) -> None:
-        self._version = version
-        self._num_steps = self._num_kept = 0  # steps that drafted, and those of them whose first draft was kept
-        self._names: set[str] = set()  # of the requests that these steps are of
+    def __init__(self, version: int, order: RequestOrder, since: int) -> None:
+        self._version, self._order, self._since = version, order, since
+        self.num_steps = self._num_kept = 0  # steps that drafted, and those of them whose first draft was kept
+        self._requests: set[int] = set()  # that these steps are of
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served, by whatever version."""
-        for record in records:
+        for record in self._order.since(self._since, records):
             if record.weights_version == self._version and record.num_draft_tokens:
-                self._num_steps += 1
+                self.num_steps += 1
                 self._num_kept += record.num_accepted > 0
-                self._names.add(record.request_id or str(id(record.trace)))
+                self._requests.add(self._order.number_of(record))
 
     def reason(self, predicted: float) -> str:
         """What speaks against the version, in words; empty if nothing.
@@ -233,14 +267,14 @@ class Collapse:
         Args:
             predicted: acceptance_prob of the first drafted token, by the weights.
         """
-        if self._num_steps < _COLLAPSE_STEPS or len(self._names) < _COLLAPSE_REQUESTS:
+        if self.num_steps < _COLLAPSE_STEPS or len(self._requests) < _COLLAPSE_REQUESTS:
             return ""
         least = _COLLAPSED * predicted
-        error = math.sqrt(least * (1 - least) / self._num_steps)
-        measured = self._num_kept / self._num_steps
+        error = math.sqrt(least * (1 - least) / self.num_steps)
+        measured = self._num_kept / self.num_steps
         if measured >= least - _COLLAPSE_ERRORS * error:
             return ""
         return (
-            f"the first draft was kept in {measured:.0%} of {self._num_steps} steps, where these weights should have "
+            f"the first draft was kept in {measured:.0%} of {self.num_steps} steps, where these weights should have "
             f"kept {predicted:.0%}"
         )

@@ -6,8 +6,11 @@
         version.json           number, origin, target, and a checksum of every other file
     FOLDER/history.jsonl       what happened, a line each, never rewritten
 
+    FOLDER/.lock               held by the one that writes
+
 A version is written aside, flushed to the disk and renamed into place: it is there whole or not at all. What was noted
-in history.jsonl stays, whatever becomes of the version's own folder. One process writes to a folder at a time.
+in history.jsonl stays, whatever becomes of the version's own folder. A folder has one writer at a time, which holds its
+lock; reading needs none.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from onlinespec.core import DrafterWeights
@@ -41,13 +44,18 @@ log = logging.getLogger(__name__)
 
 _RECORD = "version.json"
 _TENSORS, _STATE = "learner.safetensors", "learner.json"
-_VERSIONS, _HISTORY = "versions", "history.jsonl"
+_VERSIONS, _HISTORY, _LOCK = "versions", "history.jsonl", ".lock"
 _DIGITS = 6
 _READABLE = 0o644  # safetensors' own files are their owner's alone
+_HANDOVER_SECONDS = 5.0  # to wait for a lock: a learning process whose server was killed ends with its round or save
 
 
 class NotSaved(OSError):
     """A version or a note that could not be written. What was there before is as it was."""
+
+
+class FolderTaken(ValueError):
+    """A folder for versions that another one writes to."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,9 @@ class Version:
 class Versions:
     """The versions in a folder; nothing is written before something is saved.
 
+    What writes takes the folder's lock (`hold`) and keeps it until `close`, the end of a `with` block, or the end of
+    the process. Any thread may write, one at a time.
+
     Args:
         keep: The newest so many stay, beside the first one and the one that a restart would begin with.
     """
@@ -115,9 +126,43 @@ class Versions:
             raise ValueError(f"keep is {keep}; it must be at least 1")
         self.folder, self.keep = Path(folder), keep
         self._place, self._history = self.folder / _VERSIONS, self.folder / _HISTORY
+        self._lock: FileLock | None = None  # while it is held
+        self._notes: _Notes | None = None  # all of history.jsonl, while no one else can add to it
         self._told: set[str] = set()  # complaints that were logged
 
+    def __enter__(self) -> Versions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # --- writing ------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Takes the folder to write to, if that was not done yet; it is made if there is none.
+
+        Raises:
+            FolderTaken: if another one writes to it, and does not end within a few seconds.
+            OSError: if the folder can't be written to.
+        """
+        if self._lock:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / _LOCK, thread_local=False)
+        try:
+            lock.acquire(timeout=_HANDOVER_SECONDS)
+        except Timeout as error:
+            raise FolderTaken(
+                f"another one keeps its versions in {self.folder}, and a folder has one writer: give each its own "
+                "(--versions DIR), or stop the other first"
+            ) from error
+        self._lock, self._notes = lock, None
+
+    def close(self) -> None:
+        """Lets others write to the folder."""
+        if self._lock:
+            self._lock.release()
+        self._lock = self._notes = None
 
     def save(
         self,
@@ -135,21 +180,23 @@ class Versions:
             state: The learner's, if any.
 
         Raises:
-            NotSaved: if the disk is full, or can't be written to. Nothing of the version is left, all others are as
-                they were; saving it again later is fine.
-            ValueError: if there is such a version, the event is of another, or the state holds what can't be saved.
+            NotSaved: if the disk is full, or can't be written to, or the drafter or the learner's state can't be saved.
+                Nothing of the version is left, all others are as they were; saving it again later is fine.
+            ValueError: if there is such a version, or the event is of another.
+            FolderTaken: if another one writes to the folder.
         """
+        if event.version != weights.version:
+            raise ValueError(f"the event is of version {event.version}, the weights are version {weights.version}")
         folder = self._folder_of(weights.version)
         if folder.exists():
             raise ValueError(
                 f"{folder} exists; a version is never written twice: the next number is {self.next_version}"
             )
-        if event.version != weights.version:
-            raise ValueError(f"the event is of version {event.version}, the weights are version {weights.version}")
-        tensors, nodes = flattened({"params": weights.params, "state": state})
         twin = copy.copy(drafter)  # saves other weights in the same format, while the original goes on
         twin.weights = weights
         with self._guarded(f"version {weights.version}"):
+            self.hold()
+            tensors, nodes = flattened({"params": weights.params, "state": state})
             self._note(event)
             self._sweep()
             partial = folder.with_name(f".{folder.name}.tmp")
@@ -181,18 +228,23 @@ class Versions:
         """Adds a line to the history.
 
         Raises:
-            NotSaved: as `save`.
+            NotSaved, FolderTaken: as `save`.
         """
         with self._guarded(f'the note "{event.told}"'):
+            self.hold()
             self._note(event)
 
     def reset(self) -> Path | None:
         """Back to the beginning: moves all versions aside, and says where to; None if there are none.
 
         Numbers are not begun anew: the first version from now on is `next_version`.
+
+        Raises:
+            FolderTaken, OSError: as `hold`.
         """
         if not self._place.is_dir():
             return None
+        self.hold()
         last, numbers = self.next_version - 1, self.numbers()
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         names = (f"{_VERSIONS}.reset-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
@@ -208,10 +260,9 @@ class Versions:
     @property
     def next_version(self) -> int:
         """The first number that was never used here, not even for what was lost since; 0 in a new folder."""
-        noted = [n for event in self.history() for n in (event.version, event.parent, event.restores) if n is not None]
         places = [self._place, *self.folder.glob(f"{_VERSIONS}.reset-*")]
         written = [_number_of(path) for place in places if place.is_dir() for path in place.iterdir()]
-        return 1 + max([n for n in written if n is not None] + noted, default=-1)
+        return 1 + max([n for n in written if n is not None] + [self._noted().newest_version])
 
     def latest_good(self, target_fingerprint: str | None) -> Version | None:
         """What a restart begins with: the newest version that is whole and was not rolled back; None if there is none.
@@ -253,8 +304,7 @@ class Versions:
         None if it was not promoted, or is confirmed, or they are not here any more.
         """
         event = version.record.event
-        is_confirmed = any(e.kind == "confirmed" and e.version == version.number for e in self.history())
-        if event.kind != "promoted" or event.parent is None or is_confirmed:
+        if event.kind != "promoted" or event.parent is None or version.number in self._noted().confirmed:
             return None
         try:
             return self.read(event.parent).weights()
@@ -282,73 +332,81 @@ class Versions:
 
     def history(self) -> list[Event]:
         """What was noted, the oldest first. A line that can't be read (torn, say) is left out and told once."""
-        try:
-            lines = self._history.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        events = []
-        for i, line in enumerate(lines, start=1):
-            try:
-                events += [msgspec.json.decode(line, type=Event)] if line.strip() else []
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                self._complain(f"line {i} of {self._history} can't be read and is left out ({error})")
-        return events
+        return list(self._noted().events)
 
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _folder_of(self, number: int) -> Path:
         return self._place / f"{number:0{_DIGITS}d}"
 
+    def _noted(self) -> _Notes:
+        """The history; read anew each time by one that does not hold the folder."""
+        if self._notes:
+            return self._notes
+        notes = _Notes()
+        try:
+            content = self._history.read_bytes()
+        except FileNotFoundError:
+            content = b""
+        for i, line in enumerate(content.splitlines(), start=1):
+            try:
+                if line.strip():
+                    notes.add(msgspec.json.decode(line, type=Event))
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                self._complain(f"line {i} of {self._history} can't be read and is left out ({error})")
+        notes.is_torn = content[-1:] not in (b"", b"\n")
+        if self._lock:
+            self._notes = notes
+        return notes
+
     def _rolled_back(self) -> set[int]:
         """By what was noted, or by what a version itself says of how it came to be, should the note be lost."""
-        events = self.history()
         records = (record_of(self._folder_of(number)) for number in self.numbers())
-        events += [record.event for record in records if record]
-        return {event.parent for event in events if event.kind == "rolled back" and event.parent is not None}
+        own = (_rolled_back_by(record.event) for record in records if record)
+        return self._noted().rolled_back.union(*own)
 
     @contextlib.contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError, ValueError) as error:  # drafters tell a full disk in their own way
+        except FolderTaken:
+            raise
+        except Exception as error:  # drafters and learners may be anyone's code, and tell a full disk in their own way
             self._sweep()
+            reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise NotSaved(
-                f"{what} could not be saved to {self.folder} ({error}); what was saved before is as it was: make room, "
-                "or give another folder"
+                f"{what} could not be saved to {self.folder} ({reason}); what was saved before is as it was: "
+                "make room, or give another folder"
             ) from error
         except BaseException:
             self._sweep()
             raise
 
     def _note(self, event: Event) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if event in self.history():  # noted by a save that could not be finished
+        notes = self._noted()
+        if event in notes:  # noted by a save that could not be finished
             return
         is_new = not self._history.exists()
         with self._history.open("ab", buffering=0) as file:  # else closing it would try once more
             size = file.tell()
-            line = memoryview(self._break_before(size) + msgspec.json.encode(event) + b"\n")
+            line = memoryview(b"\n" * notes.is_torn + msgspec.json.encode(event) + b"\n")
             try:
                 while line:
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except BaseException:
+                self._notes = None  # what is there now is to be read again
                 with contextlib.suppress(OSError):
                     os.truncate(self._history, size)
                 raise
+        notes.add(event)
         if is_new:
             _flush(self.folder)
 
-    def _break_before(self, size: int) -> bytes:
-        """A new line, if a torn one comes before."""
-        if not size:
-            return b""
-        with self._history.open("rb") as file:
-            file.seek(size - 1)
-            return b"" if file.read(1) == b"\n" else b"\n"
-
     def _sweep(self) -> None:
-        """Removes what a save that was cut short has left."""
+        """Removes what a save that was cut short has left; only the one that holds the folder may."""
+        if not self._lock:
+            return
         with contextlib.suppress(OSError):
             for path in self._place.glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -368,6 +426,35 @@ class Versions:
         if message not in self._told:
             self._told.add(message)
             log.warning("%s", message)
+
+
+class _Notes:
+    """The lines of a history, and what is asked of them, kept as they are added: a line more costs the same always."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.rolled_back: set[int] = set()
+        self.confirmed: set[int] = set()
+        self.newest_version = -1  # the largest number that occurs
+        self.is_torn = False  # whether the last line is not whole
+        self._all: set[Event] = set()
+
+    def __contains__(self, event: Event) -> bool:
+        return event in self._all
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+        self._all.add(event)
+        self.is_torn = False
+        numbers = (event.version, event.parent, event.restores)
+        self.newest_version = max(self.newest_version, *(n for n in numbers if n is not None))
+        if event.kind == "confirmed":
+            self.confirmed.add(event.version)
+        self.rolled_back |= _rolled_back_by(event)
+
+
+def _rolled_back_by(event: Event) -> set[int]:
+    return {event.parent} if event.kind == "rolled back" and event.parent is not None else set()
 
 
 def is_in(folder: Path) -> bool:

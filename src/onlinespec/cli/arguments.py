@@ -16,10 +16,16 @@ from tyro.conf import Positional, arg
 
 from onlinespec import demo
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_that
+from onlinespec.tables import FROZEN, LEARNER_NAMES, NONE
 from onlinespec.workloads import load_workload
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
 SaveFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not saved)")]
+_NAMES = (
+    f"{NONE} (plain decoding, without a drafter), {FROZEN} (the drafter stays as it is), "
+    f"{', '.join(name for name in LEARNER_NAMES if name not in (NONE, FROZEN))}; "
+    "NAME/SETTING=VALUE/... changes settings"
+)
 Recommended = arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's in generate and serve, else off)")
 
 
@@ -139,9 +145,14 @@ class Generate:
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
     ] = None
     """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
-    learner: Annotated[str, arg(metavar="LEARNER")] = "frozen"
-    """How the drafter learns while it serves: frozen, online_gradient, optimistic, ensemble, surrogate_ensemble, osd,
-    momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings."""
+    learner: Annotated[
+        str,
+        arg(
+            metavar="LEARNER",
+            help=f"How the drafter learns while it answers: {_NAMES}. What one answer teaches is lost without --save, "
+            f"so nothing is learned unless a learner is named ({LearnConfig.learner} is what serve has).",
+        ),
+    ] = FROZEN
     temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
     """0 is greedy."""
     stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
@@ -176,9 +187,10 @@ class Compare:
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
     ] = None
     """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
-    learners: Annotated[str, arg(metavar="LEARNERS")] = "none,frozen,online_gradient"
-    """Separated by commas: none (plain decoding), frozen, online_gradient, optimistic, ensemble, surrogate_ensemble,
-    osd, momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings, as in ensemble/with_frozen=true."""
+    learners: Annotated[
+        str,
+        arg(metavar="LEARNERS", help=f"Separated by commas: {_NAMES}, as in ensemble/with_frozen=true."),
+    ] = f"{NONE},{FROZEN},{LearnConfig.learner}"
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None
     """Folder for report.json, report.html and requests.jsonl."""
     num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (50,)
@@ -291,10 +303,13 @@ class Serve:
     ] = None
     """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
     learner: Annotated[
-        str | None, arg(metavar="LEARNER", help_behavior_hint="(default: optimistic, where the drafter can learn)")
+        str | None,
+        arg(
+            metavar="LEARNER",
+            help_behavior_hint=f"(default: {LearnConfig.learner}, where the drafter can learn)",
+            help=f"How the drafter learns while it serves: {_NAMES}.",
+        ),
     ] = None
-    """How the drafter learns while it serves: frozen, online_gradient, optimistic, ensemble, surrogate_ensemble, osd,
-    momentum, reset_to_merged; NAME/SETTING=VALUE/... changes its settings."""
     host: str = "127.0.0.1"
     """Address to listen on; 127.0.0.1 is reached from this machine alone, 0.0.0.0 from everywhere."""
     port: int = 8000

@@ -13,11 +13,10 @@ from onlinespec.config import LearnConfig
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
 from onlinespec.footprint import Beside
-from onlinespec.learners import LEARNERS
 from onlinespec.losses import LOSSES
-from onlinespec.methods import PRESETS, learner_of, parse
+from onlinespec.methods import learner_of, parse
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
-from onlinespec.tables import resolve
+from onlinespec.tables import LEARNER_NAMES, NONE, resolve
 
 
 def use(machine: Machine) -> None:
@@ -33,15 +32,21 @@ def load(name: str, machine: Machine, beside: Beside) -> Target:
         return load_target(name, machine.device, machine.dtype, beside=beside)
 
 
-def checked_learner(line: str, learning: Learning, also: tuple[str, ...] = ()) -> LearnConfig:
-    """A learner's settings by its line; `also` are names that would have been fine too."""
+def checked_learner(line: str, learning: Learning) -> LearnConfig | None:
+    """A learner's settings by its line; None for plain decoding.
+
+    Raises:
+        ValueError: for a name that is not known, or a setting that is none.
+    """
     name, slash, settings = line.partition("/")
-    if slash and name in also:
-        raise ValueError(f'"{name}" in "{line}" takes no settings; leave "{slash}{settings}" out')
+    if name == NONE:
+        if slash:
+            raise ValueError(f'"{name}" in "{line}" takes no settings; leave "{slash}{settings}" out')
+        return None
     if "=" in name:
         raise ValueError(f'"{name}" is a setting without a learner; write LEARNER/{line}')
-    if name not in (*LEARNERS, *PRESETS) and ":" not in name:
-        known = ", ".join((*also, *LEARNERS, *PRESETS))
+    if name not in LEARNER_NAMES and ":" not in name:
+        known = ", ".join(LEARNER_NAMES)
         raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
     config = parse(line, learning.config())
     learner_of(config)
@@ -49,10 +54,12 @@ def checked_learner(line: str, learning: Learning, also: tuple[str, ...] = ()) -
     return config
 
 
-def check_save(folder: Path | None) -> None:
-    """Refuses now what `save` would refuse when the work is done."""
+def check_save(folder: Path | None, config: LearnConfig | None) -> None:
+    """Refuses now what `save` would refuse when the work is done; without a config there is no drafter."""
     if folder is None:
         return
+    if config is None:
+        raise ValueError(f"plain decoding has no drafter to save; leave out --save {folder}, or name another learner")
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not (folder / SIDE_FILE).is_file():
         raise ValueError(f"--save {folder} holds something that is no drafter of ours; choose another place")

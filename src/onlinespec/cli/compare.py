@@ -13,13 +13,13 @@ from onlinespec.cli.arguments import Compare, Demo
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
-from onlinespec.compare import FROZEN, NONE, Comparing, Comparison, check_results_folder
+from onlinespec.compare import Comparing, Comparison, check_results_folder
 from onlinespec.footprint import Beside
 from onlinespec.models.loading import Target
 from onlinespec.records import Report
 from onlinespec.report import summary_table, write_html
+from onlinespec.tables import FROZEN, NONE
 
-DEMO_LEARNERS = "none,frozen,online_gradient"
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 
 
@@ -28,7 +28,6 @@ def demo_comparison(command: Demo) -> Compare:
     return Compare(
         target="demo",
         data=DEMO_STREAM,
-        learners=DEMO_LEARNERS,
         out=command.out or _new_folder("demo"),
         num_requests=command.num_requests,
         minutes=command.minutes,
@@ -45,9 +44,7 @@ def compare(command: Compare) -> int:
     use(command.machine)
     folder = command.out or _new_folder("compare")
     learners = tuple(name.strip() for name in command.learners.split(",") if name.strip())
-    for name in learners:
-        if name != NONE:
-            checked_learner(name, command.learning, also=(NONE,))
+    configs = {name: checked_learner(name, command.learning) for name in learners}
     comparison = Comparison(
         drafter=command.drafter_name,
         learners=learners,
@@ -65,11 +62,11 @@ def compare(command: Compare) -> int:
         measures_costs=command.learning.learn_costs is None,
     )
     check_results_folder(folder)
-    for name in learners:
-        if name != NONE:
-            check_save(command.save and folder_for(command.save, name))
-    learning = [checked_learner(name, command.learning) for name in learners if name not in (NONE, FROZEN)]
-    beside = Beside(command.drafter_name, learning, num_drafters=sum(name != NONE for name in learners))
+    for name, config in configs.items():
+        if config:
+            check_save(command.save and folder_for(command.save, name), config)
+    learning = [config for config in configs.values() if config and config.learner != FROZEN]
+    beside = Beside(command.drafter_name, learning, num_drafters=sum(config is not None for config in configs.values()))
     return _run(load(command.target, command.machine, beside), comparison, folder, command.save)
 
 

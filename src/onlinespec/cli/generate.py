@@ -7,22 +7,20 @@ import sys
 from onlinespec.cli.arguments import Generate
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err, interrupts_raised
-from onlinespec.compare import FROZEN
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.base import Drafter
 from onlinespec.footprint import Beside
 from onlinespec.learn import InlineLearning
 from onlinespec.losses import told
-from onlinespec.models.loading import Target
+from onlinespec.tables import FROZEN
 
 
 def generate(command: Generate) -> int:
     """Refuses what would fail later, loads, answers."""
     use(command.machine)
     config = checked_learner(command.learner, command.learning)
-    check_save(command.save)
+    check_save(command.save, config)
     prompt = sys.stdin.read().removesuffix("\n") if command.prompt == "-" else command.prompt
     if not prompt.strip():
         source = "standard input" if command.prompt == "-" else "--prompt"
@@ -30,19 +28,22 @@ def generate(command: Generate) -> int:
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
         raise ValueError("the prompt is not UTF-8 text; convert it first")
 
-    learners = [config] if config.learner != FROZEN else []
-    target = load(command.target, command.machine, Beside(command.drafter_name, learners))
+    learners = [config] if config and config.learner != FROZEN else []
+    target = load(command.target, command.machine, Beside(command.drafter_name if config else None, learners))
+    if config is None:
+        return _answer(command, DecodeLoop(target), None, prompt)
     drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
     if config.learner != FROZEN and not drafter.is_trainable:
         raise ValueError(f"drafter {command.drafter_name} does not learn; leave out --learner {command.learner}")
-    return _answer(command, target, drafter, InlineLearning(drafter, config=config, seed=command.machine.seed), prompt)
+    learning = InlineLearning(drafter, config=config, seed=command.machine.seed)
+    return _answer(command, DecodeLoop(target, drafter, learning), learning, prompt)
 
 
 @interrupts_raised()
-def _answer(command: Generate, target: Target, drafter: Drafter, learning: InlineLearning, prompt: str) -> int:
+def _answer(command: Generate, loop: DecodeLoop, learning: InlineLearning | None, prompt: str) -> int:
     """Streams one answer to standard output, figures to standard error. Ctrl-C ends the answer; the rest goes on."""
+    target = loop.target
     prompt_ids = target.encode(prompt, is_chat=not command.raw)
-    loop = DecodeLoop(target, drafter, learning)
     stats = DecodeStats()
     stopped: BaseException | None = None
     try:
@@ -54,13 +55,14 @@ def _answer(command: Generate, target: Target, drafter: Drafter, learning: Inlin
     except (KeyboardInterrupt, BrokenPipeError) as reason:
         stopped = reason
         err.print()
-    _print_figures(stats, learning.num_rounds)
-    if learning.num_rounds:
+    num_rounds = learning.num_rounds if learning else 0
+    _print_figures(stats, num_rounds)
+    if learning and num_rounds:
         temperature = command.params(target.sampling).sampling.temperature
         err.print(f"learned by the loss {told(learning.config.loss, temperature)}", highlight=False)
-    if command.save:
-        whose = f"drafter (weights version {drafter.weights.version})"
-        save(drafter, command.save, learning.num_rounds > 0, whose)
+    if command.save and loop.drafter:
+        whose = f"drafter (weights version {loop.drafter.weights.version})"
+        save(loop.drafter, command.save, num_rounds > 0, whose)
     if stopped:
         raise stopped
     return 0

@@ -11,7 +11,8 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 from onlinespec.cli.terminal import err, escaped
-from onlinespec.compare import NONE, Progress
+from onlinespec.compare import Progress
+from onlinespec.tables import NONE
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from onlinespec.calibration import measure_step_costs
 from onlinespec.cli.arguments import Serve
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err
-from onlinespec.compare import FROZEN
 from onlinespec.config import LearnConfig
 from onlinespec.control import Controller
 from onlinespec.core import DrafterWeights
@@ -32,52 +30,54 @@ from onlinespec.learn import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.scheduler import Limits, Scheduler
+from onlinespec.tables import FROZEN, NONE
 from onlinespec.versions import Versions
 
 try:
-    from filelock import FileLock, Timeout
-
     from onlinespec.server.app import create_app
     from onlinespec.server.engine import Engine
     from onlinespec.server.run import listening, run
     from onlinespec.server.settings import ServerSettings
 except ModuleNotFoundError as error:
-    needed = ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client", "filelock")
+    needed = ("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client")
     if error.name not in needed:
         raise
     raise ImportError(
         f'serving needs the package {error.name}; install it with: pip install "onlinespec[server]"'
     ) from error
 
-_DEFAULT_LEARNER = "optimistic"
 _KEY_VARIABLE = "ONLINESPEC_API_KEY"
 
 
 def serve(command: Serve) -> int:
     """Refuses what would fail later, takes the address, loads, serves, saves."""
     use(command.machine)
-    config = checked_learner(command.learner or _DEFAULT_LEARNER, command.learning)
-    check_save(command.save)
+    config = checked_learner(command.learner or LearnConfig.learner, command.learning)
+    check_save(command.save, config)
+    if config is None and command.versions:
+        raise ValueError(f"plain decoding has no drafter to keep versions of; leave out --versions {command.versions}")
     limits = _limits(command)
     _settings(command)
     if command.reset_drafter and not command.versions:
         raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
-    with listening(command.host, command.port) as door, _held(command.versions):
+    with listening(command.host, command.port) as door, _versions(command, config) as versions:
         target = load(command.target, command.machine, _beside(command, config))
-        drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
+        drafter = _drafter(command, target) if config else None
         config = _learner(command, config, drafter)
-        if command.versions and drafter.is_trainable:
-            _resume(command, command.versions, target, drafter)
-        start, is_ours = drafter.weights.version, target.path == "own"
+        if versions and drafter and drafter.is_trainable:
+            _resume(command, versions, target, drafter)
+        start, is_ours = drafter.weights.version if drafter else 0, target.path == "own"
         limits = limits if is_ours else _one_by_one(limits)
         prefixes = PrefixCache(int(command.prefix_megabytes * 1e6)) if command.prefix_megabytes and is_ours else None
         control = None if command.fixed_draft_length else _control(command, target, drafter, limits)
         settings, facts = _settings(command, target), _facts(command, config, target)
+        if versions and _place(command, config, target) in ("thread", "process"):
+            versions.close()  # which takes it from here
         with _learning(command, config, target, drafter) as learning:
             engine = Engine(Scheduler(DecodeLoop(target, drafter, learning, prefixes), limits, control))
             greet = partial(_greet, command, settings, target, facts, door)
             stopped_by = run(create_app(engine, settings, facts), engine, door, settings.grace_seconds, greet)
-    if command.save:
+    if command.save and drafter:
         whose = f"drafter (weights version {drafter.weights.version})"
         save(drafter, command.save, drafter.weights.version > start, whose)
     if stopped_by == signal.SIGINT:
@@ -87,32 +87,28 @@ def serve(command: Serve) -> int:
 
 
 @contextmanager
-def _held(folder: Path | None) -> Iterator[None]:
-    """A folder for versions that can be written, for this server alone."""
+def _versions(command: Serve, config: LearnConfig | None) -> Iterator[Versions | None]:
+    """The folder for versions; whether it can be written to is found out before anything is loaded."""
+    folder = command.versions
     if folder is None:
-        yield
+        yield None
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--versions {folder} is a file; give a directory")
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another server keeps its versions in {folder}; give each its own --versions") from error
-    except OSError as error:
-        raise ValueError(
-            f"no versions can be kept in {folder} ({error.strerror}); choose another --versions"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    with Versions(folder) as versions:
+        if command.reset_drafter or (config and config.learner != FROZEN):
+            try:
+                versions.hold()
+            except OSError as error:
+                raise ValueError(
+                    f"no versions can be kept in {folder} ({error.strerror}); choose another --versions"
+                ) from error
+        yield versions
 
 
-def _resume(command: Serve, folder: Path, target: Target, drafter: Drafter) -> None:
+def _resume(command: Serve, versions: Versions, target: Target, drafter: Drafter) -> None:
     """Goes on with the newest good version, or begins anew."""
-    versions = Versions(folder)
+    folder = versions.folder
     if command.reset_drafter and (aside := versions.reset()):
         err.print(f"the versions in {folder} are kept in {aside.name}", highlight=False, soft_wrap=True)
     if found := versions.latest_good(target.fingerprint):
@@ -126,10 +122,14 @@ def _resume(command: Serve, folder: Path, target: Target, drafter: Drafter) -> N
         drafter.swap(DrafterWeights(drafter.weights.params, number))
 
 
-def _control(command: Serve, target: Target, drafter: Drafter, limits: Limits) -> Controller | None:
+def _drafter(command: Serve, target: Target) -> Drafter:
+    return load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
+
+
+def _control(command: Serve, target: Target, drafter: Drafter | None, limits: Limits) -> Controller | None:
     """What chooses the number of drafted tokens, once it has measured what steps cost here."""
     most = command.decoding.num_draft_tokens
-    if not most:
+    if not (most and drafter):
         return None
     with err.status("measuring what steps cost"):
         sampling = command.defaults(target.sampling).sampling
@@ -139,15 +139,20 @@ def _control(command: Serve, target: Target, drafter: Drafter, limits: Limits) -
 
 
 @contextmanager
-def _learning(command: Serve, config: LearnConfig, target: Target, drafter: Drafter) -> Iterator[Learning | None]:
+def _learning(
+    command: Serve, config: LearnConfig | None, target: Target, drafter: Drafter | None
+) -> Iterator[Learning | None]:
     """Learning where it was asked for; it ends with the block."""
     place = _place(command, config, target)
-    if place in ("", "inline"):
-        yield InlineLearning(drafter, config=config, seed=command.machine.seed) if place else None
+    if not (place and config and drafter):
+        yield None
+        return
+    if place == "inline":
+        yield InlineLearning(drafter, config=config, seed=command.machine.seed)
         return
     recipe = Recipe(
         drafter=command.drafter_name,
-        learner=command.learner or _DEFAULT_LEARNER,
+        learner=command.learner or LearnConfig.learner,
         config=config,
         seed=command.machine.seed,
         tuning=command.learning.tuning(),
@@ -162,16 +167,18 @@ def _learning(command: Serve, config: LearnConfig, target: Target, drafter: Draf
         learning.stop()
 
 
-def _beside(command: Serve, config: LearnConfig) -> Beside:
+def _beside(command: Serve, config: LearnConfig | None) -> Beside:
     """What there will be memory needed for beside the target, of which nothing is known yet."""
+    if config is None:
+        return Beside(None, [])
     is_learning = config.learner != FROZEN and command.decoding.num_draft_tokens > 0
     place = command.learn_in or ("process" if torch.device(command.machine.device).type == "cpu" else "thread")
     return Beside(command.drafter_name, [config] * is_learning, "" if place == "inline" else place)
 
 
-def _place(command: Serve, config: LearnConfig, target: Target) -> str:
+def _place(command: Serve, config: LearnConfig | None, target: Target) -> str:
     """Where learning runs; empty if nothing is learned."""
-    if config.learner == FROZEN or not command.decoding.num_draft_tokens:
+    if config is None or config.learner == FROZEN or not command.decoding.num_draft_tokens:
         return ""
     if command.learn_in:
         return command.learn_in
@@ -179,13 +186,13 @@ def _place(command: Serve, config: LearnConfig, target: Target) -> str:
     return "process" if is_apart else "thread"
 
 
-def _facts(command: Serve, config: LearnConfig, target: Target) -> dict[str, Any]:
+def _facts(command: Serve, config: LearnConfig | None, target: Target) -> dict[str, Any]:
     """What the page says of the server."""
     place = _place(command, config, target)
     where = {"inline": "between steps", "thread": "in a thread", "process": "in a process of its own"}
     return {
-        "drafter": command.drafter_name,
-        "learning_mode": f"learns {where[place]} ({config.learner})" if place else "does not learn",
+        "drafter": command.drafter_name if config else NONE,
+        "learning_mode": f"learns {where[place]} ({config.learner})" if place and config else "does not learn",
         "has_chat": bool(target.tokenizer.chat_template),
     }
 
@@ -211,13 +218,17 @@ def _settings(command: Serve, target: Target | None = None) -> ServerSettings:
     )
 
 
-def _learner(command: Serve, config: LearnConfig, drafter: Drafter) -> LearnConfig:
+def _learner(command: Serve, config: LearnConfig | None, drafter: Drafter | None) -> LearnConfig | None:
     """What was asked for, or what the drafter can do."""
-    if drafter.is_trainable or config.learner == FROZEN:
+    if not (config and drafter) or drafter.is_trainable or config.learner == FROZEN:
         return config
     if command.learner is not None:
         raise ValueError(f"drafter {command.drafter_name} does not learn; leave out --learner {command.learner}")
     return checked_learner(FROZEN, command.learning)
+
+
+def _drafting(facts: dict[str, Any]) -> str:
+    return "plain decoding" if facts["drafter"] == NONE else f"drafter {facts['drafter']} {facts['learning_mode']}"
 
 
 def _greet(
@@ -227,7 +238,7 @@ def _greet(
     host, port = door.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    lines = [f"serving {settings.model} at {url}; drafter {command.drafter_name} {facts['learning_mode']}"]
+    lines = [f"serving {settings.model} at {url}; {_drafting(facts)}"]
     if target.path != "own":
         lines.append("this model runs through transformers: one request at a time, no shared prompts")
     if settings.api_key is None and not ipaddress.ip_address(host).is_loopback:

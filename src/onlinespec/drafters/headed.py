@@ -183,7 +183,7 @@ class Headed(Drafter):
         them.
 
         Among the tokens of the list where all are greedy, among all while the list has seen little, or noise may lift
-        a rare token: with the list the demo's drafter kept 2.43 tokens a step on prose at temperature 0.6, without 2.49.
+        a rare token: on prose at temperature 0.6 the demo's acceptance length was 2.43 with the list, 2.49 without.
         """
         is_greedy = all(params.is_greedy for params in sampling)
         if self.gives_probs and not is_greedy:

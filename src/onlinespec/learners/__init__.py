@@ -1,20 +1,10 @@
-"""Learners by name. A new one is a file and a line here."""
+"""Learners by name. A new one is a file here and a line in `tables.LEARNERS`."""
 
 from typing import Any
 
 from onlinespec.learners.base import Evaluate, Evaluation, Learner, Params
 from onlinespec.learners.geometry import GEOMETRIES, Diagonal, Euclidean, Geometry
-from onlinespec.tables import resolve
-
-LEARNERS = {
-    "frozen": "onlinespec.learners.frozen:Frozen",
-    "online_gradient": "onlinespec.learners.online_gradient:OnlineGradient",
-    "optimistic": "onlinespec.learners.optimistic:OptimisticGradient",
-    "ensemble": "onlinespec.learners.ensemble:Ensemble",
-    "surrogate_ensemble": "onlinespec.learners.ensemble:SurrogateEnsemble",
-    "momentum": "onlinespec.learners.momentum:Momentum",
-    "reset_to_merged": "onlinespec.learners.reset_to_merged:ResetToMerged",
-}
+from onlinespec.tables import LEARNERS, resolve
 
 
 def make_learner(
@@ -36,7 +26,7 @@ def make_learner(
         geometry = resolve(GEOMETRIES, geometry, "geometry")()
     factory = resolve(LEARNERS, name, "learner")
     learner: Learner = factory(step_size=step_size, geometry=geometry, clip_norm=clip_norm, **options)
-    parts = ("init", "played", "update", "extra_work", "expect", "undone", "report")
+    parts = ("init", "played", "settled", "update", "extra_work", "expect", "undone", "report")
     if missing := [part for part in parts if not hasattr(learner, part)]:
         raise ValueError(f'learner "{name}" has no {", ".join(missing)}; make it a subclass of onlinespec.Learner')
     return learner

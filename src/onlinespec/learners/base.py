@@ -41,6 +41,10 @@ class Learner(Protocol):
     def played(self, state: Any) -> Params:
         """The weights to draft with."""
 
+    def settled(self, state: Any) -> Params:
+        """What was learned so far: the weights to keep. A learner that plays ahead of them says so here."""
+        return self.played(state)
+
     def update(self, evaluate: Evaluate, state: Any) -> Any:
         """The state after one round."""
 

@@ -140,6 +140,16 @@ class Ensemble(Learner):
     def played(self, state: EnsembleState) -> Params:
         return state.played
 
+    def settled(self, state: EnsembleState) -> Params:
+        """As what plays, of what each expert has learned."""
+        pairs = list(zip(self.experts, state.experts, strict=True))
+        settled = [expert.settled(own) for expert, own in pairs]
+        if all(one is expert.played(own) for one, (expert, own) in zip(settled, pairs, strict=True)):
+            return state.played
+        if state.played is not state.mean:
+            return settled[state.meta_weights.index(max(state.meta_weights))]
+        return averaged(settled, state.meta_weights)
+
     def update(self, evaluate: Evaluate, state: EnsembleState) -> EnsembleState:
         evaluations, merged = self._evaluations(evaluate, state)
         losses = tuple(evaluation.fresh_loss if evaluation else math.nan for evaluation in evaluations)

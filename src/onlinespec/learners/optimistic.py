@@ -68,6 +68,10 @@ class OptimisticGradient(Learner):
     def played(self, state: OptimisticState) -> Params:
         return state.played
 
+    def settled(self, state: OptimisticState) -> Params:
+        """The learned sequence: the look-ahead is a guess of the next round, and of no use without it."""
+        return state.point.played
+
     def update(self, evaluate: Evaluate, state: OptimisticState) -> OptimisticState:
         (evaluation,) = evaluate(state.played)
         grads = clip_by_norm(evaluation.grads, self.clip_norm)
