@@ -32,6 +32,7 @@ from onlinespec.server.run import _Server, listening
 from onlinespec.server.schema import ChatRequest, CompletionRequest
 from onlinespec.server.service import params_of
 from onlinespec.server.settings import ServerSettings
+from onlinespec.server.streams import EventStream
 from onlinespec.server.texts import Texts
 
 STRICT_TEMPLATE = (
@@ -681,6 +682,126 @@ def test_a_slow_reader_holds_nobody_up_and_gets_all(long):
             received += slow.recv(1 << 20)
     assert received.count(b'"finish_reason":"length"') == 1
     assert len(received) > 4_000_000  # more than the socket's buffers hold
+
+
+# --- other ASGI servers ---------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """What another ASGI server hands an app: a body to receive, and a `send` that the test may hold up or fail."""
+
+    def __init__(self, body, send):
+        self.scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1"}
+        self.scope |= {"method": "POST", "scheme": "http", "path": COMPLETIONS, "query_string": b"", "root_path": ""}
+        self.scope |= {"headers": [(b"content-type", b"application/json")], "client": None, "server": None}
+        self.left, self.sent, self._send = asyncio.Event(), [], send
+        self._body = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive(self):
+        if self._body:
+            return self._body.pop()
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message):
+        self.sent.append(message["type"])
+        await self._send(self)
+
+
+async def never_sent(connection):
+    await asyncio.Event().wait()
+
+
+async def client_leaves_first(connection):
+    connection.left.set()
+    await asyncio.Event().wait()
+
+
+async def send_fails_as_the_client_has_left(connection):
+    raise BrokenPipeError("the client left")
+
+
+async def server_fails(connection):
+    raise RuntimeError("a bug of the server's")
+
+
+def answers_that_end_with(send, cancels_at_once=False, **body):
+    """How an app that answers a request over such a connection ends, once nothing of it is left in the engine."""
+    engine, app = make(LONG)
+
+    async def connect():
+        body_ = {"prompt": "a", "max_tokens": 50_000, "n": 3} | body
+        connection = Connection(body_, send)
+        ending = asyncio.create_task(app(connection.scope, connection.receive, connection.send))
+        while not (engine._answers or ending.done()):
+            await asyncio.sleep(0)
+        if cancels_at_once:
+            ending.cancel()
+        (ended,) = await asyncio.gather(ending, return_exceptions=True)
+        return connection.sent, ended
+
+    async def main():
+        async with app.router.lifespan_context(app):
+            found = await asyncio.wait_for(connect(), 60)
+            flow = engine.scheduler.flow
+            most = flow.batches + 500  # steps: a cancelled request is gone at the next one
+            try:
+                while engine._answers or engine.scheduler.has_work:
+                    assert flow.batches < most, f"{len(engine._answers)} answers go on, for nobody"
+                    await asyncio.sleep(0.01)
+            finally:
+                await engine.stop(0)
+            assert dict(engine.totals.finished) == {"cancelled": 3}
+            assert not engine.scheduler.loop._cache.lengths
+            return found
+
+    return asyncio.run(main())
+
+
+def test_a_client_that_leaves_before_the_first_event_has_its_answers_cancelled():
+    assert answers_that_end_with(client_leaves_first, stream=True) == (["http.response.start"], None)
+
+
+def test_a_head_that_can_not_be_sent_to_a_client_that_left_cancels_answers_and_is_no_failure():
+    assert answers_that_end_with(send_fails_as_the_client_has_left, stream=True) == (["http.response.start"], None)
+
+
+def test_a_server_that_fails_before_the_first_event_has_the_answers_cancelled():
+    sent, ended = answers_that_end_with(server_fails, stream=True)
+    assert (sent, str(ended)) == (["http.response.start"], "a bug of the server's")
+
+
+@pytest.mark.parametrize("is_stream", [True, False], ids=["stream", "whole"])
+def test_a_server_that_cancels_a_request_before_the_first_event_has_its_answers_cancelled(is_stream):
+    sent, ended = answers_that_end_with(never_sent, cancels_at_once=True, stream=is_stream)
+    assert isinstance(ended, asyncio.CancelledError)
+    assert "http.response.body" not in sent
+
+
+async def endless():
+    while True:
+        yield b"an event"
+
+
+@pytest.mark.parametrize("ends", ["before it begins", "at the head"])
+def test_a_stream_has_its_end_said_once_even_if_no_event_was_asked_for(ends):
+    said = []
+
+    async def main():
+        stream = EventStream(endless(), lambda: said.append("over"))
+        connection = Connection({}, never_sent)
+        connection._body.clear()
+        sending = asyncio.create_task(stream(connection.scope, connection.receive, connection.send))
+        while not (connection.sent or ends == "before it begins"):
+            await asyncio.sleep(0)
+        if ends == "before it begins":
+            await asyncio.sleep(0)  # the stream's own tasks are made, and have not run
+            assert not connection.sent
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+    asyncio.run(main())
+    assert said == ["over"]
 
 
 # --- failures -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -100,11 +101,13 @@ class Service:
         answers = self._ask(prompts, body, tags, reply.id)
         pieces = self._metrics.timed(merged(answers), request.state.began)
         if body.stream:
-            return EventStream(self._events(answers, pieces, body, reply))
+            return EventStream(self._events(answers, pieces, body, reply), on_end=partial(_cancel_unfinished, answers))
         try:
             choices = await while_connected(request.receive, _collected(answers, pieces, self.settings.retry_after))
         except ClientGone:
             raise ApiError(_GONE, "the client left") from None
+        finally:
+            _cancel_unfinished(answers)
         return Response(to_json(reply.whole(choices, usage_of(answers, body.num_choices))), media_type=JSON)
 
     def _check(self, body: Sampled, prompts: Sequence[Sequence[int]]) -> None:
@@ -140,7 +143,7 @@ class Service:
         has_tokens = bool(options and options.include_speculation)
         choices = [Choice() for _ in answers]
         try:
-            async with _watched(answers, pieces):
+            async with aclosing(pieces):
                 async for index, piece in pieces:
                     _check_piece(piece, self.settings.retry_after)
                     choice = choices[index]
@@ -151,6 +154,7 @@ class Service:
                     yield event(to_json(reply.last(usage_of(answers, body.num_choices))))
                 yield event(b"[DONE]")
         except ApiError as error:
+            _cancel_unfinished(answers)  # now: the client may be slow to read the error
             yield event(to_json(error.body), b"error")
 
 
@@ -187,23 +191,18 @@ async def _collected(
 ) -> list[Choice]:
     """Answers to their end."""
     choices = [Choice() for _ in answers]
-    async with _watched(answers, pieces):
+    async with aclosing(pieces):
         async for index, piece in pieces:
             _check_piece(piece, retry_after)
             choices[index].add(piece)
     return choices
 
 
-@asynccontextmanager
-async def _watched(answers: Sequence[Answer], pieces: AsyncGenerator[Any, None]) -> AsyncIterator[None]:
-    """However the block is left, nothing goes on behind it."""
-    try:
-        yield
-    finally:
-        for answer in answers:
-            if answer.request.finish_reason is None:
-                answer.cancel()
-        await pieces.aclose()
+def _cancel_unfinished(answers: Sequence[Answer]) -> None:
+    """Nobody waits for what is not whole yet: it takes no memory and no step any more."""
+    for answer in answers:
+        if answer.request.finish_reason is None:
+            answer.cancel()
 
 
 def _check_piece(piece: Piece, retry_after: int) -> None:
