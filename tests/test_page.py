@@ -11,8 +11,10 @@ from datetime import UTC, datetime
 import pytest
 import rigs
 import uvicorn
+from simulator import Machine
 
 from onlinespec.background import ProcessLearning, Recipe
+from onlinespec.control import Controller, StepRecord
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.scheduler import Scheduler
@@ -146,18 +148,24 @@ class FakeControl:
         return {"is_drafting": self.is_drafting, "goodput_plain": 50.0}
 
 
+def live_of(engine, monkeypatch, figures=None):
+    """What the page shows of an engine whose control and learning say what a test wants."""
+    live, control = Live(engine, {}), FakeControl()
+    monkeypatch.setattr(live, "_control", control.report)
+    monkeypatch.setattr(live, "_learning", lambda: {} if figures is None else figures)
+    return live, control
+
+
 def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypatch):
     engine = make_engine()
-    live = Live(engine, {})
-    control = FakeControl()
-    monkeypatch.setattr(live, "_control", control.report)
     figures = {"drifts": 0, "num_events": 0, "events": []}
-    monkeypatch.setattr(live, "_learning", lambda: figures)
+    live, control = live_of(engine, monkeypatch, figures)
     flow = engine.scheduler.flow
     promoted = {"kind": "promoted", "at": "2026-01-02T12:00:00+00:00", "reason": "better", "version": 1}
     live.sample()
     assert live.snapshot()["course"]["tokens_per_second"] == [None]
-    flow.tokens, flow.steps, flow.accepted, flow.verify_seconds, flow.read_seconds = 30, 10, 20, 0.2, 5.0
+    flow.tokens, flow.steps, flow.drafted, flow.accepted = 30, 10, 40, 20
+    flow.verify_seconds, flow.read_seconds = 0.2, 5.0
     figures |= {"drifts": 1, "num_events": 1, "events": [promoted]}
     control.is_drafting = False
     live.sample()
@@ -169,3 +177,35 @@ def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypa
     assert shown["marks"][0]["at"] == datetime(2026, 1, 2, 12, tzinfo=UTC).timestamp()  # not when it was heard of
     live.sample()
     assert len(live.snapshot()["marks"]) == 3
+
+
+def test_where_nothing_is_drafted_plain_speed_is_what_was_measured(monkeypatch):
+    engine = make_engine()
+    live, _ = live_of(engine, monkeypatch)
+    flow = engine.scheduler.flow
+    flow.tokens, flow.steps, flow.drafted, flow.accepted, flow.verify_seconds = 30, 10, 40, 20, 0.2
+    live.sample()
+    assert live.snapshot()["now"]["plain_tokens_per_second"] == 50.0  # as control estimates it
+    flow.tokens, flow.steps, flow.verify_seconds, flow.learn_seconds = 50, 30, 0.4, 0.1
+    live.sample()
+    assert live.snapshot()["now"]["plain_tokens_per_second"] == pytest.approx(20 / 0.2)  # learning is no part of it
+    assert live.snapshot()["now"]["tokens_per_second"] == pytest.approx(20 / 0.3)
+
+
+def test_while_drafting_is_off_plain_speed_is_estimated_for_the_requests_that_run():
+    machine = Machine()
+    controller = Controller(machine.profile(), 4)
+
+    def step(num_requests, accepted=0):
+        ids = list(range(num_requests))
+        shape = controller.choose(ids, [4] * num_requests)
+        seconds = machine.draft_seconds(shape), machine.verify_seconds(shape)
+        controller.observe(StepRecord(ids, shape, [min(accepted, K) for K in shape], *seconds))
+
+    while controller.report()["is_drafting"]:
+        step(8)
+    for num_requests in (8, 1, 8):
+        step(num_requests)
+        assert not controller.report()["is_drafting"]
+        expected = num_requests / machine.verify_seconds([0] * num_requests)
+        assert controller.report()["goodput_plain"] == pytest.approx(expected, rel=0.01)

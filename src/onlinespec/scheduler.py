@@ -74,9 +74,9 @@ class Flow:
         self.learn_seconds += step.learn_seconds
 
     @property
-    def seconds(self) -> float:
-        """All of it."""
-        return self.draft_seconds + self.verify_seconds + self.learn_seconds + self.read_seconds
+    def decode_seconds(self) -> float:
+        """Of steps, learning and prompts left out."""
+        return self.draft_seconds + self.verify_seconds
 
 
 class Control(Protocol):

@@ -69,12 +69,16 @@ class Live:
         }
 
     def _rates(self, before: Flow, flow: Flow, seconds: float) -> tuple[float | None, ...]:
-        """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second."""
+        """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second.
+
+        Where nothing was drafted, all that ran was plain decoding: its speed is measured, else estimated by control.
+        """
         tokens, steps = flow.tokens - before.tokens, flow.steps - before.steps
-        busy = (flow.seconds - flow.read_seconds) - (before.seconds - before.read_seconds)
-        if not steps or busy <= 0:
+        decoding = flow.decode_seconds - before.decode_seconds
+        if not steps or decoding <= 0:
             return None, None, None, 0.0
-        plain = self._control().get("goodput_plain")
+        busy = decoding + flow.learn_seconds - before.learn_seconds
+        plain = self._control().get("goodput_plain") if flow.drafted > before.drafted else tokens / decoding
         return tokens / busy, plain, 1 + (flow.accepted - before.accepted) / steps, tokens / max(seconds, 1e-9)
 
     def _control(self) -> dict[str, Any]:
