@@ -22,6 +22,7 @@ from rigs import Recorder, Script, plain
 from test_chat import CHATS, PROMPTS
 
 from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.models.prefix_cache import PrefixCache
@@ -907,6 +908,94 @@ def test_metrics_count_what_was_served():
     helped = [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")]
     assert names == helped
     assert all(name.startswith("onlinespec_") for name in names)
+
+
+class FailsAtFirst(Script):
+    """A drafter whose first draft fails: the step is taken again for each request alone, without drafts."""
+
+    has_failed = False
+
+    def propose(self, *args):
+        if not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("the first draft fails")
+        return super().propose(*args)
+
+
+FIGURES = ("drafted", "accepted", "steps", "tokens")
+
+
+def figures_of(answers):
+    """What answers say of themselves, summed."""
+    usages = [answer["usage"] for answer in answers]
+    told = [one["speculation"] | {"tokens": one["completion_tokens"]} for one in usages]
+    return {name: sum(one[name] for one in told) for name in FIGURES}
+
+
+def figures_of_server(server):
+    """The same, as /metrics and /live have it."""
+    names = ("drafted_tokens", "accepted_tokens", "steps", "tokens")
+    counted = {figure: server.metric(f"onlinespec_{name}_total") for figure, name in zip(FIGURES, names, strict=True)}
+    shown = server.http.get("/live").json()
+    return counted, shown["tokens"], shown["acceptance_length"]
+
+
+@pytest.mark.parametrize("kind", [Script, FailsAtFirst])
+def test_usage_metrics_and_the_live_page_count_the_same_in_the_same_way(kind):
+    prompt = [5, 9, 200, 31]
+    whole = greedy(prompt, 40)
+    cut = next(i for i in range(6, 9) if whole.output_ids.index(whole.output_ids[i]) == i)  # in the second step's draft
+    stop = whole.text.text[10:12]
+    bodies = [
+        {},
+        {"n": 3},
+        {"stop": stop},
+        {"stop": stop, "n": 2, "num_draft_tokens": 7},
+        {"stop_token_ids": [whole.output_ids[cut]]},
+        {"num_draft_tokens": 0},
+        {"temperature": 1.0, "seed": 3, "n": 2},
+        {"prompt": [prompt, [7]], "max_tokens": 1},
+    ]
+    with live(*make(drafter=kind(prompt + whole.output_ids, wrong_at={len(prompt) + 20}))) as server:
+        answers = []
+        for more in bodies:
+            body = {"prompt": prompt, "max_tokens": 40, "num_draft_tokens": 4} | more
+            answers.append(server.post(COMPLETIONS, body).json())
+            options = {"stream": True, "stream_options": {"include_usage": True, "include_speculation": True}}
+            answers.append(events(server.post(COMPLETIONS, body | options).text)[-1])
+        expected = figures_of(answers)
+        assert expected["accepted"] + expected["steps"] == expected["tokens"]
+        assert expected["drafted"] > expected["accepted"] > 100
+        acceptance_length = pytest.approx(expected["tokens"] / expected["steps"])
+        assert figures_of_server(server) == (expected, expected["tokens"], acceptance_length)
+
+
+def test_drafted_tokens_behind_a_stop_count_as_drafted_and_as_nothing_else():
+    prompt = [5, 9, 200, 31]
+    ids = greedy(prompt, 40).output_ids
+    cut = next(i for i in range(6, 9) if ids.index(ids[i]) == i)  # the second to fourth token of the second step
+    body = {"prompt": prompt, "max_tokens": 40, "num_draft_tokens": 4, "stop_token_ids": [ids[cut]]}
+    with live(*make(drafter=Script(prompt + ids))) as server:
+        usage = server.post(COMPLETIONS, body).json()["usage"]
+    del usage["speculation"]["acceptance_length"]
+    told = {name: usage["speculation"][name] for name in ("steps", "drafted", "accepted")}
+    assert usage["completion_tokens"] == cut + 1  # the one that stops it included
+    assert told == {"steps": 2, "drafted": 8, "accepted": cut + 1 - 2}  # the last of a step is not from a draft
+
+
+def test_what_was_cancelled_is_counted_as_far_as_it_came(long):
+    answers = []
+    ask = long.engine.ask
+    long.engine.ask = lambda *args, **tags: answers.extend(ask(*args, **tags)) or answers[-2:]
+    body = {"prompt": "a", "max_tokens": 50_000, "n": 2, "stream": True}
+    with closing(long.connect(COMPLETIONS, body)) as connection:
+        wait_for(lambda: len(long.engine.scheduler.running) == 2)
+        assert connection.recv(1000)
+    wait_for(long.is_idle)
+    stats = sum((answer.request.stats for answer in answers), DecodeStats())
+    expected = {"drafted": stats.drafted, "accepted": stats.accepted, "steps": stats.steps, "tokens": stats.tokens}
+    assert stats.tokens == sum(len(answer.request.output_ids) for answer in answers) > 0
+    assert figures_of_server(long)[:2] == (expected, stats.tokens)
 
 
 # --- the document ---------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class Scheduler:
         self._read()
         stepped = list(self.running)
         if stepped:
-            self._together(self._decode, stepped, alone=self.loop.step)
+            self._together(self._decode, stepped, alone=self._decode_freely)
         over = [request for request in (*self.reading, *self.running) if request.finish_reason is not None]
         for request in over:
             self._leave(request)
@@ -221,7 +221,7 @@ class Scheduler:
     def _decode(self, requests: list[Request]) -> None:
         """A step, with as many drafts as control says; without it, as many as requests ask for."""
         if not self.control:
-            self.flow.add(self.loop.step(requests))
+            self._decode_freely(requests)
             return
         limits = [request.most_draft_tokens if request.is_drafting else 0 for request in requests]
         step = self.loop.step(requests, self.control.choose(requests, limits))
@@ -237,6 +237,10 @@ class Scheduler:
         )
         if self.loop.learning:
             self._consult(self.control, self.loop.learning)
+
+    def _decode_freely(self, requests: list[Request]) -> None:
+        """A step with as many drafts as requests ask for: control has no part in it."""
+        self.flow.add(self.loop.step(requests))
 
     def _consult(self, control: Control, learning: Learning) -> None:
         """What learning and control must know of each other."""

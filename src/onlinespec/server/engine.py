@@ -203,9 +203,10 @@ class Engine:
         with self._guard:
             self._is_closed = True
             left, self._answers = list(self._answers.values()), {}
-        for answer in left:
-            answer.request.finish_reason = answer.request.finish_reason or ERROR
-            answer.request.error = f"{type(error).__name__}: {error}"
+            for answer in left:
+                answer.request.finish_reason = answer.request.finish_reason or ERROR
+                answer.request.error = f"{type(error).__name__}: {error}"
+                self._count(answer.request)
         self._post([(answer, answer._next()) for answer in left])
 
 
