@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,10 @@ from test_chat import CHATS, PROMPTS
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
+from onlinespec.drafters import load_drafter
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.learn import InlineLearning
+from onlinespec.methods import parse
 from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.server.app import create_app
@@ -170,19 +174,84 @@ def test_a_stream_is_the_whole_answer_in_pieces_with_usage_last(tiny):
     assert len({chunk.id for chunk in (*chunks, last)}) == 1
 
 
-def test_choices_are_requests_with_seeds_that_follow_each_other(tiny):
-    options = {"model": "tiny", "prompt": "a", "max_tokens": 12, "temperature": 1.0}
-    together = tiny.openai.completions.create(**options, n=3, seed=7).choices
-    alone = [tiny.openai.completions.create(**options, seed=7 + i).choices[0].text for i in range(3)]
-    assert [choice.text for choice in together] == alone
-    assert len(set(alone)) == 3
-    fresh = [tiny.openai.completions.create(**options).choices[0].text for _ in range(2)]
-    assert fresh[0] != fresh[1]
+def drawn(prompt, seed, choice=0, max_tokens=12):
+    """What plain decoding gives at temperature 1."""
+    ids = TARGET.encode(prompt, is_chat=False)
+    params = GenerationParams(max_tokens, 0, SamplingParams(temperature=1.0), seed=seed, choice=choice)
+    return plain(TARGET, ids, params).text.text
 
 
-def test_the_last_seed_is_followed_by_the_first(tiny):
-    response = tiny.post(COMPLETIONS, {"prompt": "a", "max_tokens": 2, "temperature": 1, "n": 2, "seed": 2**63 - 1})
-    assert response.status_code == 200
+DRAWN = {"prompt": "a", "max_tokens": 12, "temperature": 1.0}
+
+
+@pytest.mark.parametrize("seed", [7, -(2**63), 2**63 - 1])
+def test_choices_of_a_seed_are_told_apart_by_their_number(tiny, seed):
+    texts = [choice["text"] for choice in tiny.post(COMPLETIONS, DRAWN | {"n": 3, "seed": seed}).json()["choices"]]
+    assert texts == [drawn("a", seed, choice) for choice in range(3)]
+    assert len(set(texts)) == 3
+    assert tiny.post(COMPLETIONS, DRAWN | {"seed": seed}).json()["choices"][0]["text"] == texts[0]
+
+
+def test_no_choice_of_a_seed_is_one_of_the_next_seed(tiny):
+    answers = [tiny.post(COMPLETIONS, DRAWN | {"n": 3, "seed": seed}).json() for seed in (7, 8)]
+    first, second = ({choice["text"] for choice in answer["choices"]} for answer in answers)
+    assert not first & second
+
+
+def test_a_seed_gives_a_prompt_the_same_text_alone_and_in_a_list(tiny):
+    answer = tiny.post(COMPLETIONS, DRAWN | {"prompt": ["b", "a"], "n": 2, "seed": 7}).json()
+    expected = [drawn(prompt, 7, choice) for prompt in ("b", "a") for choice in range(2)]
+    assert [choice["text"] for choice in answer["choices"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": TURNS})], ids=["completion", "chat"]
+)
+def test_the_seed_that_was_drawn_is_told_and_gives_the_same_texts_again(tiny, path, asked):
+    body = asked | {"max_tokens": 12, "temperature": 1.0, "n": 2}
+    first, second = (tiny.post(path, body).json() for _ in range(2))
+    seeds = [answer["usage"]["speculation"]["seed"] for answer in (first, second)]
+    assert seeds[0] != seeds[1]
+    assert first["choices"] != second["choices"]
+    assert all(float(seed) == seed and 0 <= seed < 2**53 for seed in seeds)  # whole in any reader of JSON
+    again = tiny.post(path, body | {"seed": seeds[0]}).json()
+    assert again["choices"] == first["choices"]
+    assert again["usage"]["speculation"]["seed"] == seeds[0]
+
+
+def test_a_stream_tells_its_seed_with_its_usage(tiny):
+    options = {"stream": True, "stream_options": {"include_usage": True, "include_speculation": True}}
+    *chunks, last = events(tiny.post(COMPLETIONS, DRAWN | options).text)
+    seed = last["usage"]["speculation"]["seed"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == drawn("a", seed)
+    assert events(tiny.post(COMPLETIONS, DRAWN | options | {"seed": -5}).text)[-1]["usage"]["speculation"]["seed"] == -5
+
+
+def test_a_seed_has_one_text_whatever_drafts_learns_or_runs_beside_it():
+    drafter = load_drafter("eagle", TARGET)
+    learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=4/budget=inf"))
+    prompts = ["of the sea", "of a baker", PROMPT]
+    body = {"max_tokens": 40, "temperature": 0.9, "seed": 42}
+    others = [{"prompt": f"number {i} " * 3, "max_tokens": 60, "temperature": i % 3} for i in range(6)]
+    engine, app = make(drafter=drafter, learning=learning, limits=Limits(max_running=8))
+
+    with live(engine, app) as server, ThreadPoolExecutor(7) as clients:
+
+        def text_of(prompt, **more):
+            return server.post(COMPLETIONS, {"prompt": prompt} | body | more).json()["choices"][0]["text"]
+
+        def among_others(prompt):
+            beside = [clients.submit(server.post, COMPLETIONS, other) for other in others]
+            text = text_of(prompt)
+            assert all(one.result().status_code == 200 for one in beside)
+            return text
+
+        for prompt in prompts:
+            texts = {text_of(prompt), among_others(prompt), text_of(prompt, num_draft_tokens=0), text_of(prompt)}
+            assert len(texts) == 1
+    assert learning.num_rounds > 10
+    assert drafter.weights.version > 10
+    assert engine.totals.stats.accepted > 0
 
 
 def test_several_prompts_have_their_choices_in_order(tiny):
@@ -254,6 +323,7 @@ def test_usage_says_what_drafting_did_and_what_was_known_of_the_prompt():
             {"cached_tokens": 64},
         )
         none = server.post(COMPLETIONS, {"prompt": prompt, "max_tokens": 9, "num_draft_tokens": 0}).json()["usage"]
+        del none["speculation"]["seed"]
         assert none["speculation"] == {"drafted": 0, "accepted": 0, "steps": 9, "acceptance_length": 1.0}
 
 
@@ -977,7 +1047,6 @@ def test_drafted_tokens_behind_a_stop_count_as_drafted_and_as_nothing_else():
     body = {"prompt": prompt, "max_tokens": 40, "num_draft_tokens": 4, "stop_token_ids": [ids[cut]]}
     with live(*make(drafter=Script(prompt + ids))) as server:
         usage = server.post(COMPLETIONS, body).json()["usage"]
-    del usage["speculation"]["acceptance_length"]
     told = {name: usage["speculation"][name] for name in ("steps", "drafted", "accepted")}
     assert usage["completion_tokens"] == cut + 1  # the one that stops it included
     assert told == {"steps": 2, "drafted": 8, "accepted": cut + 1 - 2}  # the last of a step is not from a draft
@@ -1010,12 +1079,12 @@ def small():
 
 def test_schemathesis_finds_nothing_that_the_document_does_not_say(small, tmp_path):
     """945 requests, the same ones every time: what each field's bounds suggest, and some of chance."""
-    options = "--checks all --phases coverage,fuzzing --max-examples 20 --generation-deterministic --no-color"
+    options = "--request-timeout 200 --checks all --phases coverage,fuzzing --max-examples 20 --generation-deterministic --no-color"
     # what two fields may not say together, and prompts without tokens, a schema can't say
     options += " --exclude-checks positive_data_acceptance"
     program = str(Path(sys.executable).with_name("schemathesis"))
     command = [program, "run", f"{small.url}/openapi.json", *options.split()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1000, cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
     assert "Tested: 7" in ended.stdout
     wait_for(small.is_idle)

@@ -29,6 +29,7 @@ from onlinespec.server.texts import Texts
 JSON = "application/json"
 _CLOSE = {"Connection": "close"}  # for a body that was not read to its end
 _GLANCE_SECONDS = 0.25  # between two looks at the clock while a body comes
+_SEED_BITS = 53  # of a seed that is drawn and told: readers of JSON that know one kind of number keep it whole
 _GONE = 499  # nobody reads this status, but metrics count it
 
 Body = TypeVar("Body", bound=Sampled)
@@ -126,7 +127,7 @@ class Service:
         """Choices for each prompt, all or none."""
         try:
             params = params_of(body, self.settings.defaults)
-            jobs = [(ids, each) for ids in prompts for each in _seeded(params, body.num_choices)]
+            jobs = [(ids, replace(params, choice=i)) for ids in prompts for i in range(body.num_choices)]
             return self._engine.ask(jobs, request_id=request_id, tenant=tags.tenant, learns=tags.learns)
         except (ValueError, Busy, Closed) as error:
             raise from_asking(error, self.settings.retry_after, _source(body)) from error
@@ -159,7 +160,7 @@ class Service:
 
 
 def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
-    """A body's settings as the engine takes them; what it does not say is as in `defaults`.
+    """A body's settings as the engine takes them; what it does not say is as in `defaults`, but the seed, which is drawn.
 
     Raises:
         ValueError: naming what is not allowed.
@@ -176,14 +177,8 @@ def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_end_tokens=bool(body.ignore_eos),
         num_logprobs=body.num_logprobs,
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed,
     )
-
-
-def _seeded(params: GenerationParams, num_choices: int) -> list[GenerationParams]:
-    """The same settings for each choice, with seeds that follow each other, within 64 bits."""
-    seeds = ((params.seed + i + 2**63) % 2**64 - 2**63 for i in range(num_choices))
-    return [replace(params, seed=seed) for seed in seeds]
 
 
 async def _collected(
