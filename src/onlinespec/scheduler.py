@@ -61,17 +61,23 @@ class Flow:
     verify_seconds: float = 0.0
     learn_seconds: float = 0.0  # in the decoding thread: rounds, or taking over what was learned beside it
     read_seconds: float = 0.0  # of prompts
+    plain_tokens: int = 0  # of steps in which no request drafted ...
+    plain_seconds: float = 0.0  # ... and what these took, learning left out
 
     def add(self, step: Step) -> None:
         """One more step."""
+        tokens, drafted = (sum(getattr(r, name) for r in step.feedback) for name in ("num_rows", "num_draft_tokens"))
         self.batches += 1
         self.steps += len(step.feedback)
-        self.tokens += sum(record.num_rows for record in step.feedback)
-        self.drafted += sum(record.num_draft_tokens for record in step.feedback)
-        self.accepted += sum(record.num_rows - 1 for record in step.feedback)
+        self.tokens += tokens
+        self.drafted += drafted
+        self.accepted += tokens - len(step.feedback)
         self.draft_seconds += step.draft_seconds
         self.verify_seconds += step.verify_seconds
         self.learn_seconds += step.learn_seconds
+        if not drafted:
+            self.plain_tokens += tokens
+            self.plain_seconds += step.draft_seconds + step.verify_seconds
 
     @property
     def decode_seconds(self) -> float:

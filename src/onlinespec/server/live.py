@@ -63,6 +63,7 @@ class Live:
                 "finished": dict(totals.finished),
             },
             "tokens": scheduler.flow.tokens,
+            "drafted": scheduler.flow.drafted,
             "acceptance_length": 1 + scheduler.flow.accepted / scheduler.flow.steps if scheduler.flow.steps else None,
             "control": self._control(),
             "learning": self._learning(),
@@ -71,14 +72,16 @@ class Live:
     def _rates(self, before: Flow, flow: Flow, seconds: float) -> tuple[float | None, ...]:
         """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second.
 
-        Where nothing was drafted, all that ran was plain decoding: its speed is measured, else estimated by control.
+        Where most of the time went into steps without drafts, they measure plain decoding; else control estimates it.
         """
         tokens, steps = flow.tokens - before.tokens, flow.steps - before.steps
         decoding = flow.decode_seconds - before.decode_seconds
         if not steps or decoding <= 0:
             return None, None, None, 0.0
         busy = decoding + flow.learn_seconds - before.learn_seconds
-        plain = self._control().get("goodput_plain") if flow.drafted > before.drafted else tokens / decoding
+        plain_tokens, plain_seconds = flow.plain_tokens - before.plain_tokens, flow.plain_seconds - before.plain_seconds
+        is_measured = plain_seconds > 0.5 * decoding
+        plain = plain_tokens / plain_seconds if is_measured else self._control().get("goodput_plain")
         return tokens / busy, plain, 1 + (flow.accepted - before.accepted) / steps, tokens / max(seconds, 1e-9)
 
     def _control(self) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Service:
 
 
 def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
-    """A body's settings as the engine takes them; what it does not say is as in `defaults`, but the seed, which is drawn.
+    """A body's settings as the engine takes them; what it does not say is as in `defaults`. A seed is drawn.
 
     Raises:
         ValueError: naming what is not allowed.
