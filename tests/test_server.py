@@ -324,7 +324,8 @@ def test_usage_says_what_drafting_did_and_what_was_known_of_the_prompt():
         )
         none = server.post(COMPLETIONS, {"prompt": prompt, "max_tokens": 9, "num_draft_tokens": 0}).json()["usage"]
         del none["speculation"]["seed"]
-        assert none["speculation"] == {"drafted": 0, "accepted": 0, "steps": 9, "acceptance_length": 1.0}
+        counts = {"drafted": 0, "accepted": 0, "steps": 9, "acceptance_length": 1.0, "beyond_drafter": 0}
+        assert none["speculation"] == counts
 
 
 def test_a_stream_may_say_which_tokens_were_drafted():
@@ -1052,6 +1053,33 @@ def test_drafted_tokens_behind_a_stop_count_as_drafted_and_as_nothing_else():
     assert told == {"steps": 2, "drafted": 8, "accepted": cut + 1 - 2}  # the last of a step is not from a draft
 
 
+class Short(Script):
+    """A drafter whose own context is shorter than the target's."""
+
+    longest_text = 40
+
+
+def test_an_answer_beyond_the_drafters_context_goes_on_without_drafts_and_all_figures_say_so(caplog):
+    prompt, long_prompt = [5, 9, 200, 31], [7] * 50
+    ids = greedy(prompt, 60).output_ids
+    with live(*make(drafter=Short(prompt + ids))) as server:
+        body = {"prompt": prompt, "max_tokens": 60, "num_draft_tokens": 4, "n": 2}
+        whole = server.post(COMPLETIONS, body).json()
+        assert "texts of up to 40 tokens, the target takes 1024" in caplog.text
+        assert whole["choices"][0]["text"] == greedy(prompt, 60).text.text
+        done = whole["usage"]["speculation"]
+        assert (done["beyond_drafter"], done["accepted"] > 40) == (2 * (64 - 40), True)
+        assert done["accepted"] < 2 * (45 - 4)  # none behind the step in which the drafter's context ended
+        behind = server.post(COMPLETIONS, {"prompt": long_prompt, "max_tokens": 9}).json()["usage"]["speculation"]
+        assert (behind["beyond_drafter"], behind["drafted"], behind["steps"]) == (9, 0, 9)
+        plain_ = server.post(COMPLETIONS, body | {"num_draft_tokens": 0}).json()["usage"]["speculation"]
+        assert plain_["beyond_drafter"] == 0  # none were asked for
+        assert server.metric("onlinespec_tokens_beyond_drafter_total") == 48 + 9
+        shown = server.http.get("/live").json()
+        assert (shown["longest_drafted"], shown["tokens_beyond_drafter"]) == (40, 57)
+    assert caplog.text.count("this is said once") == 1
+
+
 def test_what_was_cancelled_is_counted_as_far_as_it_came(long):
     answers = []
     ask = long.engine.ask
@@ -1082,7 +1110,7 @@ def test_schemathesis_finds_nothing_that_the_document_does_not_say(small, tmp_pa
     options = "--checks all --phases coverage,fuzzing --max-examples 20 --generation-deterministic --no-color"
     # what two fields may not say together, and prompts without tokens, a schema can't say
     options += " --exclude-checks positive_data_acceptance"
-    options += " --request-timeout 200"  # of 10 seconds else, which 127 choices may take on a busy machine
+    options += " --request-timeout 200 --max-response-time 200"  # 127 choices take ten seconds on a busy machine
     program = str(Path(sys.executable).with_name("schemathesis"))
     command = [program, "run", f"{small.url}/openapi.json", *options.split()]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1000, cwd=tmp_path)

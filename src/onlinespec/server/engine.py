@@ -87,6 +87,7 @@ class Totals:
     stats: DecodeStats = field(default_factory=DecodeStats)  # of requests that ended
     prompt_tokens: int = 0
     known_tokens: int = 0  # of the prompts', those that an earlier request had read
+    tokens_beyond_drafter: int = 0  # of answers, behind the longest text that the drafter drafts for
     finished: Counter[str] = field(default_factory=Counter)  # by reason
 
 
@@ -195,6 +196,7 @@ class Engine:
         totals.stats = totals.stats + request.stats
         totals.prompt_tokens += request.num_prompt_tokens
         totals.known_tokens += request.num_known
+        totals.tokens_beyond_drafter += request.num_beyond_drafter
         totals.finished[request.finish_reason or ""] += 1
 
     def _fail(self, error: BaseException) -> None:

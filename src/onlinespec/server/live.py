@@ -64,6 +64,8 @@ class Live:
             },
             "tokens": scheduler.flow.tokens,
             "drafted": scheduler.flow.drafted,
+            "longest_drafted": scheduler.loop.drafter.longest_text if scheduler.loop.drafter else None,
+            "tokens_beyond_drafter": totals.tokens_beyond_drafter,
             "acceptance_length": 1 + scheduler.flow.accepted / scheduler.flow.steps if scheduler.flow.steps else None,
             "control": self._control(),
             "learning": self._learning(),

@@ -205,6 +205,7 @@ class Speculation(BaseModel):
 class UsageSpeculation(Speculation):
     """What drafting did for all answers to a request, and what their noise was made from."""
 
+    beyond_drafter: int = Field(description="Tokens behind the longest text that the drafter drafts for.")
     seed: int = Field(description="The one that was asked for or drawn; with it the same request has the same texts.")
 
 
