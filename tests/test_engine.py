@@ -10,6 +10,7 @@ from rigs import Script, plain
 
 import onlinespec.server.engine
 from onlinespec.config import GenerationParams
+from onlinespec.core import DecodeStats
 from onlinespec.decode import ContextOverflow, DecodeLoop
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler
@@ -145,11 +146,15 @@ def test_an_engine_that_fails_ends_every_answer_and_says_so(monkeypatch, caplog)
         with pytest.raises(Closed, match="has failed"):
             engine.ask([(PROMPTS[0], PARAMS)])
         await engine.stop(1)
-        return results
+        return results, answers
 
-    for pieces in asyncio.run(main()):
+    results, answers = asyncio.run(main())
+    for pieces in results:
         assert (pieces[-1].finish_reason, pieces[-1].error) == (ERROR, "ZeroDivisionError: division by zero")
     assert "decoding has failed" in caplog.text
+    assert engine.totals.finished == {ERROR: 2}
+    assert engine.totals.stats == sum((answer.request.stats for answer in answers), DecodeStats())
+    assert engine.totals.stats.tokens > 0
 
 
 def test_what_was_served_is_counted():

@@ -120,6 +120,7 @@ def test_beyond_its_own_context_a_drafter_drafts_no_more_and_the_answer_goes_on(
         request = DecodeLoop(target, short).complete(prompt, params)
         assert request.output_ids == rigs.plain(target, prompt, params).output_ids
         assert (request.stats.drafted > 0) == (num_prompt_tokens == 20)
+        assert request.num_beyond_drafter == {20: 20 + 80 - 48, 64: 80, 200: 80}[num_prompt_tokens]
 
 
 def test_the_targets_own_model_as_a_drafter_is_always_right(folders, target):

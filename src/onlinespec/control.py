@@ -159,6 +159,7 @@ class Controller:
         self._measured, self._expected = _Sums(self._FIRM, self._FIRM), _Sums(self._FIRM, self._FIRM)
         self._best = Choice([], 0.0)
         self._plain_seconds = costs.verify_seconds[0][0]  # of a step without drafts
+        self._batch = 0  # requests in the step that was chosen last, whether or not drafting was weighed for it
         self._num_losing = 0  # choices in a row
         self._known: set[Hashable] = set()  # requests
         self._missed: dict[Hashable, int] = {}  # steps since a request last drafted
@@ -180,6 +181,7 @@ class Controller:
             limits_B: Most that each may; what is left to generate less one, say.
         """
         limits = [max(0, min(limit, self._max)) for limit in limits_B]
+        self._batch = len(limits)
         plain = [0] * len(limits)
         self._is_trial = False
         has_new = not self._known.issuperset(request_ids)
@@ -322,13 +324,13 @@ class Controller:
 
     def report(self) -> dict[str, Any]:
         """What it is doing and why, for metrics and a live page; goodputs in committed tokens a second."""
-        drafted = self._best.num_draft_tokens_B if self._is_on else []
+        drafted, batch = self._best.num_draft_tokens_B if self._is_on else [], self._batch
         return {
             "is_drafting": self._is_on,
             "is_probing": self._is_probing,
             "num_draft_tokens": sum(drafted) / len(drafted) if drafted else 0.0,
             "goodput_drafting": self._best.goodput / self._costs.scale,
-            "goodput_plain": len(self._best.num_draft_tokens_B) / (self._plain_seconds * self._costs.scale),
+            "goodput_plain": batch / self._costs.step_seconds([0] * batch)[1] if batch else 0.0,
             "measured_over_expected": self._measured_over_expected,
             "acceptance_by_position": tuple(self._acceptance.probs),
             "num_probes": self._num_probes,

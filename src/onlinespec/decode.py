@@ -7,6 +7,7 @@ Axis letters: B requests, K drafted tokens, L = K + 1 rows, V vocabulary, D hidd
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
@@ -28,6 +29,8 @@ from onlinespec.randomness import Noise, StepNoise
 from onlinespec.sampling import Logprobs, logprobs_of, process_step, token_logprobs
 from onlinespec.text import TextStream
 from onlinespec.verify import Coupled, Rule, ScoredRows
+
+log = logging.getLogger(__name__)
 
 ERROR = "error"  # the finish reason of a request that failed
 _PREFILL_TOKENS = 512  # per target forward, so that a long prompt needs no long scratch memory
@@ -83,6 +86,7 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the answer's tokens, if they were asked for
     num_known: int = 0  # of the prompt's tokens, how many were read for an earlier request
     is_ready: bool = False  # its prompt is read
+    longest_drafted: int | None = None  # tokens: its drafter drafts nothing behind a text that is longer
     is_drafting: bool = False  # the drafter follows it
     is_plain: bool = False  # goes on without a drafter, because drafting for it failed
     num_faults: int = 0  # steps in a row whose logits were broken; after one, the next drafts nothing
@@ -99,10 +103,23 @@ class Request:
         return max(0, self.num_prompt_tokens - 1 - self.trace.num_features)
 
     @property
+    def num_beyond_drafter(self) -> int:
+        """The answer's tokens behind the longest text that its drafter drafts for; 0 if it asked for no drafts."""
+        if not self._is_beyond_drafter or not self.params.num_draft_tokens:
+            return 0
+        return len(self.trace.token_ids) - max(self.longest_drafted or 0, self.num_prompt_tokens)
+
+    @property
+    def _is_beyond_drafter(self) -> bool:
+        return self.longest_drafted is not None and len(self.trace.token_ids) > self.longest_drafted
+
+    @property
     def most_draft_tokens(self) -> int:
-        """K, or what is left to generate less the one token that every step commits anyway; none after a fault."""
+        """K, or what is left to generate less the one token that every step commits anyway; none after a fault or
+        behind the longest text that its drafter drafts for.
+        """
         left = self.max_tokens - len(self.trace.token_ids) - 1
-        return 0 if self.num_faults else min(self.params.num_draft_tokens, left)
+        return 0 if self.num_faults or self._is_beyond_drafter else min(self.params.num_draft_tokens, left)
 
 
 class Step(NamedTuple):
@@ -156,6 +173,7 @@ class DecodeLoop:
             )
         self._free_slots = itertools.count()
         self._released: list[int] = []
+        self._has_said_where_drafts_end = False
 
     # --- a whole request ----------------------------------------------------------------------------------------
 
@@ -244,6 +262,7 @@ class DecodeLoop:
             tenant=tenant,
             learns=learns,
             stats=DecodeStats(requests=1),
+            longest_drafted=self.drafter.longest_text if self.drafter else None,
         )
 
     def num_bytes(self, request: Request) -> int:
@@ -307,6 +326,7 @@ class DecodeLoop:
         verdict = self._rule.judge(draft, rows)
         outcomes = self._outcomes(requests, draft, verdict, output.logits_MV.split(counts))
         feedback = self._commit(requests, outcomes, draft.weights_version, output.hidden_states_ND.split(counts))
+        self._say_where_drafts_end(requests)
         decoded = time.perf_counter()
         committed = [one for one, outcome in zip(requests, outcomes, strict=True) if outcome.is_finite]
         learn_seconds, diagnostic_seconds = self._learn(committed, feedback)
@@ -592,6 +612,17 @@ class DecodeLoop:
                 request.text.close()
                 return taken
         return len(token_ids)
+
+    def _say_where_drafts_end(self, requests: Sequence[Request]) -> None:
+        """Logs, once, that an answer goes on without drafts because the drafter's context has ended."""
+        if not self._has_said_where_drafts_end and any(request.num_beyond_drafter for request in requests):
+            self._has_said_where_drafts_end = True
+            log.warning(
+                "the drafter drafts for texts of up to %d tokens, the target takes %d: what is longer goes on without "
+                "drafts, exact as ever (this is said once)",
+                requests[0].longest_drafted,
+                self.target.decoder.config.max_positions,
+            )
 
     def _learn(self, requests: Sequence[Request], feedback: Sequence[Feedback]) -> tuple[float, float]:
         """Seconds of learning, and of measuring it."""

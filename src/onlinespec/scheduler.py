@@ -61,22 +61,28 @@ class Flow:
     verify_seconds: float = 0.0
     learn_seconds: float = 0.0  # in the decoding thread: rounds, or taking over what was learned beside it
     read_seconds: float = 0.0  # of prompts
+    plain_tokens: int = 0  # of steps in which no request drafted ...
+    plain_seconds: float = 0.0  # ... and what these took, learning left out
 
     def add(self, step: Step) -> None:
         """One more step."""
+        tokens, drafted = (sum(getattr(r, name) for r in step.feedback) for name in ("num_rows", "num_draft_tokens"))
         self.batches += 1
         self.steps += len(step.feedback)
-        self.tokens += sum(record.num_rows for record in step.feedback)
-        self.drafted += sum(record.num_draft_tokens for record in step.feedback)
-        self.accepted += sum(record.num_rows - 1 for record in step.feedback)
+        self.tokens += tokens
+        self.drafted += drafted
+        self.accepted += tokens - len(step.feedback)
         self.draft_seconds += step.draft_seconds
         self.verify_seconds += step.verify_seconds
         self.learn_seconds += step.learn_seconds
+        if not drafted:
+            self.plain_tokens += tokens
+            self.plain_seconds += step.draft_seconds + step.verify_seconds
 
     @property
-    def seconds(self) -> float:
-        """All of it."""
-        return self.draft_seconds + self.verify_seconds + self.learn_seconds + self.read_seconds
+    def decode_seconds(self) -> float:
+        """Of steps, learning and prompts left out."""
+        return self.draft_seconds + self.verify_seconds
 
 
 class Control(Protocol):
@@ -168,7 +174,7 @@ class Scheduler:
         self._read()
         stepped = list(self.running)
         if stepped:
-            self._together(self._decode, stepped, alone=self.loop.step)
+            self._together(self._decode, stepped, alone=self._decode_freely)
         over = [request for request in (*self.reading, *self.running) if request.finish_reason is not None]
         for request in over:
             self._leave(request)
@@ -221,7 +227,7 @@ class Scheduler:
     def _decode(self, requests: list[Request]) -> None:
         """A step, with as many drafts as control says; without it, as many as requests ask for."""
         if not self.control:
-            self.flow.add(self.loop.step(requests))
+            self._decode_freely(requests)
             return
         limits = [request.most_draft_tokens if request.is_drafting else 0 for request in requests]
         step = self.loop.step(requests, self.control.choose(requests, limits))
@@ -237,6 +243,10 @@ class Scheduler:
         )
         if self.loop.learning:
             self._consult(self.control, self.loop.learning)
+
+    def _decode_freely(self, requests: list[Request]) -> None:
+        """A step with as many drafts as requests ask for: control has no part in it."""
+        self.flow.add(self.loop.step(requests))
 
     def _consult(self, control: Control, learning: Learning) -> None:
         """What learning and control must know of each other."""

@@ -43,6 +43,7 @@ class Drafter(ABC):
     weights: DrafterWeights  # what it drafts with now
     drafts: bool = True  # one that learns beside another, which drafts, is spared what only drafting needs
     gives_probs: bool = False  # whether its drafts carry the rows they were drawn from, as the rejection rule needs
+    longest_text: int | None = None  # tokens: behind a text that is longer it drafts nothing; None: behind any
     notes: Mapping[str, Any] = MappingProxyType({})  # what `inspect` should say of it; saved beside it
 
     @property

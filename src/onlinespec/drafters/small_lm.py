@@ -73,6 +73,7 @@ class SmallLM(Headed):
         self._tokenizer: PreTrainedTokenizerBase = target.tokenizer
         self._model, self._cache = model, model.cache
         self.max_context = model.max_context
+        self.longest_text = model.config.max_positions - MAX_DRAFT_TOKENS
         self._weights = weights  # what does not learn among them stays
         self._tuning = Tuning()
         self._num_tokens = self._decoder.config.vocab_size

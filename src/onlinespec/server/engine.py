@@ -87,6 +87,7 @@ class Totals:
     stats: DecodeStats = field(default_factory=DecodeStats)  # of requests that ended
     prompt_tokens: int = 0
     known_tokens: int = 0  # of the prompts', those that an earlier request had read
+    tokens_beyond_drafter: int = 0  # of answers, behind the longest text that the drafter drafts for
     finished: Counter[str] = field(default_factory=Counter)  # by reason
 
 
@@ -195,6 +196,7 @@ class Engine:
         totals.stats = totals.stats + request.stats
         totals.prompt_tokens += request.num_prompt_tokens
         totals.known_tokens += request.num_known
+        totals.tokens_beyond_drafter += request.num_beyond_drafter
         totals.finished[request.finish_reason or ""] += 1
 
     def _fail(self, error: BaseException) -> None:
@@ -203,9 +205,10 @@ class Engine:
         with self._guard:
             self._is_closed = True
             left, self._answers = list(self._answers.values()), {}
-        for answer in left:
-            answer.request.finish_reason = answer.request.finish_reason or ERROR
-            answer.request.error = f"{type(error).__name__}: {error}"
+            for answer in left:
+                answer.request.finish_reason = answer.request.finish_reason or ERROR
+                answer.request.error = f"{type(error).__name__}: {error}"
+                self._count(answer.request)
         self._post([(answer, answer._next()) for answer in left])
 
 

@@ -63,18 +63,27 @@ class Live:
                 "finished": dict(totals.finished),
             },
             "tokens": scheduler.flow.tokens,
+            "drafted": scheduler.flow.drafted,
+            "longest_drafted": scheduler.loop.drafter.longest_text if scheduler.loop.drafter else None,
+            "tokens_beyond_drafter": totals.tokens_beyond_drafter,
             "acceptance_length": 1 + scheduler.flow.accepted / scheduler.flow.steps if scheduler.flow.steps else None,
             "control": self._control(),
             "learning": self._learning(),
         }
 
     def _rates(self, before: Flow, flow: Flow, seconds: float) -> tuple[float | None, ...]:
-        """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second."""
+        """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second.
+
+        Where most of the time went into steps without drafts, they measure plain decoding; else control estimates it.
+        """
         tokens, steps = flow.tokens - before.tokens, flow.steps - before.steps
-        busy = (flow.seconds - flow.read_seconds) - (before.seconds - before.read_seconds)
-        if not steps or busy <= 0:
+        decoding = flow.decode_seconds - before.decode_seconds
+        if not steps or decoding <= 0:
             return None, None, None, 0.0
-        plain = self._control().get("goodput_plain")
+        busy = decoding + flow.learn_seconds - before.learn_seconds
+        plain_tokens, plain_seconds = flow.plain_tokens - before.plain_tokens, flow.plain_seconds - before.plain_seconds
+        is_measured = plain_seconds > 0.5 * decoding
+        plain = plain_tokens / plain_seconds if is_measured else self._control().get("goodput_plain")
         return tokens / busy, plain, 1 + (flow.accepted - before.accepted) / steps, tokens / max(seconds, 1e-9)
 
     def _control(self) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class _EngineCollector(Collector):
             ("steps", "Verifications by the target.", stats.steps),
             ("drafted_tokens", "Tokens that were drafted.", stats.drafted),
             ("accepted_tokens", "Drafted tokens that were kept.", stats.accepted),
+            (
+                "tokens_beyond_drafter",
+                "Tokens of answers behind the longest text that the drafter drafts for.",
+                totals.tokens_beyond_drafter,
+            ),
             ("decode_seconds", "Time spent reading prompts and decoding.", stats.decode_seconds),
             ("learn_seconds", "Time spent learning.", stats.learn_seconds),
         ):

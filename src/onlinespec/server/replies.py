@@ -7,6 +7,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -27,10 +28,10 @@ from onlinespec.server.schema import (
     LegacyLogprobs,
     NewToken,
     PromptDetails,
-    Speculation,
     TokenLogprob,
     TopLogprob,
     Usage,
+    UsageSpeculation,
 )
 from onlinespec.server.texts import Texts
 
@@ -85,7 +86,7 @@ class Reply(ABC):
             NewToken(id=i, text=self._texts.text_of(i), drafted=is_drafted)
             for i, is_drafted in zip(piece.token_ids, piece.is_drafted, strict=True)
         ]
-        return ChunkSpeculation(tokens=tokens, **dict(speculation(piece.stats)))
+        return ChunkSpeculation(tokens=tokens, **_counts(piece.stats))
 
 
 class CompletionReply(Reply):
@@ -213,9 +214,9 @@ def told(finish_reason: str | None) -> FinishReason | None:
     return None if finish_reason is None else "stop" if finish_reason == "stop" else "length"
 
 
-def speculation(stats: DecodeStats) -> Speculation:
+def _counts(stats: DecodeStats) -> dict[str, Any]:
     """What drafting did."""
-    return Speculation(
+    return dict(
         drafted=stats.drafted,
         accepted=stats.accepted,
         steps=stats.steps,
@@ -234,5 +235,9 @@ def usage_of(answers: Sequence[Answer], num_choices: int) -> Usage:
         completion_tokens=stats.tokens,
         total_tokens=num_prompt + stats.tokens,
         prompt_tokens_details=PromptDetails(cached_tokens=sum(request.num_known for request in prompts)),
-        speculation=speculation(stats),
+        speculation=UsageSpeculation(
+            beyond_drafter=sum(request.num_beyond_drafter for request in requests),
+            seed=requests[0].params.seed,
+            **_counts(stats),
+        ),
     )

@@ -62,7 +62,7 @@ class Sampled(_Asked):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Left out, a fresh one for each request.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Left out, one is drawn for each request.")
     stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS, fail_fast=True)] | None = Field(
         None, description=f"a text or up to {_MAX_STOPS} of them, each of 1 to {_MAX_STOP_LENGTH} characters"
     )
@@ -202,6 +202,13 @@ class Speculation(BaseModel):
     acceptance_length: float = Field(description="Mean tokens per step, 1 + accepted / steps.")
 
 
+class UsageSpeculation(Speculation):
+    """What drafting did for all answers to a request, and what their noise was made from."""
+
+    beyond_drafter: int = Field(description="Tokens behind the longest text that the drafter drafts for.")
+    seed: int = Field(description="The one that was asked for or drawn; with it the same request has the same texts.")
+
+
 class PromptDetails(BaseModel):
     """Of a prompt's tokens, those that an earlier request had read."""
 
@@ -215,7 +222,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
-    speculation: Speculation
+    speculation: UsageSpeculation
 
 
 class NewToken(BaseModel):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -28,6 +29,7 @@ from onlinespec.server.texts import Texts
 JSON = "application/json"
 _CLOSE = {"Connection": "close"}  # for a body that was not read to its end
 _GLANCE_SECONDS = 0.25  # between two looks at the clock while a body comes
+_SEED_BITS = 53  # of a seed that is drawn and told: readers of JSON that know one kind of number keep it whole
 _GONE = 499  # nobody reads this status, but metrics count it
 
 Body = TypeVar("Body", bound=Sampled)
@@ -100,11 +102,13 @@ class Service:
         answers = self._ask(prompts, body, tags, reply.id)
         pieces = self._metrics.timed(merged(answers), request.state.began)
         if body.stream:
-            return EventStream(self._events(answers, pieces, body, reply))
+            return EventStream(self._events(answers, pieces, body, reply), on_end=partial(_cancel_unfinished, answers))
         try:
             choices = await while_connected(request.receive, _collected(answers, pieces, self.settings.retry_after))
         except ClientGone:
             raise ApiError(_GONE, "the client left") from None
+        finally:
+            _cancel_unfinished(answers)
         return Response(to_json(reply.whole(choices, usage_of(answers, body.num_choices))), media_type=JSON)
 
     def _check(self, body: Sampled, prompts: Sequence[Sequence[int]]) -> None:
@@ -123,7 +127,7 @@ class Service:
         """Choices for each prompt, all or none."""
         try:
             params = params_of(body, self.settings.defaults)
-            jobs = [(ids, each) for ids in prompts for each in _seeded(params, body.num_choices)]
+            jobs = [(ids, replace(params, choice=i)) for ids in prompts for i in range(body.num_choices)]
             return self._engine.ask(jobs, request_id=request_id, tenant=tags.tenant, learns=tags.learns)
         except (ValueError, Busy, Closed) as error:
             raise from_asking(error, self.settings.retry_after, _source(body)) from error
@@ -140,7 +144,7 @@ class Service:
         has_tokens = bool(options and options.include_speculation)
         choices = [Choice() for _ in answers]
         try:
-            async with _watched(answers, pieces):
+            async with aclosing(pieces):
                 async for index, piece in pieces:
                     _check_piece(piece, self.settings.retry_after)
                     choice = choices[index]
@@ -151,11 +155,12 @@ class Service:
                     yield event(to_json(reply.last(usage_of(answers, body.num_choices))))
                 yield event(b"[DONE]")
         except ApiError as error:
+            _cancel_unfinished(answers)  # now: the client may be slow to read the error
             yield event(to_json(error.body), b"error")
 
 
 def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
-    """A body's settings as the engine takes them; what it does not say is as in `defaults`.
+    """A body's settings as the engine takes them; what it does not say is as in `defaults`. A seed is drawn.
 
     Raises:
         ValueError: naming what is not allowed.
@@ -172,14 +177,8 @@ def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_end_tokens=bool(body.ignore_eos),
         num_logprobs=body.num_logprobs,
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed,
     )
-
-
-def _seeded(params: GenerationParams, num_choices: int) -> list[GenerationParams]:
-    """The same settings for each choice, with seeds that follow each other, within 64 bits."""
-    seeds = ((params.seed + i + 2**63) % 2**64 - 2**63 for i in range(num_choices))
-    return [replace(params, seed=seed) for seed in seeds]
 
 
 async def _collected(
@@ -187,23 +186,18 @@ async def _collected(
 ) -> list[Choice]:
     """Answers to their end."""
     choices = [Choice() for _ in answers]
-    async with _watched(answers, pieces):
+    async with aclosing(pieces):
         async for index, piece in pieces:
             _check_piece(piece, retry_after)
             choices[index].add(piece)
     return choices
 
 
-@asynccontextmanager
-async def _watched(answers: Sequence[Answer], pieces: AsyncGenerator[Any, None]) -> AsyncIterator[None]:
-    """However the block is left, nothing goes on behind it."""
-    try:
-        yield
-    finally:
-        for answer in answers:
-            if answer.request.finish_reason is None:
-                answer.cancel()
-        await pieces.aclose()
+def _cancel_unfinished(answers: Sequence[Answer]) -> None:
+    """Nobody waits for what is not whole yet: it takes no memory and no step any more."""
+    for answer in answers:
+        if answer.request.finish_reason is None:
+            answer.cancel()
 
 
 def _check_piece(piece: Piece, retry_after: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from onlinespec.server.engine import Answer, Piece
 
@@ -53,31 +53,54 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, A]) -> A:
 
 
 class EventStream(Response):
-    """Server-sent events. The generator is closed at once when the client leaves, even while nothing is sent."""
+    """Server-sent events. The generator is closed at once when the client leaves, even while nothing is sent.
+
+    Args:
+        on_end: Called once the response is over, however it ended. An asynchronous generator that was closed, or whose
+            reader was cancelled, before its first event never runs its own `finally`: what must not go on without a
+            reader is to be stopped here.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _both(self._send(send), _left(receive)) as (sending, _):
-            if sending.done():
-                sending.result()
+        try:
+            async with _both(self._send(send), _left(receive)) as (sending, _):
+                if sending.done():
+                    with suppress(ClientGone):
+                        sending.result()
+        finally:
+            self._on_end()
 
     async def _send(self, send: Send) -> None:
+        head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         async with aclosing(self._events) as events:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await _send_to_client(send, head)
             async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+                await _send_to_client(send, {"type": "http.response.body", "body": event, "more_body": True})
+            await _send_to_client(send, {"type": "http.response.body", "body": b""})
 
 
 def event(data: bytes, name: bytes = b"") -> bytes:
     """A server-sent event; the data has no line breaks."""
     return (b"event: %b\n" % name if name else b"") + b"data: %b\n\n" % data
+
+
+async def _send_to_client(send: Send, message: Message) -> None:
+    """Sends a message; an OSError says, since version 2.4 of ASGI's HTTP specification, that the client has left.
+
+    Raises:
+        ClientGone: if it has.
+    """
+    try:
+        await send(message)
+    except OSError as error:
+        raise ClientGone from error
 
 
 async def _left(receive: Receive) -> None:
