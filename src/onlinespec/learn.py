@@ -175,7 +175,7 @@ class InlineLearning:
             return
         scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
         before = self._learner.played(self._state)
-        state = self._learner.update(scores, self._state)
+        state = self._learner.update(self.telemetry.watched(scores) if self.telemetry else scores, self._state)
         played_loss = scores.cheap_loss(before)
         if math.isfinite(played_loss):
             self._last_good = self._drafter.weights

@@ -66,20 +66,33 @@ class Round(Struct, frozen=True, kw_only=True):
     frozen_acceptance_prob: float
     acceptance_length_bound: float  # what the losses at all drafting depths guarantee, see metrics.py
     distance: float  # of the weights from the start
+    num_rows: int = 0  # verified since the round before: what this one, measured on the newest of them, stands for; 0
+    # in files that are older than this count
+    gradient_cosine: float | None = None  # of what was descended and what the round before descended
     moved: float | None = None  # of the weights, since some rounds ago
     function_moved: float | None = None  # mean total variation on fixed rows, since some rounds ago
     learner: dict[str, Any] = {}  # what the learner itself reports: hint errors, meta weights
 
 
 class Telemetry(Struct, frozen=True, kw_only=True):
-    """How a drafter learned, over a run. Regrets are in nats, summed over rounds."""
+    """How a drafter learned, over a run. Regrets are in nats.
+
+    Sums over rounds are what the theory bounds; they grow with the number of rounds, so learners that had different
+    numbers of them compare by the figures per row alone: means over the rounds, each by its `num_rows`.
+    """
 
     regret_upper: float  # against any comparator: the sum of kl
     regret_vs_frozen: float
     regret_vs_best_expert: float | None = None  # in the loss that is trained
+    num_rows: int = 0  # that the rounds stand for
+    loss_per_row: float | None = None  # None where no rows were counted
+    kl_per_row: float | None = None  # regret_upper by the row
+    regret_vs_frozen_per_row: float | None = None
+    regret_vs_best_expert_per_row: float | None = None  # the best by the row
     hint_error_ratio: float | None = None  # below 1, the hints were better than none
     direction_hint_error_ratio: float | None = None  # the same in the learner's geometry
-    acceptance_length_bound: float
+    gradient_cosine: float | None = None  # mean over the rounds that have one
+    acceptance_length_bound: float | None  # mean over the steps; None where none were counted
     rounds: tuple[Round, ...]
 
 

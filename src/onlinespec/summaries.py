@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum, isfinite, nan
+from math import isfinite, nan
 from statistics import median
 from typing import NamedTuple
 
@@ -75,16 +75,6 @@ def _num_rounds(run: Run) -> float | None:
     return len(rounds_of(run)) or None
 
 
-def _mean_loss(run: Run) -> float | None:
-    rounds = rounds_of(run)
-    return fsum(each.loss for each in rounds) / len(rounds) if rounds else None
-
-
-def _mean_regret(run: Run) -> float | None:
-    """Against frozen, in nats a round."""
-    return run.telemetry.regret_vs_frozen / len(run.telemetry.rounds) if run.telemetry else None
-
-
 def _final_distance(run: Run) -> float | None:
     rounds = rounds_of(run)
     return rounds[-1].distance if rounds else None
@@ -95,37 +85,44 @@ LEARNING_FIGURES = (
         "Rounds",
         _num_rounds,
         0,
-        "Updates of the drafter. The figures are over them, each measured on the rows that were new, with the weights "
-        "that drafted before.",
+        "Updates of the drafter. Each is measured on the newest of the rows served since the one before, with the "
+        "weights that drafted them.",
     ),
     Figure(
-        "Mean loss",
-        _mean_loss,
+        "Rows",
+        lambda run: run.telemetry.num_rows or None if run.telemetry else None,
+        0,
+        "Verified positions up to the last round. A round counts by its rows in the figures per row, so that learners "
+        "compare whether they had many rounds or few.",
+    ),
+    Figure(
+        "Loss per row",
+        _told("loss_per_row"),
         3,
-        "Of the rounds: the loss that is trained, before each update. Lower is better, among learners that train the "
-        "same one.",
+        "The loss that is trained, before each update. Lower is better, among learners that train the same one on the "
+        "same rows: osd counts refused drafts alone.",
     ),
     Figure(
-        "Regret, at most",
-        _told("regret_upper"),
-        2,
-        "The sum of the rounds' KL divergence from target to drafter, in nats. Against whatever weights, the regret is "
-        "no larger. Lower is better.",
+        "Regret per row, at most",
+        _told("kl_per_row"),
+        3,
+        "KL divergence from target to drafter, in nats. Against whatever weights, the regret is no larger. Lower is "
+        "better.",
     ),
     Figure(
-        "Regret vs frozen",
-        _told("regret_vs_frozen"),
-        2,
-        "The same sum, less that of the drafter as it started on the same rows. It must fall below zero and keep "
-        "falling: below zero, learning has brought more than it spoilt. More rounds make larger sums.",
+        "Regret per row vs frozen",
+        _told("regret_vs_frozen_per_row"),
+        3,
+        "The same, less that of the drafter as it started on the same rows. Below zero, learning has brought more than "
+        "it spoilt.",
         good_below=0.0,
     ),
     Figure(
-        "Regret vs best expert",
-        _told("regret_vs_best_expert"),
-        2,
-        "Of ensembles: the sum of the loss, less that of the expert which did best over the whole stream. Near zero, "
-        "the best was found; below zero, it was beaten.",
+        "Regret per row vs best expert",
+        _told("regret_vs_best_expert_per_row"),
+        3,
+        "Of ensembles: the loss, less that of the expert which did best over the whole stream. Near zero, the best was "
+        "found; below zero, it was beaten.",
     ),
     Figure(
         "Hint error",
@@ -143,6 +140,13 @@ LEARNING_FIGURES = (
         good_below=1.0,
     ),
     Figure(
+        "Gradient cosine",
+        _told("gradient_cosine"),
+        2,
+        "Of each round's gradient with the one before, mean over the rounds. Above a half, the last gradient is a "
+        "useful hint where both are of a size. Rounds of more rows hold less noise, and are more alike.",
+    ),
+    Figure(
         "Distance from start",
         _final_distance,
         3,
@@ -153,7 +157,7 @@ LEARNING_FIGURES = (
         "Learning, seconds",
         lambda run: run.totals.learn_seconds,
         1,
-        "Time spent learning, which tokens per second count.",
+        "Time spent learning between steps, which tokens per second count.",
     ),
     Figure(
         "Measuring, seconds",
@@ -368,15 +372,16 @@ class Group:
 
     @property
     def lesson(self) -> str:
-        """What learning brought, in words: by the round, because learners differ in how many they can afford."""
-        regrets = {learner.learner: spread_of(map(_mean_regret, learner.watched)) for learner in self.watched}
+        """What learning brought, in words: by the row, because learners differ in how many rounds they have."""
+        by_row = _told("regret_vs_frozen_per_row")
+        regrets = {learner.learner: spread_of(map(by_row, learner.watched)) for learner in self.watched}
         known = {name: spread.median for name, spread in regrets.items() if spread}
         if not known:
             return "No regret was measured."
         best = min(known, key=lambda name: known[name])
         opening = f"Of {len(known)} learners, {best} did best" if len(known) > 1 else best
         side, outcome = ("below", "paid") if known[best] < 0 else ("above", "has not paid")
-        return f"{opening}: {number(abs(known[best]), 2)} nats a round {side} frozen, so learning {outcome}."
+        return f"{opening}: {number(abs(known[best]), 2)} nats a row {side} frozen, so learning {outcome}."
 
 
 def spread_of(values: Iterable[float | None]) -> Spread | None:

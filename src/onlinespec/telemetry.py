@@ -1,4 +1,4 @@
-"""What learning did, measured beside it: losses against the frozen start, drift, what the learner reports.
+"""What learning did, measured beside it: losses against the frozen start, drift, gradients, what the learner reports.
 
 It costs a forward of the drafter's head for two sets of weights per round, so it is off unless asked for, and its time
 is kept apart from that of learning.
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from onlinespec.core import Feedback, Params
 from onlinespec.drafters.base import Drafter
-from onlinespec.learners.geometry import squared_distance
+from onlinespec.learners import Evaluate, Evaluation
+from onlinespec.learners.geometry import cosine, squared_distance, squared_norm
 from onlinespec.losses import TargetRows, cross_entropy, kl, total_variation
 from onlinespec.metrics import acceptance_length_at, distance_bound, greedy_distance_bound
 from onlinespec.records import Round
@@ -34,6 +35,9 @@ class Telemetry:
         self._drafter = drafter
         self._start = drafter.weights.params
         self._num_steps = self._num_requests = self._num_draft_tokens = 0
+        self._num_rows = 0  # served since the last round that was measured
+        self._grads: list[Params] = []  # that the round's learner asked for
+        self._descended: Params | None = None  # the last round's direction of them; None without one
         self._probe: Any = None  # the first round's rows: where the function's drift is measured
         self._then: tuple[Params, Tensor] | None = None  # weights and probe rows of some rounds ago
         self._has_failed = False
@@ -45,7 +49,20 @@ class Telemetry:
         for record in feedback:
             self._num_steps += 1
             self._num_requests += record.is_last
+            self._num_rows += record.num_rows
             self._num_draft_tokens = max(self._num_draft_tokens, record.num_draft_tokens)
+
+    def watched(self, evaluate: Evaluate) -> Evaluate:
+        """The same, for a round's learner: which gradients it asks for is remembered until the round is measured."""
+        self._grads = []
+
+        def watching(*candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
+            evaluations = evaluate(*candidates, scored=scored)
+            if not self._has_failed:
+                self._grads += [evaluation.grads for evaluation in evaluations[: len(candidates)]]
+            return evaluations
+
+        return watching
 
     def observe_round(
         self,
@@ -68,6 +85,7 @@ class Telemetry:
             measured = self._measured(batch, newest, loss(), played, interval, report())
             if _is_finite(measured):
                 self.rounds.append(measured)
+                self._num_rows = 0
         except Exception as error:  # measuring must not stop what it measures
             self._has_failed = True
             log.error("telemetry stopped in round %d (%s: %s)", len(self.rounds), type(error).__name__, error)
@@ -82,6 +100,8 @@ class Telemetry:
         logits, target = depths[0]
         (kl_now, kl_start), (tv_now, tv_start) = (of(logits, target).mean(-1).tolist() for of in (kl, total_variation))
         moved, function_moved = self._moved(batch, played)
+        descended, before = _mean_direction(self._grads), self._descended
+        self._grads, self._descended = [], descended
         return Round(
             step=self._num_steps,
             request=self._num_requests,
@@ -95,6 +115,8 @@ class Telemetry:
             frozen_acceptance_prob=1 - tv_start,
             acceptance_length_bound=self._bound(depths),
             distance=math.sqrt(squared_distance(played, self._start)),
+            num_rows=self._num_rows,
+            gradient_cosine=cosine(descended, before) if descended and before else None,
             moved=moved,
             function_moved=function_moved,
             learner=report,
@@ -119,6 +141,17 @@ class Telemetry:
             return None, None
         moved = math.sqrt(squared_distance(played, then[0]))
         return moved, float((probs_NV - then[1]).abs().sum(-1).mean() / 2)
+
+
+def _mean_direction(gradients: Sequence[Params]) -> Params | None:
+    """The sum of the gradients, each at length 1, so that an expert about to blow up doesn't drown the others; those
+    that are zero or not finite are left out, and None is the sum of none."""
+    units = []
+    for grads in gradients:
+        size = math.sqrt(squared_norm(grads))
+        if 0 < size < math.inf:
+            units.append({name: g.float() / size for name, g in grads.items()})
+    return {name: torch.stack([unit[name] for unit in units]).sum(0) for name in units[0]} if units else None
 
 
 def _is_finite(measured: Round) -> bool:
