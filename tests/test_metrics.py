@@ -11,6 +11,7 @@ from toy import steady
 from onlinespec.core import DecodeStats
 from onlinespec.metrics import (
     acceptance_length_at,
+    coupled_distance,
     distance_bound,
     figures,
     greedy_distance_bound,
@@ -149,6 +150,17 @@ def test_no_more_greedy_drafts_differ_than_the_mean_token_loss_allows(pair):
     assert float((draft.argmax(-1) != tokens).double().mean()) <= greedy_distance_bound(token_loss) + 1e-9
 
 
+@steady
+@given(pair=row_pairs)
+def test_no_more_sampled_drafts_differ_under_one_noise_than_the_mean_distance_allows(pair):
+    """Both choose v with chance 1 / sum_u max(target_u / target_v, draft_u / draft_v): v's race is won in both."""
+    p, draft = pair
+    ratios = torch.maximum(p[:, None, :] / p[:, :, None], draft[:, None, :] / draft[:, :, None])
+    differ = 1 - (1 / ratios.sum(-1)).sum(-1)
+    mean_distance = float((p - draft).abs().sum(-1).mean() / 2)
+    assert float(differ.mean()) <= coupled_distance(mean_distance) + 1e-9
+
+
 def test_the_greedy_bound_is_reached_where_two_tokens_are_alike():
     assert greedy_distance_bound(math.log(2)) == pytest.approx(1.0)
 
@@ -169,7 +181,7 @@ def test_a_kl_that_rounds_below_zero_allows_nothing():
 
 
 def learned(loss=1.0, learner=None, **measured):
-    unknown = ("data", "moved", "function_moved", "gradient_cosine")
+    unknown = ("data", "moved", "function_moved", "gradient_cosine", "is_update")
     rest = {name: 0 for name in Round.__struct_fields__ if name not in unknown}
     return Round(**(rest | {"data": "code", "num_rows": 1, "loss": loss, "learner": learner or {}} | measured))
 

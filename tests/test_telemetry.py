@@ -31,6 +31,10 @@ def steps(*num_rows):
     return [Feedback(TRACE, 0, rows, num_draft_tokens=2, num_accepted=rows - 1, weights_version=0) for rows in num_rows]
 
 
+def rest_of(telemetry, feedback, loss=1.0):
+    return telemetry.with_rest("batch", feedback[-1], lambda: loss, START, 16.0)
+
+
 def finish_round(telemetry, feedback, played=START, loss=1.0):
     telemetry.observe_round("batch", feedback[-1], lambda: loss, played, 16.0, dict)
 
@@ -66,6 +70,29 @@ def test_the_rows_of_a_round_that_could_not_be_measured_go_to_the_next():
         telemetry.observe_steps(each)
         finish_round(telemetry, each, loss=loss)
     assert [each.num_rows for each in telemetry.rounds] == [5]
+
+
+def test_the_rows_behind_the_last_round_are_told_without_being_a_round():
+    telemetry = Telemetry(OneRow())
+    telemetry.observe_steps(steps(2))
+    finish_round(telemetry, steps(2))
+    telemetry.observe_steps(steps(3))
+    for _ in range(2):  # a report may be asked for at any time
+        measured = rest_of(telemetry, steps(3))
+        assert [(each.num_rows, each.is_update) for each in measured] == [(2, True), (3, False)]
+        assert len(telemetry.rounds) == 1
+    telemetry.observe_steps(steps(1))
+    finish_round(telemetry, steps(1))
+    assert [each.num_rows for each in telemetry.rounds] == [2, 4]
+
+
+def test_rows_behind_the_last_round_that_cannot_be_measured_are_left_out(caplog):
+    telemetry = Telemetry(OneRow())
+    finish_round(telemetry, steps(1))
+    assert rest_of(telemetry, steps(1), loss=math.nan) == telemetry.rounds
+    telemetry._drafter.rows = None
+    assert rest_of(telemetry, steps(1)) == telemetry.rounds
+    assert "no figures behind round 1" in caplog.text
 
 
 @pytest.mark.parametrize(

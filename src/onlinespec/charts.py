@@ -202,8 +202,9 @@ def _said_of_best_played(learner: LearnerSummary) -> str:
 
 def _said_of_bound(learner: LearnerSummary) -> str:
     """What Hedge guarantees over the rounds there were, if the learner says it."""
-    last = [rounds_of(run)[-1].learner for run in learner.watched]
-    bounds = [report["regret_bound_per_round"] for report in last if "regret_bound_per_round" in report]
+    reports = [[each.learner for each in rounds_of(run) if each.is_update][-1:] for run in learner.watched]
+    told = [report for last in reports for report in last if "regret_bound_per_round" in report]
+    bounds = [report["regret_bound_per_round"] for report in told]
     if not bounds:
         return ""
     known = [bound for bound in bounds if bound is not None]

@@ -25,6 +25,7 @@ from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
 from onlinespec.methods import full_loss_of, learner_of
+from onlinespec.records import Round
 from onlinespec.replay import ReplayBuffer
 from onlinespec.tables import resolve
 from onlinespec.telemetry import Telemetry
@@ -122,6 +123,20 @@ class InlineLearning:
     def set_share(self, share: float) -> None:
         """Learning may take this share of decoding time from now on."""
         self.budget.share = share
+
+    def measured(self) -> list[Round]:
+        """What telemetry has of every round, and behind them of the newest rows that wait for the next one."""
+        if not self.telemetry:
+            return []
+        rows = [] if self.is_frozen else newest_rows(self._waiting, self.config.max_rows)
+        batch = self._drafter.batch(rows, rejected_only=self.config.rows == "rejected") if rows else None
+        if not batch:  # nothing waits, or nothing that can be learned from
+            return self.telemetry.rounds
+        played = self._learner.played(self._state)
+        scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
+        return self.telemetry.with_rest(
+            batch, rows[-1], lambda: scores.fresh_loss(played), played, self.cadence.interval
+        )
 
     def report(self) -> dict[str, Any]:
         """What the learner says of itself: meta weights, hint errors."""

@@ -81,6 +81,20 @@ def distance_bound(kl: float) -> float:
     return min(math.sqrt(kl / 2), math.sqrt(-math.expm1(-kl))) if kl > 0 else 0.0
 
 
+def coupled_distance(distance: float) -> float:
+    """The largest share of sampled drafts that can differ from the target's token where both take the best of their own
+    scores and the same Gumbel noise, from the total variation between their rows: 1 - (1 - d) / (1 + d).
+
+    Concave and increasing, so that at a mean distance it bounds the mean from above.
+
+    >>> coupled_distance(0.0), coupled_distance(0.25), coupled_distance(1.0)
+    (0.0, 0.4, 1.0)
+
+    Reference: arXiv:2408.07978.
+    """
+    return 2 * distance / (1 + distance)
+
+
 def greedy_distance_bound(token_loss: float) -> float:
     """The largest share of greedy drafts that can differ from the target's token, from that token's mean cross-entropy.
 

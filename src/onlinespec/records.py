@@ -68,6 +68,7 @@ class Round(Struct, frozen=True, kw_only=True):
     distance: float  # of the weights from the start
     num_rows: int = 0  # verified since the round before: what this one, measured on the newest of them, stands for; 0
     # in files that are older than this count
+    is_update: bool = True  # False: at the end of a run, the rows for which no update came any more
     gradient_cosine: float | None = None  # of what was descended and what the round before descended
     moved: float | None = None  # of the weights, since some rounds ago
     function_moved: float | None = None  # mean total variation on fixed rows, since some rounds ago

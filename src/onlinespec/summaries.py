@@ -72,7 +72,7 @@ def _told(name: str) -> Callable[[Run], float | None]:
 
 
 def _num_rounds(run: Run) -> float | None:
-    return len(rounds_of(run)) or None
+    return sum(each.is_update for each in rounds_of(run)) or None
 
 
 def _final_distance(run: Run) -> float | None:
@@ -92,8 +92,8 @@ LEARNING_FIGURES = (
         "Rows",
         lambda run: run.telemetry.num_rows or None if run.telemetry else None,
         0,
-        "Verified positions up to the last round. A round counts by its rows in the figures per row, so that learners "
-        "compare whether they had many rounds or few.",
+        "Verified positions, those behind the last round too. A round counts by its rows in the figures per row, so "
+        "that learners compare whether they had many rounds or few.",
     ),
     Figure(
         "Loss per row",
@@ -395,7 +395,7 @@ def spread_of(values: Iterable[float | None]) -> Spread | None:
 
 
 def rounds_of(run: Run) -> tuple[Round, ...]:
-    """None of them where learning was not measured."""
+    """None of them where learning was not measured; the last may be no update, see `Round.is_update`."""
     return run.telemetry.rounds if run.telemetry else ()
 
 

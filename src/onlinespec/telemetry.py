@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from onlinespec.core import Feedback, Params
@@ -20,7 +21,7 @@ from onlinespec.drafters.base import Drafter
 from onlinespec.learners import Evaluate, Evaluation
 from onlinespec.learners.geometry import cosine, squared_distance, squared_norm
 from onlinespec.losses import TargetRows, cross_entropy, kl, total_variation
-from onlinespec.metrics import acceptance_length_at, distance_bound, greedy_distance_bound
+from onlinespec.metrics import acceptance_length_at, coupled_distance, distance_bound, greedy_distance_bound
 from onlinespec.records import Round
 
 log = logging.getLogger(__name__)
@@ -82,26 +83,40 @@ class Telemetry:
             return
         began = time.perf_counter()
         try:
-            measured = self._measured(batch, newest, loss(), played, interval, report())
+            measured = self._measured(batch, newest, loss(), played, interval)
             if _is_finite(measured):
-                self.rounds.append(measured)
+                self.rounds.append(self._with_movement(measured, batch, played, report()))
                 self._num_rows = 0
         except Exception as error:  # measuring must not stop what it measures
             self._has_failed = True
             log.error("telemetry stopped in round %d (%s: %s)", len(self.rounds), type(error).__name__, error)
         self.seconds += time.perf_counter() - began
 
+    def with_rest(
+        self, batch: Any, newest: Feedback, loss: Callable[[], float], played: Params, interval: float
+    ) -> list[Round]:
+        """The rounds so far, and behind them one that is none: the rows served since, for which no update came.
+
+        Without it a learner of rare rounds would be compared on a shorter stretch of the stream than the others.
+        Never raises; what can't be measured is left out.
+        """
+        if self._has_failed:
+            return self.rounds
+        try:
+            rest = replace(self._measured(batch, newest, loss(), played, interval), is_update=False)
+        except Exception as error:  # a report is written all the same
+            log.error(
+                "telemetry has no figures behind round %d (%s: %s)", len(self.rounds), type(error).__name__, error
+            )
+            return self.rounds
+        return [*self.rounds, rest] if _is_finite(rest) else self.rounds
+
     @torch.no_grad()
-    def _measured(
-        self, batch: Any, newest: Feedback, loss: float, played: Params, interval: float, report: dict[str, Any]
-    ) -> Round:
+    def _measured(self, batch: Any, newest: Feedback, loss: float, played: Params, interval: float) -> Round:
         num_depths = max(1, self._num_draft_tokens)
         depths = self._drafter.rows([played, self._start], batch, num_depths)
         logits, target = depths[0]
         (kl_now, kl_start), (tv_now, tv_start) = (of(logits, target).mean(-1).tolist() for of in (kl, total_variation))
-        moved, function_moved = self._moved(batch, played)
-        descended, before = _mean_direction(self._grads), self._descended
-        self._grads, self._descended = [], descended
         return Round(
             step=self._num_steps,
             request=self._num_requests,
@@ -116,6 +131,16 @@ class Telemetry:
             acceptance_length_bound=self._bound(depths),
             distance=math.sqrt(squared_distance(played, self._start)),
             num_rows=self._num_rows,
+        )
+
+    @torch.no_grad()
+    def _with_movement(self, measured: Round, batch: Any, played: Params, report: dict[str, Any]) -> Round:
+        """With what an update alone has: its gradient, how far it has come, what its learner says."""
+        moved, function_moved = self._moved(batch, played)
+        descended, before = _mean_direction(self._grads), self._descended
+        self._grads, self._descended = [], descended
+        return replace(
+            measured,
             gradient_cosine=cosine(descended, before) if descended and before else None,
             moved=moved,
             function_moved=function_moved,
@@ -161,7 +186,7 @@ def _is_finite(measured: Round) -> bool:
 
 
 def _distance(logits_NV: Tensor, target: TargetRows) -> float:
-    """The most total variation between the rows that verification compares, as far as losses tell."""
+    """The largest share of drafts that can differ from what verification keeps, as far as losses tell."""
     is_greedy_N = target.temperatures_N == 0
     bounds = []
     if is_greedy_N.any():
@@ -172,5 +197,5 @@ def _distance(logits_NV: Tensor, target: TargetRows) -> float:
         probs_NV = (target.probs_NV[~is_greedy_N].log() / temperatures).softmax(-1)
         sampled = TargetRows(probs_NV, target.token_ids_N[~is_greedy_N], temperatures[:, 0])
         losses = kl(logits_NV[~is_greedy_N] / temperatures, sampled)
-        bounds.append((distance_bound(float(losses.mean())), len(losses)))
+        bounds.append((coupled_distance(distance_bound(float(losses.mean()))), len(losses)))
     return sum(bound * count for bound, count in bounds) / sum(count for _, count in bounds)
