@@ -208,10 +208,11 @@ def test_one_large_round_does_not_look_better_than_many_small_ones_that_were_bet
 
 
 def test_a_round_counts_by_the_rows_it_stands_for():
-    small, large = learned(1.0, kl=2.0, frozen_kl=3.0, num_rows=1), learned(2.0, kl=1.0, frozen_kl=1.0, num_rows=3)
+    small = learned(kl=2.0, frozen_kl=3.0, token_loss=1.0, num_rows=1)
+    large = learned(kl=1.0, frozen_kl=1.0, token_loss=2.0, num_rows=3)
     told = telemetry([small, large])
     assert told.num_rows == 4
-    assert told.loss_per_row == 1.75
+    assert told.token_loss_per_row == 1.75
     assert told.kl_per_row == 1.25
     assert told.regret_vs_frozen_per_row == -0.25
 
@@ -219,7 +220,7 @@ def test_a_round_counts_by_the_rows_it_stands_for():
 def test_without_rows_nothing_is_told_by_the_row():
     told = telemetry([learned(kl=1.0, num_rows=0)])
     assert told.regret_upper == 1.0
-    assert told.loss_per_row is told.kl_per_row is told.regret_vs_frozen_per_row is None
+    assert told.token_loss_per_row is told.kl_per_row is told.regret_vs_frozen_per_row is None
     assert told.regret_vs_best_expert_per_row is None
 
 

@@ -531,7 +531,7 @@ def test_table_has_the_figures_of_the_records():
         "optimistic": {
             "Rounds": "2",
             "Rows": "40",
-            "Loss per row": "0.625",
+            "Token loss per row": "1.25",
             "Regret per row, at most": "1.25",
             "Regret per row vs frozen": "−1.25",
             "Regret per row vs best expert": "–",
@@ -545,7 +545,7 @@ def test_table_has_the_figures_of_the_records():
         "ensemble": {
             "Rounds": "2",
             "Rows": "40",
-            "Loss per row": "0.550",
+            "Token loss per row": "1.00",
             "Regret per row, at most": "1.00",
             "Regret per row vs frozen": "0.38",
             "Regret per row vs best expert": "0.150",
@@ -593,13 +593,20 @@ def test_long_columns_have_few_digits():
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_rows_behind_the_last_round_are_no_round():
+    rounds = [make_round(0, num_rows=10), make_round(1, loss=None, is_update=False, num_rows=5)]
+    (row,) = learning_table(render_html(make_report(watch(make_run("optimistic"), rounds)))).values()
+    assert (row["Rounds"], row["Rows"]) == ("1", "15")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_learner_of_one_round_that_learned_nothing_looks_best_nowhere():
     """A preset with a round for every eight requests has one where others have twenty: its sums are small."""
-    rare = watch(make_run("osd"), [make_round(8, 5.0, 5.0, loss=5.0, num_rows=600)])
-    often = watch(make_run("online_gradient"), [make_round(i, 4.0, 5.0, loss=4.0, num_rows=30) for i in range(20)])
+    rare = watch(make_run("osd"), [make_round(8, 5.0, 5.0, num_rows=600)])
+    often = watch(make_run("online_gradient"), [make_round(i, 4.0, 5.0, num_rows=30) for i in range(20)])
     report = make_report(rare, often)
     table = learning_table(render_html(report))
-    for title in ("Loss per row", "Regret per row, at most", "Regret per row vs frozen"):
+    for title in ("Token loss per row", "Regret per row, at most", "Regret per row vs frozen"):
         figures = {name: float(row[title].replace("−", "-")) for name, row in table.items()}
         assert figures["online_gradient"] < figures["osd"], title
     assert table["osd"]["Rows"] == table["online_gradient"]["Rows"] == "600"
@@ -739,6 +746,8 @@ def test_regret_starts_at_zero_for_runs_that_are_slow_to_learn():
         [make_round(i, loss=nan, kl=inf, frozen_kl=nan, distance=nan, acceptance_length_bound=nan) for i in range(2)],
         [make_round(i, learner=hinted(1.0) if i == 1 else {}) for i in range(3)],
         [make_round(75), make_round(75)],
+        [make_round(0), make_round(1, loss=None, is_update=False)],
+        [make_round(0, loss=None, is_update=False)],
     ],
 )
 def test_any_rounds_can_be_drawn(rounds):

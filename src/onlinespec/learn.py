@@ -1,8 +1,8 @@
 """The round: Feedback becomes a batch, the batch a gradient, the gradient new weights, between two steps.
 
-Inline and deterministic: the cadence says when a round is due, the budget whether it may be. The target is never run;
-labels are rebuilt from the hidden states that verification left. A round that fails, for whatever reason, freezes
-the drafter at its last good weights; decoding goes on.
+Inline and deterministic: the cadence says when a round is due, the budget whether it may be. The target's layers are
+never run; labels are its head applied to the hidden states that verification left. A round that fails, for whatever
+reason, freezes the drafter at its last good weights; decoding goes on.
 """
 
 from __future__ import annotations
@@ -125,18 +125,8 @@ class InlineLearning:
         self.budget.share = share
 
     def measured(self) -> list[Round]:
-        """What telemetry has of every round, and behind them of the newest rows that wait for the next one."""
-        if not self.telemetry:
-            return []
-        rows = [] if self.is_frozen else newest_rows(self._waiting, self.config.max_rows)
-        batch = self._drafter.batch(rows, rejected_only=self.config.rows == "rejected") if rows else None
-        if not batch:  # nothing waits, or nothing that can be learned from
-            return self.telemetry.rounds
-        played = self._learner.played(self._state)
-        scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
-        return self.telemetry.with_rest(
-            batch, rows[-1], lambda: scores.fresh_loss(played), played, self.cadence.interval
-        )
+        """What telemetry has of every round, and behind them of what was served since."""
+        return self.telemetry.with_rest(self.cadence.interval) if self.telemetry else []
 
     def report(self) -> dict[str, Any]:
         """What the learner says of itself: meta weights, hint errors."""
@@ -204,7 +194,6 @@ class InlineLearning:
         if self.telemetry:
             self.telemetry.observe_round(
                 batch,
-                rows[-1],
                 lambda: scores.fresh_loss(before),
                 before,
                 self.cadence.interval,

@@ -137,7 +137,7 @@ def telemetry(rounds: Sequence[Round]) -> Telemetry | None:
         regret_vs_frozen=math.fsum(r.kl - r.frozen_kl for r in rounds),
         regret_vs_best_expert=sum_vs_best,
         num_rows=sum(r.num_rows for r in rounds),
-        loss_per_row=_per_row(rounds, [r.loss for r in rounds]),
+        token_loss_per_row=_per_row(rounds, [r.token_loss for r in rounds]),
         kl_per_row=_per_row(rounds, [r.kl for r in rounds]),
         regret_vs_frozen_per_row=_per_row(rounds, [r.kl - r.frozen_kl for r in rounds]),
         regret_vs_best_expert_per_row=mean_vs_best,
@@ -165,11 +165,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _regrets_vs_best_expert(rounds: Sequence[Round]) -> tuple[float | None, float | None]:
     """Summed over rounds, and by the row: each against the expert that was best so counted."""
-    compared = [each for each in rounds if "expert_losses" in each.learner]
-    names = compared[0].learner["expert_losses"] if compared else ()
-    gaps = [[each.loss - each.learner["expert_losses"][name] for each in compared] for name in names]
+    compared = [(each, each.loss, each.learner["expert_losses"]) for each in rounds if "expert_losses" in each.learner]
+    names = compared[0][2] if compared else ()
+    gaps = [[loss - experts[name] for _, loss, experts in compared if loss is not None] for name in names]
     finite = [gap for gap in gaps if all(map(math.isfinite, gap))]  # the others diverged
-    sums, means = [math.fsum(gap) for gap in finite], [_per_row(compared, gap) for gap in finite]
+    sums = [math.fsum(gap) for gap in finite]
+    means = [_per_row([each for each, loss, _ in compared if loss is not None], gap) for gap in finite]
     return max(sums, default=None), max((mean for mean in means if mean is not None), default=None)
 
 

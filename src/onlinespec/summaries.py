@@ -81,26 +81,19 @@ def _final_distance(run: Run) -> float | None:
 
 
 LEARNING_FIGURES = (
-    Figure(
-        "Rounds",
-        _num_rounds,
-        0,
-        "Updates of the drafter. Each is measured on the newest of the rows served since the one before, with the "
-        "weights that drafted them.",
-    ),
+    Figure("Rounds", _num_rounds, 0, "Updates of the drafter."),
     Figure(
         "Rows",
         lambda run: run.telemetry.num_rows or None if run.telemetry else None,
         0,
-        "Verified positions, those behind the last round too. A round counts by its rows in the figures per row, so "
+        "Verified positions, each measured with the weights that drafted it. Figures per row are means over them, so "
         "that learners compare whether they had many rounds or few.",
     ),
     Figure(
-        "Loss per row",
-        _told("loss_per_row"),
+        "Token loss per row",
+        _told("token_loss_per_row"),
         3,
-        "The loss that is trained, before each update. Lower is better, among learners that train the same one on the "
-        "same rows: osd counts refused drafts alone.",
+        "Cross-entropy of the tokens that were committed, in nats, whatever loss is trained. Lower is better.",
     ),
     Figure(
         "Regret per row, at most",
@@ -121,8 +114,8 @@ LEARNING_FIGURES = (
         "Regret per row vs best expert",
         _told("regret_vs_best_expert_per_row"),
         3,
-        "Of ensembles: the loss, less that of the expert which did best over the whole stream. Near zero, the best was "
-        "found; below zero, it was beaten.",
+        "Of ensembles: the loss that is trained, on what its rounds trained, less that of the expert which did best "
+        "over the whole stream. Near zero, the best was found; below zero, it was beaten.",
     ),
     Figure(
         "Hint error",
@@ -301,7 +294,7 @@ class Group:
 
     @property
     def seconds_measuring(self) -> Spread | None:
-        """What measuring regret, hints and drift took, all learners together; None where nothing was measured."""
+        """What measuring regret, gradients and drift took, all learners together; None where nothing was measured."""
         by_repeat: dict[tuple[int, int], float] = {}
         for run in (run for learner in self.measured for run in learner.runs):
             key = run.seed, run.repeat

@@ -178,7 +178,7 @@ def cosine(one: Params, other: Params) -> float | None:
     size = math.sqrt(squared_norm(one)) * math.sqrt(squared_norm(other))
     if not 0 < size < math.inf:
         return None
-    return math.fsum(float((p.float() * other[name].float()).sum()) for name, p in one.items()) / size
+    return math.fsum(to_host(*((p.float() * other[name].float()).sum() for name, p in one.items()))) / size
 
 
 def is_finite(params: Params) -> bool:
