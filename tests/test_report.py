@@ -571,6 +571,16 @@ def test_regret_below_zero_and_useful_hints_stand_out():
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_learner_that_has_moved_nothing_is_neither_good_nor_bad():
+    """Rounding may leave a billionth on either side."""
+    idle = watch(make_run("osd"), [make_round(0, 1.0 - 1e-9, 1.0)])
+    busy = watch(make_run("online_gradient"), [make_round(0, 1.0, 2.0)])
+    html = second_page(render_html(make_report(idle, busy)))
+    assert "<td>0.00</td>" in html
+    assert '<td class="good">−1.00</td>' in html
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_columns_that_no_learner_has_are_left_out():
     html = render_html(make_report(watch(make_run("online_gradient"), [make_round()])))
     assert "Hint error" not in html

@@ -93,7 +93,7 @@ def _regret(group: Group, styles: Styles) -> Theme:
         "KL divergence from the target to the drafter",
         "nats per row",
         (*_curves(group, styles, _smooth(lambda each: each.kl)), *_of_frozen(group, styles, lambda e: e.frozen_kl)),
-        note=f"Means of the last {SMOOTHING} rows, before each update.",
+        note=f"Means of the last {SMOOTHING} rows, the last round whole, before each update.",
     )
     return Theme(
         "Regret",
