@@ -96,6 +96,19 @@ def test_telemetry_is_written_where_it_was_asked_for_and_read_back(target, data,
     assert run_of(report, "optimistic").totals.diagnostic_seconds > 0
 
 
+def test_learners_of_many_rounds_and_of_few_that_do_as_well_look_alike(target, data):
+    """Neither moves: what differs is the number of rounds alone."""
+    learn = LearnConfig(step_size=0.0, min_interval=4, max_interval=4, telemetry=True, budget=float("inf"))
+    learners = ("online_gradient", "online_gradient/min_interval=500/max_interval=500")
+    report = run(target, data(), learners=learners, learn=learn)
+    often, rarely = (one.telemetry for one in report.runs)
+    assert len(often.rounds) > 3 * len(rarely.rounds)
+    assert often.regret_upper > 3 * rarely.regret_upper
+    assert often.num_rows == rarely.num_rows == report.runs[0].totals.tokens
+    assert often.kl_per_row == pytest.approx(rarely.kl_per_row, rel=1e-4)
+    assert often.regret_vs_frozen_per_row == pytest.approx(0.0, abs=1e-6)
+
+
 def test_several_settings_of_one_learner_are_runs_of_their_own(target, data):
     learners = ("online_gradient", "online_gradient/step_size=0", "online_gradient/replay_every=0")
     report = run(target, data(), learners=learners)

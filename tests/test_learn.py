@@ -577,6 +577,18 @@ def test_the_learners_own_report_is_kept(drafter):
         assert all(field in r.learner for r in learning.telemetry.rounds)
 
 
+@pytest.mark.parametrize("method", [name for name in [*LEARNERS, *PRESETS] if name != "frozen"])
+def test_every_learner_tells_how_alike_its_gradients_are_and_for_how_many_rows(drafter, method):
+    learning = InlineLearning(drafter, config=parse(method, replace(OFTEN, telemetry=True)))
+    num_requests = 20 if method == "osd" else 2
+    rows = sum(complete(drafter, learning, seed=i, sampling=SOFT).stats.tokens for i in range(num_requests))
+    first, *others = learning.telemetry.rounds
+    assert first.gradient_cosine is None
+    assert others
+    assert all(-1 <= each.gradient_cosine <= 1 for each in others)
+    assert sum(each.num_rows for each in learning.measured()) == rows
+
+
 # Learners in the loop
 
 

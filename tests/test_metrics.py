@@ -11,6 +11,7 @@ from toy import steady
 from onlinespec.core import DecodeStats
 from onlinespec.metrics import (
     acceptance_length_at,
+    coupled_distance,
     distance_bound,
     figures,
     greedy_distance_bound,
@@ -149,6 +150,17 @@ def test_no_more_greedy_drafts_differ_than_the_mean_token_loss_allows(pair):
     assert float((draft.argmax(-1) != tokens).double().mean()) <= greedy_distance_bound(token_loss) + 1e-9
 
 
+@steady
+@given(pair=row_pairs)
+def test_no_more_sampled_drafts_differ_under_one_noise_than_the_mean_distance_allows(pair):
+    """Both choose v with chance 1 / sum_u max(target_u / target_v, draft_u / draft_v): v's race is won in both."""
+    p, draft = pair
+    ratios = torch.maximum(p[:, None, :] / p[:, :, None], draft[:, None, :] / draft[:, :, None])
+    differ = 1 - (1 / ratios.sum(-1)).sum(-1)
+    mean_distance = float((p - draft).abs().sum(-1).mean() / 2)
+    assert float(differ.mean()) <= coupled_distance(mean_distance) + 1e-9
+
+
 def test_the_greedy_bound_is_reached_where_two_tokens_are_alike():
     assert greedy_distance_bound(math.log(2)) == pytest.approx(1.0)
 
@@ -169,8 +181,9 @@ def test_a_kl_that_rounds_below_zero_allows_nothing():
 
 
 def learned(loss=1.0, learner=None, **measured):
-    rest = {name: 0 for name in Round.__struct_fields__ if name not in ("data", "moved", "function_moved")}
-    return Round(**(rest | {"data": "code", "loss": loss, "learner": learner or {}} | measured))
+    unknown = ("data", "moved", "function_moved", "gradient_cosine", "is_update")
+    rest = {name: 0 for name in Round.__struct_fields__ if name not in unknown}
+    return Round(**(rest | {"data": "code", "num_rows": 1, "loss": loss, "learner": learner or {}} | measured))
 
 
 def test_without_rounds_there_is_nothing_to_tell():
@@ -185,17 +198,56 @@ def test_regrets_are_sums_over_rounds():
     assert told.rounds == tuple(rounds)
 
 
-def test_the_acceptance_length_bound_is_the_mean_of_the_rounds():
-    assert telemetry([learned(acceptance_length_bound=x) for x in (1.0, 1.5, 2.0)]).acceptance_length_bound == 1.5
+def test_one_large_round_does_not_look_better_than_many_small_ones_that_were_better_by_the_row():
+    """A learner with a round for every eight requests has small sums, however little it learned."""
+    rare = telemetry([learned(kl=5.0, frozen_kl=5.0, num_rows=600)])
+    often = telemetry([learned(kl=4.0, frozen_kl=5.0, num_rows=60) for _ in range(10)])
+    assert rare.regret_upper < often.regret_upper
+    assert (rare.kl_per_row, often.kl_per_row) == (5.0, 4.0)
+    assert (rare.regret_vs_frozen_per_row, often.regret_vs_frozen_per_row) == (0.0, -1.0)
 
 
-def experts(loss, **expert_losses):
-    return learned(loss, {"expert_losses": expert_losses})
+def test_a_round_counts_by_the_rows_it_stands_for():
+    small = learned(kl=2.0, frozen_kl=3.0, token_loss=1.0, num_rows=1)
+    large = learned(kl=1.0, frozen_kl=1.0, token_loss=2.0, num_rows=3)
+    told = telemetry([small, large])
+    assert told.num_rows == 4
+    assert told.token_loss_per_row == 1.75
+    assert told.kl_per_row == 1.25
+    assert told.regret_vs_frozen_per_row == -0.25
+
+
+def test_without_rows_nothing_is_told_by_the_row():
+    told = telemetry([learned(kl=1.0, num_rows=0)])
+    assert told.regret_upper == 1.0
+    assert told.token_loss_per_row is told.kl_per_row is told.regret_vs_frozen_per_row is None
+    assert told.regret_vs_best_expert_per_row is None
+
+
+def test_the_acceptance_length_bound_is_the_mean_over_the_steps_that_were_decoded():
+    rounds = [learned(acceptance_length_bound=x, step=step) for x, step in ((1.0, 10), (1.5, 20), (3.0, 40))]
+    assert telemetry(rounds).acceptance_length_bound == (10 * 1.0 + 10 * 1.5 + 20 * 3.0) / 40
+
+
+def test_the_cosine_of_successive_gradients_is_the_mean_of_the_rounds_that_have_one():
+    rounds = [learned(), learned(gradient_cosine=0.5), learned(gradient_cosine=-0.25), learned()]
+    assert telemetry(rounds).gradient_cosine == 0.125
+    assert telemetry([learned()]).gradient_cosine is None
+
+
+def experts(loss, num_rows=1, **expert_losses):
+    return learned(loss, {"expert_losses": expert_losses}, num_rows=num_rows)
 
 
 def test_the_best_expert_is_the_best_in_all_not_in_each_round():
     rounds = [experts(1.0, slow=0.5, fast=2.0), experts(1.0, slow=1.25, fast=0.5)]
     assert telemetry(rounds).regret_vs_best_expert == 2.0 - 1.75
+
+
+def test_by_the_row_the_best_expert_is_the_one_that_was_best_on_most_rows():
+    rounds = [experts(1.0, slow=0.5, fast=2.0), experts(1.0, num_rows=3, slow=1.25, fast=0.5)]
+    assert telemetry(rounds).regret_vs_best_expert == 2.0 - 1.75
+    assert telemetry(rounds).regret_vs_best_expert_per_row == 1.0 - (2.0 + 3 * 0.5) / 4
 
 
 @pytest.mark.parametrize("last", [math.nan, math.inf])

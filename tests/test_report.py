@@ -363,6 +363,7 @@ def make_round(request=0, kl=1.0, frozen_kl=1.5, **more):
             "frozen_acceptance_prob": 0.5,
             "acceptance_length_bound": 1.25,
             "distance": request / 10,
+            "num_rows": SMOOTHING // 8,
             **more,
         }
     )
@@ -415,7 +416,13 @@ def watched_report(repeats=1, temperatures=(0.0,)):
             }
             for name, report in learners.items():
                 rounds = [
-                    make_round(i, 1.0 + repeat / 10, function_moved=None if i % 16 else 0.1, learner=report(i))
+                    make_round(
+                        i,
+                        1.0 + repeat / 10,
+                        function_moved=None if i % 16 else 0.1,
+                        gradient_cosine=0.25 if i else None,
+                        learner=report(i),
+                    )
                     for i in range(75)
                 ]
                 runs.append(watch(make_run(name, **at), rounds))
@@ -454,12 +461,13 @@ def charts_of(*runs):
     return {chart.title: chart for theme in themes for chart in theme.charts}
 
 
-REGRET = "Regret against frozen, summed over rounds"
+REGRET = "Regret against frozen, per row so far"
 KL = "KL divergence from the target to the drafter"
 BOUND = "Acceptance length, and its lower bound"
 STREAM = "The stream: acceptance probability of the frozen drafter"
 WEIGHTS = "The weights: distance from the start"
 FUNCTION = "The function: how much the drafts changed"
+COSINE = "Cosine of each round's gradient with the one before"
 HINTS = "Error of the hints over the size of the gradients"
 
 
@@ -504,15 +512,15 @@ def test_table_has_the_figures_of_the_records():
     optimistic = watch(
         make_run("optimistic", learning=0.1),
         [
-            make_round(0, 2.0, 2.5, distance=0.0, learner=hinted(2.0)),
-            make_round(1, 1.0, 2.5, distance=0.25, learner=hinted(1.0)),
+            make_round(0, 2.0, 2.5, distance=0.0, learner=hinted(2.0), num_rows=10),
+            make_round(1, 1.0, 2.5, distance=0.25, learner=hinted(1.0), num_rows=30, gradient_cosine=0.25),
         ],
     )
     ensemble = watch(
         make_run("ensemble", learning=0.2),
         [
-            make_round(0, 1.0, 0.75, loss=0.5, learner=weighed(0.5)),
-            make_round(1, 1.0, 0.5, loss=0.6, distance=0.5, learner=weighed(0.5)),
+            make_round(0, 1.0, 0.75, loss=0.5, learner=weighed(0.5), num_rows=20),
+            make_round(1, 1.0, 0.5, loss=0.6, distance=0.5, learner=weighed(0.5), num_rows=20),
         ],
         seconds=3.25,
     )
@@ -522,24 +530,28 @@ def test_table_has_the_figures_of_the_records():
         "frozen": dict.fromkeys(table["frozen"], "–") | {"Learning, seconds": "0.0"},
         "optimistic": {
             "Rounds": "2",
-            "Mean loss": "0.750",
-            "Regret, at most": "3.00",
-            "Regret vs frozen": "−2.00",
-            "Regret vs best expert": "–",
+            "Rows": "40",
+            "Token loss per row": "1.25",
+            "Regret per row, at most": "1.25",
+            "Regret per row vs frozen": "−1.25",
+            "Regret per row vs best expert": "–",
             "Hint error": "0.75",
             "Hint error in geometry": "0.38",
+            "Gradient cosine": "0.25",
             "Distance from start": "0.250",
             "Learning, seconds": seconds["optimistic"],
             "Measuring, seconds": "2.0",
         },
         "ensemble": {
             "Rounds": "2",
-            "Mean loss": "0.550",
-            "Regret, at most": "2.00",
-            "Regret vs frozen": "0.75",
-            "Regret vs best expert": "0.30",
+            "Rows": "40",
+            "Token loss per row": "1.00",
+            "Regret per row, at most": "1.00",
+            "Regret per row vs frozen": "0.38",
+            "Regret per row vs best expert": "0.150",
             "Hint error": "–",
             "Hint error in geometry": "–",
+            "Gradient cosine": "–",
             "Distance from start": "0.500",
             "Learning, seconds": seconds["ensemble"],
             "Measuring, seconds": "3.2",
@@ -559,6 +571,16 @@ def test_regret_below_zero_and_useful_hints_stand_out():
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_learner_that_has_moved_nothing_is_neither_good_nor_bad():
+    """Rounding may leave a billionth on either side."""
+    idle = watch(make_run("osd"), [make_round(0, 1.0 - 1e-9, 1.0)])
+    busy = watch(make_run("online_gradient"), [make_round(0, 1.0, 2.0)])
+    html = second_page(render_html(make_report(idle, busy)))
+    assert "<td>0.00</td>" in html
+    assert '<td class="good">−1.00</td>' in html
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_columns_that_no_learner_has_are_left_out():
     html = render_html(make_report(watch(make_run("online_gradient"), [make_round()])))
     assert "Hint error" not in html
@@ -569,7 +591,7 @@ def test_columns_that_no_learner_has_are_left_out():
 def test_table_has_medians_and_spread_over_runs():
     runs = [watch(make_run("optimistic", repeat=i), [make_round(0, 1.0 - i, 2.0)]) for i in range(3)]
     (row,) = learning_table(render_html(make_report(*runs))).values()
-    assert row["Regret vs frozen"] == "−2.00 [−3.00 to −1.00]"
+    assert row["Regret per row vs frozen"] == "−2.00 [−3.00 to −1.00]"
     assert row["Rounds"] == "1"
 
 
@@ -577,18 +599,40 @@ def test_table_has_medians_and_spread_over_runs():
 def test_long_columns_have_few_digits():
     rounds = [make_round(i, 12.345, 100.0) for i in range(10)]
     (row,) = learning_table(render_html(make_report(watch(make_run("optimistic"), rounds)))).values()
-    assert (row["Regret, at most"], row["Regret vs frozen"]) == ("123", "−877")
+    assert (row["Regret per row, at most"], row["Regret per row vs frozen"]) == ("12.3", "−87.7")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_rows_behind_the_last_round_are_no_round():
+    rounds = [make_round(0, num_rows=10), make_round(1, loss=None, is_update=False, num_rows=5)]
+    (row,) = learning_table(render_html(make_report(watch(make_run("optimistic"), rounds)))).values()
+    assert (row["Rounds"], row["Rows"]) == ("1", "15")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_learner_of_one_round_that_learned_nothing_looks_best_nowhere():
+    """A preset with a round for every eight requests has one where others have twenty: its sums are small."""
+    rare = watch(make_run("osd"), [make_round(8, 5.0, 5.0, num_rows=600)])
+    often = watch(make_run("online_gradient"), [make_round(i, 4.0, 5.0, num_rows=30) for i in range(20)])
+    report = make_report(rare, often)
+    table = learning_table(render_html(report))
+    for title in ("Token loss per row", "Regret per row, at most", "Regret per row vs frozen"):
+        figures = {name: float(row[title].replace("−", "-")) for name, row in table.items()}
+        assert figures["online_gradient"] < figures["osd"], title
+    assert table["osd"]["Rows"] == table["online_gradient"]["Rows"] == "600"
+    (group,) = groups_of(report)
+    assert group.lesson.startswith("Of 2 learners, online_gradient did best: 1.00 nats a row below frozen")
 
 
 @pytest.mark.parametrize(
     ("regrets", "words"),
     [
-        ({"optimistic": (-4.0, 2)}, "optimistic: 2.00 nats a round below frozen, so learning paid."),
-        ({"optimistic": (3.0, 1)}, "optimistic: 3.00 nats a round above frozen, so learning has not paid."),
-        ({"a": (-4.0, 4), "b": (-3.0, 2)}, "Of 2 learners, b did best: 1.50 nats a round below frozen"),
+        ({"optimistic": (-4.0, 2)}, "optimistic: 2.00 nats a row below frozen, so learning paid."),
+        ({"optimistic": (3.0, 1)}, "optimistic: 3.00 nats a row above frozen, so learning has not paid."),
+        ({"a": (-4.0, 4), "b": (-3.0, 2)}, "Of 2 learners, b did best: 1.50 nats a row below frozen"),
     ],
 )
-def test_lesson_goes_by_the_round(regrets, words):
+def test_lesson_goes_by_the_row(regrets, words):
     runs = [
         watch(make_run(name), [make_round(i, 5 + sum_of / count, 5.0) for i in range(count)])
         for name, (sum_of, count) in regrets.items()
@@ -616,27 +660,41 @@ def test_every_figure_is_drawn_for_those_who_have_it():
         FUNCTION: learners,
         f"Meta weights of {ENSEMBLE}": ["0.001", "frozen"],
         "Averaging gap": [ENSEMBLE],
+        COSINE: learners,
         HINTS: 2 * ["optimistic"],
     }
 
 
 def test_curves_have_the_figures_of_the_rounds():
-    rounds = [make_round(i, 1.0 + i, 2.0, learner=hinted(1.0 + i)) for i in range(4)]
+    rounds = [make_round(i, 1.0 + i, 2.0, learner=hinted(1.0 + i), gradient_cosine=i / 4) for i in range(4)]
     charts = charts_of(watch(make_run("optimistic"), rounds))
-    points = {title: charts[title].curves[0].points for title in (REGRET, KL, HINTS, WEIGHTS, STREAM)}
+    points = {title: charts[title].curves[0].points for title in (REGRET, KL, COSINE, HINTS, WEIGHTS, STREAM)}
     assert points[REGRET].requests == [0.5, 1.5, 2.5, 3.5]
-    assert points[REGRET].medians == pytest.approx([-1.0, -1.0, 0.0, 2.0])
+    assert points[REGRET].medians == pytest.approx([-1.0, -0.5, 0.0, 0.5])
     assert points[KL].medians == pytest.approx([1.0, 1.5, 2.0, 2.5])
+    assert points[COSINE].medians == pytest.approx([0.0, 0.125, 0.25, 0.375])
     assert points[HINTS].medians == pytest.approx([0.5, 0.75, 1.0, 1.25])
     assert points[WEIGHTS].medians == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert points[STREAM].medians == pytest.approx([0.5] * 4)
 
 
-def test_moving_means_forget_what_is_longer_ago():
-    rounds = [make_round(i, 9.0 if i == 0 else 1.0) for i in range(SMOOTHING + 1)]
+def test_moving_means_forget_what_is_more_rows_ago():
+    rounds = [make_round(i, 9.0 if i == 0 else 1.0) for i in range(9)]
     medians = charts_of(watch(make_run("optimistic"), rounds))[KL].curves[0].points.medians
     assert medians[-2] == pytest.approx(2.0)
     assert medians[-1] == pytest.approx(1.0)
+
+
+def test_a_round_of_many_rows_is_not_averaged_with_those_before():
+    rounds = [make_round(i, kl, num_rows=SMOOTHING) for i, kl in enumerate((9.0, 1.0, 3.0))]
+    assert charts_of(watch(make_run("osd"), rounds))[KL].curves[0].points.medians == [9.0, 1.0, 3.0]
+
+
+def test_regret_so_far_counts_rounds_by_their_rows():
+    """Three rows at -1 and one at 3 have come to nothing."""
+    rounds = [make_round(1, 1.0, 2.0, num_rows=3), make_round(2, 5.0, 2.0, num_rows=1)]
+    points = charts_of(watch(make_run("optimistic"), rounds))[REGRET].curves[0].points
+    assert points.medians == pytest.approx([0.0, -1.0, 0.0])
 
 
 def test_bound_is_told_from_what_was_measured():
@@ -652,6 +710,18 @@ def test_bound_is_told_from_what_was_measured():
 def test_share_of_rounds_in_which_the_best_expert_played_is_told():
     rounds = [make_round(i, learner=weighed(0.5, is_best_played=i == 0)) for i in range(4)]
     assert "in 25 % of the rounds" in charts_of(watch(make_run("ensemble"), rounds))["Meta weights of ensemble"].note
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ((None, None), "At its settings no regret bound says anything."),
+        ((None, 0.0512), "the experts' mean loss is at most 0.051 a round above the best expert's."),
+    ],
+)
+def test_what_the_ensembles_regret_bound_guarantees_is_told(bounds, words):
+    rounds = [make_round(i, learner=weighed(0.5) | {"regret_bound_per_round": b}) for i, b in enumerate(bounds)]
+    assert words in charts_of(watch(make_run("ensemble"), rounds))["Meta weights of ensemble"].note
 
 
 def test_rounds_stand_within_their_request():
@@ -686,6 +756,8 @@ def test_regret_starts_at_zero_for_runs_that_are_slow_to_learn():
         [make_round(i, loss=nan, kl=inf, frozen_kl=nan, distance=nan, acceptance_length_bound=nan) for i in range(2)],
         [make_round(i, learner=hinted(1.0) if i == 1 else {}) for i in range(3)],
         [make_round(75), make_round(75)],
+        [make_round(0), make_round(1, loss=None, is_update=False)],
+        [make_round(0, loss=None, is_update=False)],
     ],
 )
 def test_any_rounds_can_be_drawn(rounds):
@@ -728,7 +800,7 @@ def test_runs_of_different_length_are_drawn_as_far_as_they_got():
         watch(make_run("optimistic", data=("sql",), repeat=1), [make_round(i, 2.0) for i in range(25)]),
     ]
     regret = charts_of(*runs)[REGRET].curves[0].points
-    assert regret.medians[-1] == pytest.approx(-75 * 0.5)
+    assert (regret.requests[-1], regret.medians[-1]) == (74.5, pytest.approx(-0.5))  # the other ended at 0.5
 
 
 def test_the_table_of_the_terminal_needs_no_drawing():

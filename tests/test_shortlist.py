@@ -261,6 +261,17 @@ def test_learning_does_not_change_what_is_drafted_from():
     assert drafter._shortlist.now is before
 
 
+def test_rows_that_are_only_measured_do_not_choose_what_is_drafted_from():
+    """While the list has seen little it is not drafted from yet, and is chosen by what comes until then."""
+    measured, other = eagle(40), eagle(40)
+    for drafter in (measured, other):
+        drafter.hear([1, 2, 3], is_start=True)
+        if drafter is measured:
+            drafter.rows([drafter.weights.params], drafter.batch([record()]))
+        drafter.hear(list(range(100, 240)), is_start=False)
+    assert torch.equal(measured._shortlist.now.token_ids_S, other._shortlist.now.token_ids_S)
+
+
 def test_over_a_list_that_holds_everything_the_loss_is_the_whole_ones():
     drafter = eagle(None)
     batch = drafter.batch([record()])

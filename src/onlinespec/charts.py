@@ -1,7 +1,7 @@
 """What the report draws: of each metric a chart, and on the page about learning, charts by theme.
 
-Rounds come when they are due, so runs have them at different places in the stream: a curve over several runs reads
-each between its rounds.
+Rounds come when they are due, so runs have them at different places in the stream, and of different sizes: a curve over
+several runs reads each between its rounds, and means are over rows, each round counting by the rows it stands for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from onlinespec.plots import Chart, Curve, Style, styles_of
 from onlinespec.records import Round, Run
 from onlinespec.summaries import FROZEN, METRICS, Group, LearnerSummary, Metric, Points, rounds_of, spread_of
 
-SMOOTHING = 8  # rounds of a moving mean
+SMOOTHING = (
+    256  # rows of a moving mean, the last round whole: eight rounds, where every 16 steps of two tokens have one
+)
 MOST_POINTS = 240  # of a curve over rounds: a screen shows no more
 LOW = 210  # height of a chart of which a page has several
 
@@ -75,27 +77,28 @@ def metric_chart(group: Group, metric: Metric, styles: Styles) -> Chart:
 def themes_of(group: Group, styles: Styles) -> list[Theme]:
     """All there is to draw of how the learners of a group learned."""
     themes = [_regret(group, styles), _guarantee(group, styles), _drift(group, styles)]
-    themes += [_ensembles(group, styles), _hints(group, styles)]
+    themes += [_ensembles(group, styles), _gradients(group, styles)]
     return [drawn for theme in themes if (drawn := _drawn(theme)).charts]
 
 
 def _regret(group: Group, styles: Styles) -> Theme:
     regret = Chart(
-        "Regret against frozen, summed over rounds",
-        "nats",
-        _curves(group, styles, lambda rounds: list(accumulate(_each(_gain_lost, rounds, missing=0.0))), origin=0.0),
+        "Regret against frozen, per row so far",
+        "nats per row",
+        _curves(group, styles, _regret_so_far, origin=0.0),
         level=0.0,
+        note="Mean over all rows up to there, so that learners with many rounds and with few compare.",
     )
     losses = Chart(
         "KL divergence from the target to the drafter",
         "nats per row",
         (*_curves(group, styles, _smooth(lambda each: each.kl)), *_of_frozen(group, styles, lambda e: e.frozen_kl)),
-        note=f"Means of the last {SMOOTHING} rounds, before each update.",
+        note=f"Means of the last {SMOOTHING} rows, the last round whole, before each update.",
     )
     return Theme(
         "Regret",
-        "Below zero, a learner's weights have served better than those it started from; a line that falls is a learner "
-        "still ahead, one that rises is losing what it gained.",
+        "Below zero, a learner's weights have so far served better than those it started from. A line that falls gains "
+        "more than before; one that rises gains less of late, or loses.",
         (regret, losses),
     )
 
@@ -114,7 +117,7 @@ def _guarantee(group: Group, styles: Styles) -> Theme:
         "tokens per step",
         (*measured, *bounds),
         note="Lines with markers: measured, a point per window. Dashed lines without, in the same colours: the bound, "
-        f"mean of the last {SMOOTHING} rounds.",
+        f"mean of the last {SMOOTHING} rows.",
     )
     return Theme(
         "What the losses guarantee",
@@ -131,7 +134,7 @@ def _drift(group: Group, styles: Styles) -> Theme:
             "probability",
             _of_frozen(group, styles, lambda each: each.frozen_acceptance_prob),
             height=LOW,
-            note=f"Mean of the last {SMOOTHING} rounds. Where it changes, the traffic did.",
+            note=f"Mean of the last {SMOOTHING} rows. Where it changes, the traffic did.",
         ),
         Chart(
             "The weights: distance from the start",
@@ -189,7 +192,7 @@ def _meta_weight(expert: str, each: Round) -> float | None:
 
 
 def _said_of_best_played(learner: LearnerSummary) -> str:
-    note = f"Means of the last {SMOOTHING} rounds; experts go by their step sizes."
+    note = f"Means of the last {SMOOTHING} rows; experts go by their step sizes.{_said_of_bound(learner)}"
     told = [each.learner.get("is_best_played") for run in learner.watched for each in rounds_of(run)]
     known = [is_best for is_best in told if is_best is not None]
     if not known:
@@ -197,26 +200,48 @@ def _said_of_best_played(learner: LearnerSummary) -> str:
     return f"{note} The best expert played alone in {100 * sum(known) / len(known):.0f} % of the rounds."
 
 
-def _hints(group: Group, styles: Styles) -> Theme:
+def _said_of_bound(learner: LearnerSummary) -> str:
+    """What Hedge guarantees over the rounds there were, if the learner says it."""
+    reports = [[each.learner for each in rounds_of(run) if each.is_update][-1:] for run in learner.watched]
+    told = [report for last in reports for report in last if "regret_bound_per_round" in report]
+    bounds = [report["regret_bound_per_round"] for report in told]
+    if not bounds:
+        return ""
+    known = [bound for bound in bounds if bound is not None]
+    if len(known) < len(bounds):
+        return " At its settings no regret bound says anything."
+    return f" By its regret bound, the experts' mean loss is at most {max(known):.2g} a round above the best expert's."
+
+
+def _gradients(group: Group, styles: Styles) -> Theme:
     turned = (
         curve._replace(style=curve.style.faint, points=_without_band(curve.points))
         for curve in _curves(group, styles, lambda rounds: _hint_errors(rounds, "direction_"))
     )
-    chart = Chart(
+    cosines = Chart(
+        "Cosine of each round's gradient with the one before",
+        "cosine",
+        _curves(group, styles, _smooth(lambda each: each.gradient_cosine)),
+        level=0.0,
+        height=LOW,
+        note=f"Mean of the last {SMOOTHING} rows; 1 is the same direction, 0 none in common. Above a half, the last "
+        "gradient would be a useful hint. Large rounds are alike because they hold less noise.",
+    )
+    errors = Chart(
         "Error of the hints over the size of the gradients",
         "ratio",
         (*_curves(group, styles, lambda rounds: _hint_errors(rounds, "")), *turned),
         level=1.0,
-        note=f"Over the last {SMOOTHING} rounds. Lines with markers: raw gradients; dashed lines without: in the "
-        "learner's geometry.",
+        note=f"Over the last {SMOOTHING} rows. Lines with markers: raw gradients; dashed lines without: in the "
+        "learner's geometry. Below 1, guessing the next gradient helped; above 1, no guess was better.",
     )
-    return Theme("Hints", "Below 1, guessing the next gradient helped; above 1, no guess was better.", (chart,))
+    return Theme("Gradients", "How much one round's gradient says of the next one's.", (cosines, errors))
 
 
 def _hint_errors(rounds: Sequence[Round], prefix: str) -> list[float]:
-    """Ratio of sums over the last rounds, as the whole run's is one of sums over all."""
-    errors = smoothed(_each(lambda each: each.learner.get(f"{prefix}hint_error"), rounds))
-    norms = smoothed(_each(lambda each: each.learner.get(f"{prefix}gradient_norm"), rounds))
+    """Ratio of means over the last rounds, as the whole run's is one of sums over all."""
+    errors = _smooth(lambda each: each.learner.get(f"{prefix}hint_error"))(rounds)
+    norms = _smooth(lambda each: each.learner.get(f"{prefix}gradient_norm"))(rounds)
     return [error / norm if norm else nan for error, norm in zip(errors, norms, strict=True)]
 
 
@@ -285,25 +310,47 @@ def _without_band(points: Points) -> Points:
     return points._replace(lows=points.medians, highs=points.medians)
 
 
-def smoothed(values: Sequence[float], size: int = SMOOTHING) -> list[float]:
-    """Means of each value and those before it, `size` in all; NaN counts as missing.
+def smoothed(values: Sequence[float], weights: Sequence[float], size: float = SMOOTHING) -> list[float]:
+    """Means of each value and those before it, as far back as the weights come to `size`; NaN counts as missing.
 
-    >>> smoothed([1.0, nan, 3.0, 5.0], size=2)
-    [1.0, 1.0, 3.0, 4.0]
+    >>> smoothed([1.0, nan, 3.0, 5.0], [1, 1, 1, 3], size=2)
+    [1.0, 1.0, 3.0, 5.0]
     """
-    recent = (values[max(0, i + 1 - size) : i + 1] for i in range(len(values)))
-    known = ([value for value in some if not isnan(value)] for some in recent)
-    return [fsum(some) / len(some) if some else nan for some in known]
+    means = []
+    for i in range(len(values)):
+        first, covered = i, weights[i]
+        while first and covered < size:
+            first -= 1
+            covered += weights[first]
+        known = [(value, weights[j]) for j, value in enumerate(values[first : i + 1], first) if not isnan(value)]
+        means.append(_weighted_mean(known))
+    return means
+
+
+def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
+    """Of values, each with its weight; NaN without any."""
+    whole = fsum(weight for _, weight in pairs)
+    return fsum(value * weight for value, weight in pairs) / whole if whole else nan
 
 
 def _smooth(of: Callable[[Round], float | None]) -> Values:
-    return lambda rounds: smoothed(_each(of, rounds))
+    return lambda rounds: smoothed(_each(of, rounds), [each.num_rows for each in rounds])
 
 
-def _each(of: Callable[[Round], Any], rounds: Sequence[Round], missing: float = nan) -> list[float]:
-    """A figure of every round; `missing` where the round has none, or one that is no finite number."""
+def _regret_so_far(rounds: Sequence[Round]) -> list[float]:
+    """By the row, up to each round; one that was not measured changes nothing."""
+    gains = _each(_gain_lost, rounds)
+    known = [
+        (0.0, 0.0) if isnan(gain) else (gain, float(each.num_rows)) for gain, each in zip(gains, rounds, strict=True)
+    ]
+    sums, rows = accumulate(gain * weight for gain, weight in known), accumulate(weight for _, weight in known)
+    return [so_far / weight if weight else nan for so_far, weight in zip(sums, rows, strict=True)]
+
+
+def _each(of: Callable[[Round], Any], rounds: Sequence[Round]) -> list[float]:
+    """A figure of every round; NaN where the round has none, or one that is no finite number."""
     values = (of(each) for each in rounds)
-    return [float(value) if value is not None and isfinite(value) else missing for value in values]
+    return [float(value) if value is not None and isfinite(value) else nan for value in values]
 
 
 def _gain_lost(each: Round) -> float:

@@ -389,8 +389,7 @@ class Comparing:
         )
 
     def _telemetry_of(self, runner: _Runner) -> Telemetry | None:
-        watched = runner.learning.telemetry if runner.learning else None
-        return telemetry(watched.rounds) if watched else None
+        return telemetry(runner.learning.measured()) if runner.learning else None
 
     def _write(self) -> Report:
         report = self.report()

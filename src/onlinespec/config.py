@@ -158,7 +158,7 @@ class LearnConfig:
     budget: float = 0.08  # most of decoding time that learning may take; inf for no limit
     round_cost: float = 1.0  # what a round costs, in steps, whatever its rows: what the budget is counted in ...
     row_cost: float = 0.03  # ... and what each of its rows adds
-    telemetry: bool = False  # measure regret, hints and drift beside learning, timed apart
+    telemetry: bool = False  # measure regret, gradients and drift beside learning, timed apart
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,8 +1,8 @@
 """The round: Feedback becomes a batch, the batch a gradient, the gradient new weights, between two steps.
 
-Inline and deterministic: the cadence says when a round is due, the budget whether it may be. The target is never run;
-labels are rebuilt from the hidden states that verification left. A round that fails, for whatever reason, freezes
-the drafter at its last good weights; decoding goes on.
+Inline and deterministic: the cadence says when a round is due, the budget whether it may be. The target's layers are
+never run; labels are its head applied to the hidden states that verification left. A round that fails, for whatever
+reason, freezes the drafter at its last good weights; decoding goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
 from onlinespec.methods import full_loss_of, learner_of
+from onlinespec.records import Round
 from onlinespec.replay import ReplayBuffer
 from onlinespec.tables import resolve
 from onlinespec.telemetry import Telemetry
@@ -129,6 +130,10 @@ class InlineLearning:
         """Learning may take this share of decoding time from now on."""
         self.budget.share = share
 
+    def measured(self) -> list[Round]:
+        """What telemetry has of every round, and behind them of what was served since."""
+        return self.telemetry.with_rest(self.cadence.interval) if self.telemetry else []
+
     def report(self) -> dict[str, Any]:
         """What the learner says of itself: meta weights, hint errors."""
         return dict(self._learner.report(self._state))
@@ -187,7 +192,7 @@ class InlineLearning:
             return
         scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
         before = self._learner.played(self._state)
-        state = self._learner.update(scores, self._state)
+        state = self._learner.update(self.telemetry.watched(scores) if self.telemetry else scores, self._state)
         played = scores.cheap(before)
         better = self._better_before(scores, played)
         num_rows = sum(record.num_rows for record in (*rows, *replayed))
@@ -209,7 +214,6 @@ class InlineLearning:
         if self.telemetry:
             self.telemetry.observe_round(
                 batch,
-                rows[-1],
                 lambda: scores.fresh(before).loss,
                 before,
                 self.cadence.interval,

@@ -81,6 +81,20 @@ def distance_bound(kl: float) -> float:
     return min(math.sqrt(kl / 2), math.sqrt(-math.expm1(-kl))) if kl > 0 else 0.0
 
 
+def coupled_distance(distance: float) -> float:
+    """The largest share of sampled drafts that can differ from the target's token where both take the best of their own
+    scores and the same Gumbel noise, from the total variation between their rows: 1 - (1 - d) / (1 + d).
+
+    Concave and increasing, so that at a mean distance it bounds the mean from above.
+
+    >>> coupled_distance(0.0), coupled_distance(0.25), coupled_distance(1.0)
+    (0.0, 0.4, 1.0)
+
+    Reference: arXiv:2408.07978.
+    """
+    return 2 * distance / (1 + distance)
+
+
 def greedy_distance_bound(token_loss: float) -> float:
     """The largest share of greedy drafts that can differ from the target's token, from that token's mean cross-entropy.
 
@@ -113,25 +127,51 @@ def student_quantile(tail: float, degrees: float) -> float:
 
 
 def telemetry(rounds: Sequence[Round]) -> Telemetry | None:
-    """The sums over rounds; None without any."""
+    """Sums over rounds, and means over the rows and steps that they stand for; None without any."""
     if not rounds:
         return None
+    steps = [each.step - before for each, before in zip(rounds, (0, *(r.step for r in rounds)), strict=False)]
+    sum_vs_best, mean_vs_best = _regrets_vs_best_expert(rounds)
     return Telemetry(
         regret_upper=math.fsum(r.kl for r in rounds),
         regret_vs_frozen=math.fsum(r.kl - r.frozen_kl for r in rounds),
-        regret_vs_best_expert=_regret_vs_best_expert(rounds),
+        regret_vs_best_expert=sum_vs_best,
+        num_rows=sum(r.num_rows for r in rounds),
+        token_loss_per_row=_per_row(rounds, [r.token_loss for r in rounds]),
+        kl_per_row=_per_row(rounds, [r.kl for r in rounds]),
+        regret_vs_frozen_per_row=_per_row(rounds, [r.kl - r.frozen_kl for r in rounds]),
+        regret_vs_best_expert_per_row=mean_vs_best,
         hint_error_ratio=_hint_ratio(rounds, ""),
         direction_hint_error_ratio=_hint_ratio(rounds, "direction_"),
-        acceptance_length_bound=math.fsum(r.acceptance_length_bound for r in rounds) / len(rounds),
+        gradient_cosine=_mean([r.gradient_cosine for r in rounds if r.gradient_cosine is not None]),
+        acceptance_length_bound=weighted_mean([r.acceptance_length_bound for r in rounds], steps),
         rounds=tuple(rounds),
     )
 
 
-def _regret_vs_best_expert(rounds: Sequence[Round]) -> float | None:
-    pairs = [(r.loss, r.learner["expert_losses"]) for r in rounds if "expert_losses" in r.learner]
-    totals = [math.fsum(losses[name] for _, losses in pairs) for name in (pairs[0][1] if pairs else ())]
-    finite = [total for total in totals if math.isfinite(total)]  # the others diverged
-    return math.fsum(loss for loss, _ in pairs) - min(finite) if finite else None
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float | None:
+    """None where nothing has weight."""
+    whole = math.fsum(weights)
+    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / whole if whole else None
+
+
+def _per_row(rounds: Sequence[Round], values: Sequence[float]) -> float | None:
+    return weighted_mean(values, [each.num_rows for each in rounds])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _regrets_vs_best_expert(rounds: Sequence[Round]) -> tuple[float | None, float | None]:
+    """Summed over rounds, and by the row: each against the expert that was best so counted."""
+    compared = [(each, each.loss, each.learner["expert_losses"]) for each in rounds if "expert_losses" in each.learner]
+    names = compared[0][2] if compared else ()
+    gaps = [[loss - experts[name] for _, loss, experts in compared if loss is not None] for name in names]
+    finite = [gap for gap in gaps if all(map(math.isfinite, gap))]  # the others diverged
+    sums = [math.fsum(gap) for gap in finite]
+    means = [_per_row([each for each, loss, _ in compared if loss is not None], gap) for gap in finite]
+    return max(sums, default=None), max((mean for mean in means if mean is not None), default=None)
 
 
 def _hint_ratio(rounds: Sequence[Round], prefix: str) -> float | None:

@@ -30,7 +30,7 @@ class Totals(Struct, frozen=True, kw_only=True):
     acceptance_by_position: tuple[float, ...]
     decode_seconds: float  # prefill included
     learn_seconds: float
-    diagnostic_seconds: float = 0.0  # measuring regret, hints and drift; in no other figure
+    diagnostic_seconds: float = 0.0  # measuring regret, gradients and drift; in no other figure
     tokens_per_second: float  # over decode_seconds + learn_seconds
     speedup_vs_none: float | None  # of tokens_per_second; None where there is no such run
     speedup_vs_frozen: float | None
@@ -52,13 +52,14 @@ class Segment(Totals, frozen=True, kw_only=True):
 
 
 class Round(Struct, frozen=True, kw_only=True):
-    """One update of the drafter, as telemetry saw it: on the round's fresh rows, with the weights that played."""
+    """One update of the drafter, as telemetry saw it: on all rows served since the one before, with the weights that
+    drafted them."""
 
     step: int  # decoded so far
     request: int  # finished so far
     data: str
     interval: float  # steps to the next round, as the cadence has it
-    loss: float  # the one that is trained, before the update
+    loss: float | None  # the one that is trained, on the round's fresh rows, before the update; None without one
     kl: float  # KL(target || draft) of raw rows, nats
     token_loss: float  # cross-entropy of the committed tokens, nats
     acceptance_prob: float  # 1 - total variation of raw rows
@@ -66,6 +67,9 @@ class Round(Struct, frozen=True, kw_only=True):
     frozen_acceptance_prob: float
     acceptance_length_bound: float  # what the losses at all drafting depths guarantee, see metrics.py
     distance: float  # of the weights from the start
+    num_rows: int = 0  # that it stands for; 0 in files that are older than this count
+    is_update: bool = True  # False: at the end of a run, the rows for which no update came any more
+    gradient_cosine: float | None = None  # of what was descended and what the round before descended
     moved: float | None = None  # of the weights, since some rounds ago
     function_moved: float | None = None  # mean total variation on fixed rows, since some rounds ago
     agreement: float | None = None  # share of the fresh rows whose first draft would have been the committed token
@@ -74,14 +78,24 @@ class Round(Struct, frozen=True, kw_only=True):
 
 
 class Telemetry(Struct, frozen=True, kw_only=True):
-    """How a drafter learned, over a run. Regrets are in nats, summed over rounds."""
+    """How a drafter learned, over a run. Regrets are in nats.
+
+    Sums over rounds are what the theory bounds; they grow with the number of rounds, so learners that had different
+    numbers of them compare by the figures per row alone: means over the rounds, each by its `num_rows`.
+    """
 
     regret_upper: float  # against any comparator: the sum of kl
     regret_vs_frozen: float
     regret_vs_best_expert: float | None = None  # in the loss that is trained
+    num_rows: int = 0  # that the rounds stand for
+    token_loss_per_row: float | None = None  # None where no rows were counted
+    kl_per_row: float | None = None  # regret_upper by the row
+    regret_vs_frozen_per_row: float | None = None
+    regret_vs_best_expert_per_row: float | None = None  # the best by the row
     hint_error_ratio: float | None = None  # below 1, the hints were better than none
     direction_hint_error_ratio: float | None = None  # the same in the learner's geometry
-    acceptance_length_bound: float
+    gradient_cosine: float | None = None  # mean over the rounds that have one
+    acceptance_length_bound: float | None  # mean over the steps; None where none were counted
     rounds: tuple[Round, ...]
 
 

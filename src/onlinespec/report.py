@@ -106,8 +106,8 @@ def render_html(report: Report) -> str:
 
 
 def _verdict(figure: Figure, spread: Spread | None) -> str:
-    """The class of a cell: whether its figure is on the good side, where there is one."""
-    if spread is None or figure.good_below is None:
+    """The class of a cell: whether its figure, as it is shown, is on the good side, where there is one."""
+    if spread is None or figure.good_below is None or round(spread.median, figure.digits) == figure.good_below:
         return ""
     return "good" if spread.median < figure.good_below else "bad"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum, isfinite, nan
+from math import isfinite, nan
 from statistics import median
 from typing import NamedTuple
 
@@ -73,17 +73,7 @@ def _told(name: str) -> Callable[[Run], float | None]:
 
 
 def _num_rounds(run: Run) -> float | None:
-    return len(rounds_of(run)) or None
-
-
-def _mean_loss(run: Run) -> float | None:
-    rounds = rounds_of(run)
-    return fsum(each.loss for each in rounds) / len(rounds) if rounds else None
-
-
-def _mean_regret(run: Run) -> float | None:
-    """Against frozen, in nats a round."""
-    return run.telemetry.regret_vs_frozen / len(run.telemetry.rounds) if run.telemetry else None
+    return sum(each.is_update for each in rounds_of(run)) or None
 
 
 def _final_distance(run: Run) -> float | None:
@@ -92,41 +82,41 @@ def _final_distance(run: Run) -> float | None:
 
 
 LEARNING_FIGURES = (
+    Figure("Rounds", _num_rounds, 0, "Updates of the drafter."),
     Figure(
-        "Rounds",
-        _num_rounds,
+        "Rows",
+        lambda run: run.telemetry.num_rows or None if run.telemetry else None,
         0,
-        "Updates of the drafter. The figures are over them, each measured on the rows that were new, with the weights "
-        "that drafted before.",
+        "Verified positions, each measured with the weights that drafted it. Figures per row are means over them, so "
+        "that learners compare whether they had many rounds or few.",
     ),
     Figure(
-        "Mean loss",
-        _mean_loss,
+        "Token loss per row",
+        _told("token_loss_per_row"),
         3,
-        "Of the rounds: the loss that is trained, before each update. Lower is better, among learners that train the "
-        "same one.",
+        "Cross-entropy of the tokens that were committed, in nats, whatever loss is trained. Lower is better.",
     ),
     Figure(
-        "Regret, at most",
-        _told("regret_upper"),
-        2,
-        "The sum of the rounds' KL divergence from target to drafter, in nats. Against whatever weights, the regret is "
-        "no larger. Lower is better.",
+        "Regret per row, at most",
+        _told("kl_per_row"),
+        3,
+        "KL divergence from target to drafter, in nats. Against whatever weights, the regret is no larger. Lower is "
+        "better.",
     ),
     Figure(
-        "Regret vs frozen",
-        _told("regret_vs_frozen"),
-        2,
-        "The same sum, less that of the drafter as it started on the same rows. It must fall below zero and keep "
-        "falling: below zero, learning has brought more than it spoilt. More rounds make larger sums.",
+        "Regret per row vs frozen",
+        _told("regret_vs_frozen_per_row"),
+        3,
+        "The same, less that of the drafter as it started on the same rows. Below zero, learning has brought more than "
+        "it spoilt.",
         good_below=0.0,
     ),
     Figure(
-        "Regret vs best expert",
-        _told("regret_vs_best_expert"),
-        2,
-        "Of ensembles: the sum of the loss, less that of the expert which did best over the whole stream. Near zero, "
-        "the best was found; below zero, it was beaten.",
+        "Regret per row vs best expert",
+        _told("regret_vs_best_expert_per_row"),
+        3,
+        "Of ensembles: the loss that is trained, on what its rounds trained, less that of the expert which did best "
+        "over the whole stream. Near zero, the best was found; below zero, it was beaten.",
     ),
     Figure(
         "Hint error",
@@ -144,6 +134,13 @@ LEARNING_FIGURES = (
         good_below=1.0,
     ),
     Figure(
+        "Gradient cosine",
+        _told("gradient_cosine"),
+        2,
+        "Of each round's gradient with the one before, mean over the rounds. Above a half, the last gradient is a "
+        "useful hint where both are of a size. Rounds of more rows hold less noise, and are more alike.",
+    ),
+    Figure(
         "Distance from start",
         _final_distance,
         3,
@@ -154,7 +151,7 @@ LEARNING_FIGURES = (
         "Learning, seconds",
         lambda run: run.totals.learn_seconds,
         1,
-        "Time spent learning, which tokens per second count.",
+        "Time spent learning between steps, which tokens per second count.",
     ),
     Figure(
         "Measuring, seconds",
@@ -298,7 +295,7 @@ class Group:
 
     @property
     def seconds_measuring(self) -> Spread | None:
-        """What measuring regret, hints and drift took, all learners together; None where nothing was measured."""
+        """What measuring regret, gradients and drift took, all learners together; None where nothing was measured."""
         by_repeat: dict[tuple[int, int], float] = {}
         for run in (run for learner in self.measured for run in learner.runs):
             key = run.seed, run.repeat
@@ -369,15 +366,16 @@ class Group:
 
     @property
     def lesson(self) -> str:
-        """What learning brought, in words: by the round, because learners differ in how many they can afford."""
-        regrets = {learner.learner: spread_of(map(_mean_regret, learner.watched)) for learner in self.watched}
+        """What learning brought, in words: by the row, because learners differ in how many rounds they have."""
+        by_row = _told("regret_vs_frozen_per_row")
+        regrets = {learner.learner: spread_of(map(by_row, learner.watched)) for learner in self.watched}
         known = {name: spread.median for name, spread in regrets.items() if spread}
         if not known:
             return "No regret was measured."
         best = min(known, key=lambda name: known[name])
         opening = f"Of {len(known)} learners, {best} did best" if len(known) > 1 else best
         side, outcome = ("below", "paid") if known[best] < 0 else ("above", "has not paid")
-        return f"{opening}: {number(abs(known[best]), 2)} nats a round {side} frozen, so learning {outcome}."
+        return f"{opening}: {number(abs(known[best]), 2)} nats a row {side} frozen, so learning {outcome}."
 
 
 def spread_of(values: Iterable[float | None]) -> Spread | None:
@@ -391,7 +389,7 @@ def spread_of(values: Iterable[float | None]) -> Spread | None:
 
 
 def rounds_of(run: Run) -> tuple[Round, ...]:
-    """None of them where learning was not measured."""
+    """None of them where learning was not measured; the last may be no update, see `Round.is_update`."""
     return run.telemetry.rounds if run.telemetry else ()
 
 

@@ -1,7 +1,7 @@
-"""What learning did, measured beside it: losses against the frozen start, drift, what the learner reports.
+"""What learning did, measured beside it: losses against the frozen start, drift, gradients, what the learner reports.
 
-It costs a forward of the drafter's head for two sets of weights per round, so it is off unless asked for, and its time
-is kept apart from that of learning.
+It costs a forward of the drafter for two sets of weights over all that is served, so it is off unless asked for, and
+its time is kept apart from that of learning.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from msgspec import structs
+from msgspec.structs import replace
 from torch import Tensor
 
 from onlinespec.core import Feedback, Params
 from onlinespec.drafters.base import Drafter
-from onlinespec.learners.geometry import squared_distance
+from onlinespec.learners import Evaluate, Evaluation
+from onlinespec.learners.geometry import cosine, squared_distance, squared_norm
 from onlinespec.losses import TargetRows, cross_entropy, kl, total_variation
-from onlinespec.metrics import acceptance_length_at, distance_bound, greedy_distance_bound
+from onlinespec.metrics import acceptance_length_at, coupled_distance, distance_bound, greedy_distance_bound
 from onlinespec.records import Round
 
 log = logging.getLogger(__name__)
@@ -28,13 +31,51 @@ log = logging.getLogger(__name__)
 _WINDOW = 16  # rounds over which weights and function are said to have moved
 
 
+_AT_ONCE = 64  # rows that are measured together, as many as a round has by default: each costs two rows of logits
+
+
+@dataclass
+class _Sums:
+    """What was measured since the last round."""
+
+    num_rows: int = 0
+    num_steps: int = 0
+    by_row: dict[str, float] = field(default_factory=dict)
+    bound: float = 0.0  # by step
+
+    def add(self, figures: dict[str, float], num_rows: int, bound: float, num_steps: int) -> None:
+        """Means over some rows, and a bound on the acceptance length of the steps that they come from."""
+        self.by_row = {name: self.by_row.get(name, 0.0) + value * num_rows for name, value in figures.items()}
+        self.bound += bound * num_steps
+        self.num_rows += num_rows
+        self.num_steps += num_steps
+
+    @property
+    def means(self) -> dict[str, Any]:
+        return {
+            **{name: value / self.num_rows for name, value in self.by_row.items()},
+            "acceptance_length_bound": self.bound / self.num_steps,
+        }
+
+
 class Telemetry:
-    """Watches one run of learning; `rounds` grows by one per round."""
+    """Watches one run of learning; `rounds` grows by one per round.
+
+    Every row that is served is measured once, with the weights that drafted it: learners differ in how many rounds they
+    have and how many rows these train, and compare all the same.
+    """
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
         self._start = drafter.weights.params
         self._num_steps = self._num_requests = self._num_draft_tokens = 0
+        self._domain = ""
+        self._waiting: list[Feedback] = []  # not measured yet ...
+        self._played = self._start  # ... and what drafted it
+        self._since = _Sums()  # of what was served since the last round
+        self._num_lost = 0  # rows of rounds that scored nothing finite, for which the next one stands
+        self._grads: list[Params] = []  # that the round's learner asked for
+        self._descended: Params | None = None  # the last round's direction of them; None without one
         self._probe: Any = None  # the first round's rows: where the function's drift is measured
         self._then: tuple[Params, Tensor] | None = None  # weights and probe rows of some rounds ago
         self._has_failed = False
@@ -42,16 +83,34 @@ class Telemetry:
         self.seconds = 0.0
 
     def observe_steps(self, feedback: Sequence[Feedback]) -> None:
-        """Counts what is served."""
+        """Takes what the drafter's weights drafted, as they are now. Never raises, as `observe_round`."""
+        if self._played is not self._drafter.weights.params:
+            self._measure()
+            self._played = self._drafter.weights.params
         for record in feedback:
             self._num_steps += 1
             self._num_requests += record.is_last
             self._num_draft_tokens = max(self._num_draft_tokens, record.num_draft_tokens)
+            self._domain = record.domain
+            self._waiting.append(record)
+        if sum(record.num_rows for record in self._waiting) >= _AT_ONCE:
+            self._measure()
+
+    def watched(self, evaluate: Evaluate) -> Evaluate:
+        """The same, for a round's learner: which gradients it asks for is remembered until the round is measured."""
+        self._grads = []
+
+        def watching(*candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
+            evaluations = evaluate(*candidates, scored=scored)
+            if not self._has_failed:
+                self._grads += [evaluation.grads for evaluation in evaluations[: len(candidates)]]
+            return evaluations
+
+        return watching
 
     def observe_round(
         self,
         batch: Any,
-        newest: Feedback,
         loss: Callable[[], float],
         played: Params,
         interval: float,
@@ -59,7 +118,7 @@ class Telemetry:
         agreement: float | None = None,
         is_undoing: bool = False,
     ) -> None:
-        """Measures a round that has just ended, on its fresh rows, at the weights that played before it.
+        """Measures a round that has just ended, at the weights that played before it.
 
         Never raises: what can't be measured is told once, and learning goes on unmeasured. A round whose weights score
         nothing finite is left out.
@@ -67,42 +126,92 @@ class Telemetry:
         Args:
             agreement: Share of the fresh rows whose first draft would have been the committed token.
             is_undoing: Whether this round took back the one before.
+            batch: Its rows; those of the first round are where drift is measured.
+            loss: That is trained, on the round's fresh rows.
         """
-        if self._has_failed:
-            return
+        self._measure()
+        with self._guarded():
+            ended = self._ended(played, interval, loss())
+            if ended and _is_finite(ended):
+                measured = self._with_movement(ended, batch, played, report())
+                self.rounds.append(replace(measured, agreement=agreement, is_undoing=is_undoing))
+                self._num_lost = 0
+            else:
+                self._num_lost += self._since.num_rows
+            self._since = _Sums()
+
+    def with_rest(self, interval: float) -> list[Round]:
+        """The rounds so far, and behind them one that is none: the rows served since, for which no update came.
+
+        Without it a learner of rare rounds would be compared on a shorter stretch of the stream than the others.
+        """
+        rest = None
+        self._measure()
+        with self._guarded():
+            rest = self._ended(self._played, interval, loss=None)
+        return [*self.rounds, rest] if rest and _is_finite(rest) else list(self.rounds)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Times what is measured. A failure ends all measuring, for it must not stop what it measures."""
         began = time.perf_counter()
         try:
-            measured = self._measured(batch, newest, loss(), played, interval, report())
-            measured = structs.replace(measured, agreement=agreement, is_undoing=is_undoing)
-            if _is_finite(measured):
-                self.rounds.append(measured)
-        except Exception as error:  # measuring must not stop what it measures
+            yield
+        except Exception as error:
             self._has_failed = True
             log.error("telemetry stopped in round %d (%s: %s)", len(self.rounds), type(error).__name__, error)
-        self.seconds += time.perf_counter() - began
+        finally:
+            self.seconds += time.perf_counter() - began
 
-    @torch.no_grad()
-    def _measured(
-        self, batch: Any, newest: Feedback, loss: float, played: Params, interval: float, report: dict[str, Any]
-    ) -> Round:
-        num_depths = max(1, self._num_draft_tokens)
-        depths = self._drafter.rows([played, self._start], batch, num_depths)
+    def _measure(self) -> None:
+        """What waits, with the weights that drafted it."""
+        records, self._waiting = self._waiting, []
+        if records and not self._has_failed:
+            with self._guarded(), torch.no_grad():
+                self._add(records)
+
+    def _add(self, records: Sequence[Feedback]) -> None:
+        batch = self._drafter.batch(records)
+        if not batch:  # none of the rows has anything before it
+            return
+        depths = self._drafter.rows([self._played, self._start], batch, max(1, self._num_draft_tokens))
         logits, target = depths[0]
         (kl_now, kl_start), (tv_now, tv_start) = (of(logits, target).mean(-1).tolist() for of in (kl, total_variation))
-        moved, function_moved = self._moved(batch, played)
+        figures = {
+            "kl": kl_now,
+            "token_loss": float(cross_entropy(logits[0], target).mean()),
+            "acceptance_prob": 1 - tv_now,
+            "frozen_kl": kl_start,
+            "frozen_acceptance_prob": 1 - tv_start,
+        }
+        self._since.add(figures, len(target.token_ids_N), self._bound(depths), len(records))
+
+    def _ended(self, played: Params, interval: float, loss: float | None) -> Round | None:
+        """What was served since the last round, as one; None if that is nothing, or nothing can be measured."""
+        since = self._since
+        if self._has_failed or not since.num_rows:
+            return None
         return Round(
             step=self._num_steps,
             request=self._num_requests,
-            data=newest.domain,
+            data=self._domain,
             interval=interval,
             loss=loss,
-            kl=kl_now,
-            token_loss=float(cross_entropy(logits[0], target).mean()),
-            acceptance_prob=1 - tv_now,
-            frozen_kl=kl_start,
-            frozen_acceptance_prob=1 - tv_start,
-            acceptance_length_bound=self._bound(depths),
+            **since.means,
             distance=math.sqrt(squared_distance(played, self._start)),
+            num_rows=since.num_rows + self._num_lost,
+            is_update=loss is not None,
+        )
+
+    @torch.no_grad()
+    def _with_movement(self, measured: Round, batch: Any, played: Params, report: dict[str, Any]) -> Round:
+        """With what an update alone has: its gradient, how far it has come, what its learner says."""
+        moved, function_moved = self._moved(batch, played)
+        descended, before = _mean_direction(self._grads), self._descended
+        self._grads, self._descended = [], descended
+        return replace(
+            measured,
+            gradient_cosine=cosine(descended, before) if descended and before else None,
             moved=moved,
             function_moved=function_moved,
             learner=report,
@@ -129,14 +238,25 @@ class Telemetry:
         return moved, float((probs_NV - then[1]).abs().sum(-1).mean() / 2)
 
 
+def _mean_direction(gradients: Sequence[Params]) -> Params | None:
+    """The sum of the gradients, each at length 1, so that an expert about to blow up doesn't drown the others; those
+    that are zero or not finite are left out, and None is the sum of none."""
+    units = []
+    for grads in gradients:
+        size = math.sqrt(squared_norm(grads))
+        if 0 < size < math.inf:
+            units.append({name: g.float() / size for name, g in grads.items()})
+    return {name: torch.stack([unit[name] for unit in units]).sum(0) for name in units[0]} if units else None
+
+
 def _is_finite(measured: Round) -> bool:
     """Whether sums and charts may count it: the mean of an ensemble can fail where an expert goes on."""
-    figures = (measured.loss, measured.kl, measured.token_loss, measured.acceptance_prob, measured.distance)
+    figures = (measured.kl, measured.token_loss, measured.acceptance_prob, measured.distance, measured.loss or 0.0)
     return all(map(math.isfinite, figures))
 
 
 def _distance(logits_NV: Tensor, target: TargetRows) -> float:
-    """The most total variation between the rows that verification compares, as far as losses tell."""
+    """The largest share of drafts that can differ from what verification keeps, as far as losses tell."""
     is_greedy_N = target.temperatures_N == 0
     bounds = []
     if is_greedy_N.any():
@@ -147,5 +267,5 @@ def _distance(logits_NV: Tensor, target: TargetRows) -> float:
         probs_NV = (target.probs_NV[~is_greedy_N].log() / temperatures).softmax(-1)
         sampled = TargetRows(probs_NV, target.token_ids_N[~is_greedy_N], temperatures[:, 0])
         losses = kl(logits_NV[~is_greedy_N] / temperatures, sampled)
-        bounds.append((distance_bound(float(losses.mean())), len(losses)))
+        bounds.append((coupled_distance(distance_bound(float(losses.mean()))), len(losses)))
     return sum(bound * count for bound, count in bounds) / sum(count for _, count in bounds)

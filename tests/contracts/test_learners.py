@@ -413,6 +413,86 @@ def test_what_plays_suffers_at_most_the_best_expert_and_the_meta_regret(name, go
     assert suffered <= min(experts_suffered) + meta_regret + 1e-6
 
 
+@pytest.mark.parametrize("num_experts", [2, 3, 4, 7])
+@pytest.mark.parametrize("num_rounds", [10, 100, 1000, 100_000])
+def test_at_the_shipped_settings_no_bound_says_more_than_that_losses_are_bounded(num_experts, num_rounds):
+    """meta_step_size / 8 a round is more than a whole loss range; and what is forgotten is not bounded at all."""
+    assert Hedge().regret_bound(num_experts, num_rounds) is None
+    assert Hedge(discount=1.0).regret_bound(num_experts, num_rounds) is None
+    assert Hedge(meta_step_size=0.2).regret_bound(num_experts, num_rounds) is None
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 7])
+@pytest.mark.parametrize("num_rounds", [10, 100, 1000])
+def test_at_the_meta_step_size_of_the_theory_the_bound_is_a_small_part_of_what_could_be_lost(num_experts, num_rounds):
+    best = math.sqrt(8 * math.log(num_experts) / num_rounds)
+    bounds = [
+        Hedge(best * f, discount=1.0, loss_range=2.0).regret_bound(num_experts, num_rounds) for f in (0.8, 1, 1.25)
+    ]
+    assert bounds[1] == pytest.approx(2.0 * math.sqrt(num_rounds * math.log(num_experts) / 2))
+    assert bounds[1] == min(bounds)
+    assert bounds[1] < 2.0 * num_rounds * 0.35
+
+
+def test_a_bound_says_something_only_below_a_meta_step_size_of_8_and_after_enough_rounds():
+    first = math.ceil(math.log(3) / (0.2 * (1 - 0.2 / 8)))
+    told = [Hedge(0.2, discount=1.0).regret_bound(3, num_rounds) is not None for num_rounds in (first - 1, first)]
+    assert told == [False, True]
+    assert Hedge(7.9, discount=1.0).regret_bound(3, 10**6) is not None
+    assert Hedge(8.0, discount=1.0).regret_bound(3, 10**6) is None
+
+
+def swings(num_rounds, size):
+    """Slopes for which two experts without memory of direction, a step size of 1 apart, lose by turns.
+
+    After slopes that sum to G, such experts are G apart, and the next slope g parts their losses by g * G.
+    """
+    slopes, sum_of = [1.0], 1.0
+    for t in range(1, num_rounds):
+        slopes.append((size / 2 if t == 1 else size * (-1) ** t) / sum_of)
+        sum_of += slopes[-1]
+    return slopes
+
+
+def suffered_in_swings(num_rounds, size, **hedge):
+    """Losses of what played, of the experts, and the last report."""
+    learner = make_learner("ensemble", 1.0, **EXACTLY, step_size_pool=(1.0, 2.0), loss_range=size, **hedge)
+    state, suffered, experts_suffered = learner.init(at(0.0)), 0.0, [0.0, 0.0]
+    for slope in swings(num_rounds, size):
+        each = Linear(at(slope))
+        suffered += each.evaluate(learner.played(state)).fresh_loss
+        state = learner.update(each, state)
+        losses = learner.report(state)["expert_losses"].values()
+        experts_suffered = [a + b for a, b in zip(experts_suffered, losses, strict=True)]
+    return suffered, experts_suffered, learner.report(state)
+
+
+@pytest.mark.parametrize("num_rounds", [50, 400])
+def test_on_a_convex_stream_that_swings_the_bound_holds_where_there_is_one_and_is_broken_at_the_shipped_settings(
+    num_rounds,
+):
+    size = 0.1
+    tuned = {"meta_step_size": math.sqrt(8 * math.log(2) / num_rounds), "discount": 1.0}
+    suffered, experts, report = suffered_in_swings(num_rounds, size, **tuned)
+    bound = report["regret_bound_per_round"] * num_rounds
+    assert suffered - min(experts) <= bound + 1e-9
+    assert bound == pytest.approx(size * math.sqrt(num_rounds * math.log(2) / 2))
+    suffered, experts, report = suffered_in_swings(num_rounds, size)
+    assert report["regret_bound_per_round"] is None
+    assert suffered - min(experts) > 2 * bound
+
+
+def test_with_an_expert_that_blew_up_no_bound_is_reported():
+    learner = make_learner(
+        "ensemble", 0.1, **EXACTLY, step_size_pool=(0.1, 5.0), meta_step_size=0.1, discount=1.0, loss_range=8.0
+    )
+    state = play(learner, learner.init(start_params()), [drifting(0)] * 25)
+    assert learner.report(state)["regret_bound_per_round"] > 0
+    state = play(learner, state, [drifting(0)] * 75)
+    assert state.costs[1] == math.inf
+    assert learner.report(state)["regret_bound_per_round"] is None
+
+
 # Optimistic
 
 

@@ -85,16 +85,17 @@ class Learning:
     """Norm of the updates: preconditioned (per-weight scales), diagonal (Adam: averages gradients too) or
     euclidean (the gradient itself)."""
     loss: str = LearnConfig.loss
-    """What is learned: auto (the committed token when greedy, the whole row when sampled), soft_cross_entropy,
+    """What is learned: auto (mostly the committed token when greedy, the whole row when sampled), soft_cross_entropy,
     cross_entropy, mix, reverse_kl, jsd, total_variation."""
     learn_budget: float = LearnConfig.budget
-    """Most of decoding time that learning may take; 0.08 is 8 %. Some updates are lent at the start, so a short run
-    shows more. inf is no limit."""
+    """Most of decoding time that learning may take, or of one core's time where serve learns beside decoding; 0.08 is
+    8 %. Some updates are lent at the start, so a short run shows more. inf is no limit."""
     learn_costs: Annotated[
         tuple[float, float] | None,
         arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate and serve)"),
     ] = None
-    """What an update costs, in decode steps, by itself and for each of its rows: what the budget is counted in."""
+    """What an update costs, in decode steps, by itself and for each of its rows: what the budget is counted in. (Where
+    serve learns beside decoding, a clock counts.)"""
     tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
     """What of a small_lm learns: layers (all but embedding and head), all, or adapters (low-rank, as peft has them)."""
     adapter_rank: int = Tuning.rank
@@ -106,7 +107,7 @@ class Learning:
     replay_minutes: float = LearnConfig.replay_minutes
     """After which a request is forgotten; inf is never."""
     min_interval: int = LearnConfig.min_interval
-    """Steps between two updates while they bring something."""
+    """Steps between two updates while they bring something; up to four times as many where the loss is small."""
     max_interval: int = LearnConfig.max_interval
     """Most steps between two updates once they don't; up to four times as many where the loss is small. The same as
     --min-interval keeps them fixed."""
@@ -207,7 +208,7 @@ class Compare:
     window: int = 5
     """Requests per point of the plots."""
     telemetry: bool = False
-    """Measure regret, hints and drift beside learning, for a second page; its time is kept apart."""
+    """Measure regret, gradients and drift beside learning, for a second page; its time is kept apart."""
     save: SaveFolder = None
     """Write every learner's adapted drafter to a directory of its name in here."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()

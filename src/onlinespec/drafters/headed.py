@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,11 +46,21 @@ class _Slot:
 
 
 class Batch(list[Span]):
-    """The spans of a round, and the tokens they are learned over if all are greedy; None for the vocabulary."""
+    """The spans of a round, and the list of tokens that they are learned over.
 
-    def __init__(self, spans: Sequence[Span], listed: Listed | None) -> None:
+    The list is chosen when a loss first asks: rows that are only measured must not decide what is drafted from.
+    """
+
+    def __init__(self, spans: Sequence[Span], shortlist: Shortlist) -> None:
         super().__init__(spans)
-        self.listed = listed
+        self._shortlist = shortlist
+
+    @cached_property
+    def listed(self) -> Listed | None:
+        """It holds the spans' own tokens; None for the whole vocabulary, where a request among them is sampled."""
+        if any(span.temperature for span in self):
+            return None
+        return self._shortlist.holding([i for span in self for i in span.token_ids])
 
 
 class Headed(Drafter):
@@ -221,10 +232,7 @@ class Headed(Drafter):
         fresh = self._spans(feedback, rejected_only, is_fresh=True)
         if not any(span.num_counted for span in fresh):
             return []
-        spans = fresh + self._spans(replayed, rejected_only, is_fresh=False)
-        is_greedy = not any(span.temperature for span in spans)
-        listed = self._shortlist.holding([i for span in spans for i in span.token_ids]) if is_greedy else None
-        return Batch(spans, listed)
+        return Batch(fresh + self._spans(replayed, rejected_only, is_fresh=False), self._shortlist)
 
     def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
         return spans_of(feedback, self.num_before, rejected_only, is_fresh, self.reads_features, self.max_context)

@@ -169,6 +169,18 @@ def inner_product(grads: Params, params: Params, origin: Params) -> float:
     return math.fsum(to_host(*sums))
 
 
+def cosine(one: Params, other: Params) -> float | None:
+    """Of the angle between two sets of tensors; None where either is zero or not finite.
+
+    >>> cosine({"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([1.0, 0.0])})
+    0.6
+    """
+    size = math.sqrt(squared_norm(one)) * math.sqrt(squared_norm(other))
+    if not 0 < size < math.inf:
+        return None
+    return math.fsum(to_host(*((p.float() * other[name].float()).sum() for name, p in one.items()))) / size
+
+
 def is_finite(params: Params) -> bool:
     """Whether no tensor holds a NaN or an infinity, by their sums: a third of isfinite().all()'s time."""
     sums = [p.sum(dtype=_SUMMED_AS.get(p.dtype)) for p in params.values()]

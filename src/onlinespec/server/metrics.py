@@ -98,7 +98,7 @@ class _EngineCollector(Collector):
                 totals.tokens_beyond_drafter,
             ),
             ("decode_seconds", "Time spent reading prompts and decoding.", stats.decode_seconds),
-            ("learn_seconds", "Time spent learning.", stats.learn_seconds),
+            ("learn_seconds", "Time that decoding gave to learning, or to who learns beside it.", stats.learn_seconds),
         ):
             yield CounterMetricFamily(f"onlinespec_{name}", f"{help_text} Of requests that ended.", value)
         loop = scheduler.loop
