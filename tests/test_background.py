@@ -79,6 +79,7 @@ def test_what_is_learned_beside_serving_comes_to_be_served(way):
     names = learning.figures().keys()  # the same before anything was learned
     served = until(lambda: learning.num_published >= 3, loop)
     learning.stop(HANG_SECONDS)
+    assert way == "thread" or learning.process.exitcode == 0
     assert_exact(served)
     assert learning.figures().keys() == names | {"failure"}
     assert not learning.failure
@@ -103,7 +104,7 @@ def test_serving_never_waits_and_of_too_much_the_oldest_is_dropped(way):
     assert [record.request_id for record in learning._waiting] == ["3"] * 4
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=pytest.mark.full)])
 def test_a_learner_that_computes_nan_leaves_the_drafter_as_it_was(way, caplog):
     loop, learning = make(way, replace(EAGER, config=parse(EXPLODING)))
     start = loop.drafter.weights
@@ -145,9 +146,14 @@ def test_a_trainer_that_raises_outside_a_round_is_no_different(caplog, monkeypat
     learning.stop(HANG_SECONDS)
 
 
-def test_a_process_that_is_killed_is_said_once_and_serving_goes_on(caplog):
+def test_a_process_outlives_the_signals_for_who_serves_and_one_that_is_killed_is_said_once(caplog):
     loop, learning = make("process")
-    served = until(lambda: learning.num_published >= 1, loop)
+    served = until(lambda: learning.figures()["rounds"], loop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(learning.process.pid, number)
+    swaps = learning.num_published
+    served += until(lambda: learning.num_published > swaps, loop)
+    assert not learning.failure
     os.kill(learning.process.pid, signal.SIGKILL)
     served += until(lambda: learning.failure, loop)
     version = loop.drafter.weights.version
@@ -159,18 +165,7 @@ def test_a_process_that_is_killed_is_said_once_and_serving_goes_on(caplog):
     learning.stop(1.0)
 
 
-def test_a_process_outlives_the_signals_that_are_meant_for_who_serves():
-    loop, learning = make("process")
-    until(lambda: learning.figures().get("rounds"), loop)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(learning.process.pid, number)
-    swaps = learning.num_published
-    until(lambda: learning.num_published > swaps, loop)
-    learning.stop(HANG_SECONDS)
-    assert learning.process.exitcode == 0
-    assert not learning.failure
-
-
+@pytest.mark.full
 def test_who_forgets_to_stop_a_process_can_still_end():
     script = (
         "import sys, test_background as here\n"
@@ -398,6 +393,7 @@ def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic,
     assert not trainer.failure
 
 
+@pytest.mark.full
 def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):
     recipe = replace(EAGER, versions=str(tmp_path))
     loop, learning = make("process", recipe)
