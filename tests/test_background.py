@@ -178,8 +178,10 @@ def test_who_forgets_to_stop_a_process_can_still_end():
     assert ended.returncode == 3
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.full)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "count"),
+    [("thread", 100), *(pytest.param(way, 1000, marks=pytest.mark.full) for way in WAYS)],
+)
 def test_swaps_under_load_change_no_token(way, count):
     """Versions of noise, a new one before every step of up to eight requests that come, go, and read long prompts."""
     loop, learning = make(way, replace(EAGER, share=1e-6))

@@ -405,7 +405,7 @@ def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, da
     assert 25 < outcome.num_steps == len(step_sizes) < 60
     assert outcome.scores[-1].step == outcome.num_steps, "the last weights are measured too"
     assert max(step_sizes) == 5e-3
-    assert step_sizes[-1] < 0.04 * max(step_sizes)
+    assert step_sizes[-1] < 0.06 * max(step_sizes)
 
 
 @pytest.mark.parametrize(("num_weights", "step_size"), [(900_000, 2e-3), (2_000_000, 2e-3), (200_000_000, 2e-4)])
