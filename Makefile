@@ -7,7 +7,11 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench clean
+.PHONY: help demo test test-all checks bench clean
+
+# One thread to a worker. A file's tests stay on one worker, so that what they share is made once. Bytecode is kept,
+# whatever the environment says: without it, pytest rewrites every assertion anew in each of its processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +22,15 @@ demo:  ## a small model served with a drafter that learns: a table and a plot
 	@sh tools/setup.sh run
 	@$(BIN)/onlinespec demo $(ARGS)
 
-test:  ## lint, format, types, then every test that needs no GPU and no network
+test: checks  ## lint, format, types, then every test that needs no GPU and no network, long proofs in short
+	@echo "4/4 pytest: tests and doctests, on two workers; proofs at their full length are for make test-all"
+	@$(PYTEST) -m "not full" $(ARGS)
+
+test-all: checks  ## the same, with every proof at its full length
+	@echo "4/4 pytest: tests and doctests, all of them, on two workers"
+	@$(PYTEST) $(ARGS)
+
+checks:
 	@sh tools/setup.sh dev
 	@echo "1/4 ruff check: lint"
 	@$(BIN)/ruff check .
@@ -26,8 +38,6 @@ test:  ## lint, format, types, then every test that needs no GPU and no network
 	@$(BIN)/ruff format --check .
 	@echo "3/4 mypy --strict: the types of src/ (slower the first time, then it has a cache)"
 	@$(BIN)/mypy
-	@echo "4/4 pytest: tests and doctests, on two workers with one thread each"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench:  ## what one forward pass of a target costs on this machine
 	@sh tools/setup.sh run

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import pytest
 import rigs
 import torch
 from rigs import plain
+from waiting import HANG_SECONDS, wait_until
 
 from onlinespec import load_drafter
 from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
@@ -42,8 +42,16 @@ WAYS = {"thread": ThreadLearning, "process": ProcessLearning}
 def make(way, recipe=EAGER, target=TARGET, drafter=None, **options):
     drafter = drafter or load_drafter(recipe.drafter, target)
     learning = WAYS[way](target, drafter, recipe, **options)
-    learning.start()
+    begin(learning)
     return DecodeLoop(target, drafter, learning), learning
+
+
+def begin(learning):
+    """Starts it; a process has then imported all it needs, and serving need not fill the time until it has."""
+    before = learning._figures
+    learning.start()
+    if isinstance(learning, ProcessLearning):
+        wait_until(lambda: learning._figures is not before or learning.failure)
 
 
 def answers(loop, count=1):
@@ -58,13 +66,10 @@ def assert_exact(requests):
         assert request.output_ids == PLAIN[int(request.request_id) % len(PROMPTS)]
 
 
-def until(condition, loop=None, seconds=60):
-    """Serves, if there is something to serve with, until a condition holds."""
-    served, deadline = [], time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        served += answers(loop, 8) if loop else []
-        time.sleep(0.01)
+def until(condition, loop):
+    """Serves until a condition holds."""
+    served = []
+    wait_until(condition, lambda: served.extend(answers(loop, 8)))
     return served
 
 
@@ -73,7 +78,8 @@ def test_what_is_learned_beside_serving_comes_to_be_served(way):
     loop, learning = make(way)
     names = learning.figures().keys()  # the same before anything was learned
     served = until(lambda: learning.num_published >= 3, loop)
-    learning.stop()
+    learning.stop(HANG_SECONDS)
+    assert way == "thread" or learning.process.exitcode == 0
     assert_exact(served)
     assert learning.figures().keys() == names | {"failure"}
     assert not learning.failure
@@ -98,7 +104,7 @@ def test_serving_never_waits_and_of_too_much_the_oldest_is_dropped(way):
     assert [record.request_id for record in learning._waiting] == ["3"] * 4
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=pytest.mark.full)])
 def test_a_learner_that_computes_nan_leaves_the_drafter_as_it_was(way, caplog):
     loop, learning = make(way, replace(EAGER, config=parse(EXPLODING)))
     start = loop.drafter.weights
@@ -109,7 +115,7 @@ def test_a_learner_that_computes_nan_leaves_the_drafter_as_it_was(way, caplog):
     offered = learning.num_offered
     answers(loop, 1)
     assert learning.num_offered == offered
-    learning.stop()
+    learning.stop(HANG_SECONDS)
 
 
 def test_a_learner_that_raises_is_said_once_and_serving_goes_on(caplog, monkeypatch):
@@ -128,7 +134,7 @@ def test_a_learner_that_raises_is_said_once_and_serving_goes_on(caplog, monkeypa
     assert "RuntimeError: the learner broke" in learning.failure
     assert_exact(served + answers(loop, 2))
     assert caplog.text.count("learning stopped") == 1
-    learning.stop()
+    learning.stop(HANG_SECONDS)
 
 
 def test_a_trainer_that_raises_outside_a_round_is_no_different(caplog, monkeypatch):
@@ -137,12 +143,17 @@ def test_a_trainer_that_raises_outside_a_round_is_no_different(caplog, monkeypat
     served = until(lambda: learning.failure, loop)
     assert learning.failure.startswith("ZeroDivisionError")
     assert_exact(served)
-    learning.stop()
+    learning.stop(HANG_SECONDS)
 
 
-def test_a_process_that_is_killed_is_said_once_and_serving_goes_on(caplog):
+def test_a_process_outlives_the_signals_for_who_serves_and_one_that_is_killed_is_said_once(caplog):
     loop, learning = make("process")
-    served = until(lambda: learning.num_published >= 1, loop)
+    served = until(lambda: learning.figures()["rounds"], loop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(learning.process.pid, number)
+    swaps = learning.num_published
+    served += until(lambda: learning.num_published > swaps, loop)
+    assert not learning.failure
     os.kill(learning.process.pid, signal.SIGKILL)
     served += until(lambda: learning.failure, loop)
     version = loop.drafter.weights.version
@@ -154,18 +165,7 @@ def test_a_process_that_is_killed_is_said_once_and_serving_goes_on(caplog):
     learning.stop(1.0)
 
 
-def test_a_process_outlives_the_signals_that_are_meant_for_who_serves():
-    loop, learning = make("process")
-    until(lambda: learning.figures().get("rounds"), loop)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(learning.process.pid, number)
-    swaps = learning.num_published
-    until(lambda: learning.num_published > swaps, loop)
-    learning.stop()
-    assert learning.process.exitcode == 0
-    assert not learning.failure
-
-
+@pytest.mark.full
 def test_who_forgets_to_stop_a_process_can_still_end():
     script = (
         "import sys, test_background as here\n"
@@ -174,12 +174,15 @@ def test_who_forgets_to_stop_a_process_can_still_end():
         "    here.until(lambda: learning.figures().get('rounds'), loop)\n"
         "    sys.exit(3)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, timeout=120, check=False)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, timeout=HANG_SECONDS, check=False)
     assert ended.returncode == 3
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_thousand_swaps_under_load_change_no_token(way):
+@pytest.mark.parametrize(
+    ("way", "count"),
+    [("thread", 100), *(pytest.param(way, 1000, marks=pytest.mark.full) for way in WAYS)],
+)
+def test_swaps_under_load_change_no_token(way, count):
     """Versions of noise, a new one before every step of up to eight requests that come, go, and read long prompts."""
     loop, learning = make(way, replace(EAGER, share=1e-6))
     scheduler = Scheduler(loop, Limits(max_running=8, prefill_tokens=32))
@@ -187,7 +190,7 @@ def test_a_thousand_swaps_under_load_change_no_token(way):
     jobs = [(PROMPTS[i % 4] * (1 + 20 * (i % 3)), GenerationParams(20 + 7 * (i % 5), 1 + i % 4)) for i in range(16)]
     expected = [plain(TARGET, *job).output_ids for job in jobs]
     served, num_swaps, most_running = [], 0, 0
-    while num_swaps < 1000:
+    while num_swaps < count:
         if len(scheduler.running) + len(scheduler.reading) < 8:
             served.append(loop.open(*jobs[len(served) % len(jobs)]))
             scheduler.submit(served[-1])
@@ -202,7 +205,7 @@ def test_a_thousand_swaps_under_load_change_no_token(way):
     assert most_running == 8
     for i, request in enumerate(served):
         assert request.output_ids == expected[i % len(jobs)]
-    learning.stop()
+    learning.stop(HANG_SECONDS)
 
 
 # The trainer by itself
@@ -549,21 +552,22 @@ def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(w
     Versions(tmp_path).hold()
 
 
+@pytest.mark.full
 def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):
     recipe = replace(EAGER, versions=str(tmp_path))
     loop, learning = make("process", recipe)
     until(lambda: learning.num_published >= 1, loop)
     os.kill(learning.process.pid, signal.SIGKILL)
-    until(lambda: learning.failure)
+    wait_until(lambda: learning.failure)
     learning.stop(1.0)
     good = Versions(tmp_path).latest_good(TARGET.fingerprint)
     drafter = load_drafter("eagle", TARGET)
     good.resume(drafter)
     again = ProcessLearning(TARGET, drafter, recipe)
-    again.start()
+    begin(again)
     loop = DecodeLoop(TARGET, drafter, again)
     served = until(lambda: again.figures().get("rounds"), loop)
     assert_exact(served)
     assert again.figures()["published"] >= good.number
-    again.stop()
+    again.stop(HANG_SECONDS)
     assert not again.failure

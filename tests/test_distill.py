@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from checkpoints import add_tokens, save_tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from waiting import HANG_SECONDS, wait_until
 
 import onlinespec.answers
 from onlinespec import distill as module
@@ -25,6 +25,7 @@ from onlinespec.models.loading import load_target
 from onlinespec.workloads import Prompt
 
 TRAINABLE = ("eagle", "small_lm")
+full = pytest.mark.full
 PROMPTS = [f"count {'ab' * (i % 3)} {i}" for i in range(30)]
 
 
@@ -183,7 +184,14 @@ def assert_same_weights(folder, other):
 
 
 @pytest.mark.parametrize(
-    "moment", [("answering", 8), ("answering", 24), ("training", 1), ("training", 5), ("training", 9)]
+    "moment",
+    [
+        pytest.param(("answering", 8), marks=full),
+        ("answering", 24),
+        pytest.param(("training", 1), marks=full),
+        ("training", 5),
+        pytest.param(("training", 9), marks=full),
+    ],
 )
 def test_stopped_anywhere_it_ends_with_the_same_weights(whole, moment, target, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", 0.0)
@@ -206,7 +214,9 @@ def test_stopped_anywhere_it_ends_with_the_same_weights(whole, moment, target, t
     assert first_step == (moment[1] + 1 if moment[0] == "training" else 1), "training goes on behind its checkpoint"
 
 
-@pytest.mark.parametrize("moment", [("training", 3), ("scoring", 4), ("training", 7)])
+@pytest.mark.parametrize(
+    "moment", [("training", 3), pytest.param(("scoring", 4), marks=full), pytest.param(("training", 7), marks=full)]
+)
 def test_ctrl_c_keeps_the_step_that_was_reached_without_waiting_for_a_checkpoint(whole, moment, target, tmp_path):
     settings, undisturbed = whole
     seen = []
@@ -301,25 +311,33 @@ def test_a_full_disk_loses_nothing_that_was_written(writer, whole, target, tmp_p
 
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-KILLED = """
+STOPPED = """
 import sys, time, torch
+from pathlib import Path
 from onlinespec import distill as module
 from onlinespec.cli import main
 torch.set_num_threads(1)
 module._CHECKPOINT_SECONDS, module._CHECKPOINT_SHARE = 0.0, 1e9
-step = module.Distilling._step
-def slowly(self, *args):
-    time.sleep(0.02)
-    step(self, *args)
-module.Distilling._step = slowly
+sign = Path(sys.argv.pop(1))
+
+def stopping(work):
+    def until_stopped(*args):
+        while sign.is_file():  # from then on only a signal ends it
+            time.sleep(0.01)
+        work(*args)
+    return until_stopped
+
+module.Distilling._step = stopping(module.Distilling._step)
+module.Answers._write = stopping(module.Answers._write)
 main()
 """
 
 
-def command(folder, data, out):
+def command(folder, data, out, sign="never"):
+    """A process that checkpoints after every step, and waits for its end once there is a certain file."""
     return [
-        sys.executable, "-c", KILLED, "distill", str(folder), "--data", data, "--num-requests", "0", "--out", str(out),
-        "--max-new-tokens", "24", "--epochs", "3", "--step-size", "5e-3", "--patience", "9",
+        sys.executable, "-c", STOPPED, str(sign), "distill", str(folder), "--data", data, "--num-requests", "0",
+        "--out", str(out), "--max-new-tokens", "24", "--epochs", "3", "--step-size", "5e-3", "--patience", "9",
     ]  # fmt: skip
 
 
@@ -334,21 +352,18 @@ def by_command(folder, data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("how", "status", "sign"),
     [
-        (signal.SIGKILL, -9, "answers/00000000.safetensors"),
-        (signal.SIGINT, 130, "answers/00000008.safetensors"),
-        (signal.SIGKILL, -9, "training/checkpoint.pt"),
-        (signal.SIGINT, 130, "training/checkpoint.pt"),
+        pytest.param(signal.SIGKILL, -9, "answers/00000000.safetensors", marks=full, id="killed while answering"),
+        pytest.param(signal.SIGINT, 130, "answers/00000008.safetensors", marks=full, id="Ctrl-C while answering"),
+        pytest.param(signal.SIGKILL, -9, "training/checkpoint.pt", id="killed while training"),
+        pytest.param(signal.SIGINT, 130, "training/checkpoint.pt", marks=full, id="Ctrl-C while training"),
     ],
-    ids=["killed while answering", "Ctrl-C while answering", "killed while training", "Ctrl-C while training"],
 )
 def test_a_process_stopped_at_work_ends_as_if_nothing_had_been(how, status, sign, folder, data, by_command, tmp_path):
     out, work = tmp_path / "stopped", tmp_path / "stopped.work"
-    process = subprocess.Popen(command(folder, data, out), stderr=subprocess.PIPE, env=ENV)
-    while not (work / sign).exists():
-        assert process.poll() is None
-        time.sleep(0.005)
+    process = subprocess.Popen(command(folder, data, out, work / sign), stderr=subprocess.PIPE, env=ENV)
+    wait_until(lambda: (work / sign).exists() or process.poll() is not None)
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == status
     assert not out.exists()
     if how == signal.SIGINT:
@@ -385,12 +400,12 @@ def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, da
 
     monkeypatch.setattr(module, "_Clock", Clock)
     monkeypatch.setattr(Distilling, "_step", seen)
-    outcome = Distilling(target, settings_for(data, epochs=100, patience=99, minutes=2.0), tmp_path / "d").run()
+    outcome = Distilling(target, settings_for(data, epochs=100, patience=99, minutes=1.0), tmp_path / "d").run()
     assert outcome.ended_by == "minutes"
-    assert 50 < outcome.num_steps == len(step_sizes) < 120
+    assert 25 < outcome.num_steps == len(step_sizes) < 60
     assert outcome.scores[-1].step == outcome.num_steps, "the last weights are measured too"
     assert max(step_sizes) == 5e-3
-    assert step_sizes[-1] < 0.02 * max(step_sizes)
+    assert step_sizes[-1] < 0.06 * max(step_sizes)
 
 
 @pytest.mark.parametrize(("num_weights", "step_size"), [(900_000, 2e-3), (2_000_000, 2e-3), (200_000_000, 2e-4)])
@@ -543,7 +558,9 @@ def test_damaged_settings_are_named_and_restart_gets_past_them(target, data, tmp
     (tmp_path / "d.work" / "settings.json").write_text(content)
     with pytest.raises(ValueError, match=r"d.work.*--restart"):
         Distilling(target, settings_for(data), tmp_path / "d")
-    assert Distilling(target, settings_for(data), tmp_path / "d", restart=True).run().num_prompts == 30
+    again = Distilling(target, settings_for(data), tmp_path / "d", restart=True)
+    again._answer()
+    assert len(again._answers) == 30
 
 
 def test_weights_that_blow_up_end_the_run_with_the_way_out(target, data, tmp_path):

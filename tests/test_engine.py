@@ -2,13 +2,15 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import rigs
 from rigs import Script, plain
+from waiting import HANG_SECONDS
 
-import onlinespec.server.engine
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats
 from onlinespec.decode import ContextOverflow, DecodeLoop
@@ -32,9 +34,9 @@ def run(use, engine=None):
     async def main():
         engine.start()
         try:
-            return await asyncio.wait_for(use(engine), 60)
+            return await asyncio.wait_for(use(engine), HANG_SECONDS)
         finally:
-            await engine.stop(5)
+            await engine.stop(0)
 
     result = asyncio.run(main())
     assert not engine._thread.is_alive()
@@ -110,7 +112,7 @@ def test_stopping_finishes_what_runs_and_takes_nothing_more():
         engine = make(Limits(max_running=1))
         engine.start()
         first, second = engine.ask([(PROMPTS[0], GenerationParams(200)), (PROMPTS[1], PARAMS)])
-        stopping = asyncio.create_task(engine.stop(60))
+        stopping = asyncio.create_task(engine.stop(HANG_SECONDS))
         await asyncio.sleep(0)
         with pytest.raises(Closed, match="shutting down"):
             engine.ask([(PROMPTS[0], PARAMS)])
@@ -124,8 +126,10 @@ def test_stopping_finishes_what_runs_and_takes_nothing_more():
 def test_stopping_gives_up_what_takes_too_long():
     async def main():
         engine = make()
+        step = engine.scheduler.step
+        engine.scheduler.step = lambda: time.sleep(0.01) or step()  # the whole takes ten seconds on any machine
         engine.start()
-        (answer,) = engine.ask([(PROMPTS[0], GenerationParams(1000))])
+        (answer,) = engine.ask([(PROMPTS[0], GenerationParams(1000, num_draft_tokens=0))])
         num_given_up = await engine.stop(0.05)
         return (await collect(answer))[-1].finish_reason, num_given_up, engine.num_answering
 
@@ -141,7 +145,7 @@ def test_an_engine_that_fails_ends_every_answer_and_says_so(monkeypatch, caplog)
         async for _ in answers[0]:
             break
         monkeypatch.setattr(engine.scheduler, "step", lambda: 1 / 0)
-        results = await asyncio.wait_for(asyncio.gather(*map(collect, answers)), 30)
+        results = await asyncio.wait_for(asyncio.gather(*map(collect, answers)), HANG_SECONDS)
         assert not engine.is_alive
         with pytest.raises(Closed, match="has failed"):
             engine.ask([(PROMPTS[0], PARAMS)])
@@ -169,16 +173,21 @@ def test_what_was_served_is_counted():
     assert totals.finished == {"length": 3}
 
 
-def test_an_idle_engine_wakes_for_work_and_not_by_the_clock(monkeypatch):
-    monkeypatch.setattr(onlinespec.server.engine, "_IDLE_SECONDS", 8.0)
+def test_an_idle_engine_wakes_for_work_and_not_by_the_clock():
+    engine, is_idle = make(), threading.Event()
+    wait = engine.scheduler.wait
+
+    def wait_long(_):  # until something was answered
+        is_idle.set()
+        return wait(0.01 if engine.totals.finished else 2 * HANG_SECONDS)
+
+    engine.scheduler.wait = wait_long
 
     async def use(engine):
-        await asyncio.sleep(0.1)
-        began = asyncio.get_running_loop().time()
-        await collect(engine.ask([(PROMPTS[1], GenerationParams(1))])[0])
-        return asyncio.get_running_loop().time() - began
+        await asyncio.to_thread(is_idle.wait, HANG_SECONDS)
+        return await collect(engine.ask([(PROMPTS[1], GenerationParams(1))])[0])
 
-    assert run(use) < 6
+    assert len(run(use, engine)) == 1
 
 
 NUM_THREADS = """
@@ -208,6 +217,6 @@ print(*set(seen))
 def test_the_number_of_threads_holds_in_the_engines_own_thread_too():
     environment = os.environ | {"OMP_NUM_THREADS": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", NUM_THREADS], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", NUM_THREADS], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.stdout == "1\n", done.stderr

@@ -301,9 +301,9 @@ def test_greedy_with_eagle_that_learns_equals_plain_decoding_and_the_loss_falls(
     learning = InlineLearning(drafter, make_learner("online_gradient", 5e-3, "preconditioned"), config)
     seen = []
     learning.replay.offer, kept = lambda feedback: (seen.extend(feedback), kept(feedback)), learning.replay.offer
-    plain = complete(target, num_tokens=120)
+    plain = complete(target, num_tokens=60)
     for _ in range(2):
-        assert_same(target, complete(target, drafter, learning, num_tokens=120), plain)
+        assert_same(target, complete(target, drafter, learning, num_tokens=60), plain)
     assert learning.num_rounds >= 4
     assert not learning.is_frozen
     batch = drafter.batch(seen[:10])
