@@ -4,7 +4,9 @@ Tensors are fake and of the `meta` device: they have shapes and a place, and no 
 two devices is refused, and every read of the host but `host.to_host` fails by itself, for there is nothing to read.
 """
 
+import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import rigs
@@ -14,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from onlinespec import host
-from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import DRAFTERS, load_drafter
+from onlinespec.learn import InlineLearning
+from onlinespec.learners import LEARNERS, make_learner
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -91,6 +95,26 @@ def test_a_step_on_cuda_takes_greedy_and_sampled_requests_together(device, name)
     loop.step(requests)
     for request in requests:
         loop.finish(request)
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("name", ["eagle", "small_lm"])
+def test_a_round_of_learning_on_cuda_mixes_no_devices_and_reads_them_through_one_function(device, name, learner):
+    """Rounds of greedy rows, of sampled ones whose noise is replayed, and with replayed requests beside them."""
+    target = rigs.random_target(device=device)
+    drafter = load_drafter(name, target)
+    config = LearnConfig(min_interval=2, max_interval=2, replay_every=2, budget=math.inf)
+    learning = InlineLearning(drafter, make_learner(learner, 1e-3), config)
+    loop = DecodeLoop(target, drafter, learning)
+    for sampling in (GREEDY, PENALISED):
+        requests = [loop.start(prompt, replace(params(sampling), max_new_tokens=8)) for prompt in PROMPTS]
+        while running := [request for request in requests if not request.finish_reason]:
+            loop.step(running)
+        for request in requests:
+            loop.finish(request)
+    assert not learning.is_frozen, learning
+    assert learning.num_rounds > 4 or learner == "frozen"
+    assert all(p.device.type == device for p in drafter.weights.params.values())
 
 
 @pytest.mark.parametrize("name", ["eagle", "small_lm"])

@@ -22,6 +22,7 @@ from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.finite import FiniteTexts
+from onlinespec.host import to_host
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
@@ -329,7 +330,7 @@ class _Scores:
         return [self._evaluation(params, loss, {}) for params, loss in zip(scored, losses, strict=True)]
 
     def _evaluation(self, params: Params, loss: Loss, grads: Params) -> Evaluation:
-        total = float(loss.total.detach())
+        (total,) = to_host(loss.total.detach())
         fresh = loss.fresh if math.isfinite(total) else math.nan
         self._known.append((params, FreshScore(fresh, loss.num_agreed, loss.num_fresh)))
         return Evaluation(fresh, total, grads, self._domain)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import Params
-from onlinespec.drafters.spans import Layout
+from onlinespec.drafters.spans import Ints, Layout
 from onlinespec.models.base import Cache, ModelConfig
 from onlinespec.models.decoder import Decoder, Past, plain_keys_values_by_layer, plain_states
 from onlinespec.models.families import published_weights
@@ -113,7 +115,7 @@ class OwnDraftModel(DraftModel):
             rows.is_visible_NN,
             self._context(weights, rows, sets),
             self._product,
-            self._capped(rows.capacities_N),
+            self._capped(rows.capacities),
         )
         return states_ND
 
@@ -123,13 +125,11 @@ class OwnDraftModel(DraftModel):
         if not sizes:
             return None
         x_CD = self._embedded(weights, rows.context_ids_C, sets)
-        capacities_C = self._capped(rows.context_capacities_C)
-        texts = zip(
-            x_CD.split(sizes, dim=-2), rows.context_positions_C.split(sizes), capacities_C.split(sizes), strict=True
-        )
+        capacities = np.split(self._capped(rows.context_capacities), np.cumsum(sizes)[:-1])
+        texts = zip(x_CD.split(sizes, dim=-2), rows.context_positions_C.split(sizes), capacities, strict=True)
         by_text = [
-            plain_keys_values_by_layer(self.config, weights, x_SD, positions_S, self._product, capacities_S)
-            for x_SD, positions_S, capacities_S in texts
+            plain_keys_values_by_layer(self.config, weights, x_SD, positions_S, self._product, its_capacities)
+            for x_SD, positions_S, its_capacities in texts
         ]
         keys_values = [
             (torch.cat([k for k, _ in layers], dim=-3), torch.cat([v for _, v in layers], dim=-3))
@@ -137,9 +137,9 @@ class OwnDraftModel(DraftModel):
         ]
         return Past(keys_values, rows.context_positions_C, rows.is_visible_NC)
 
-    def _capped(self, capacities_N: Tensor) -> Tensor:
+    def _capped(self, capacities: Ints) -> Ints:
         """As drafting has them, which ends where the model's positions do."""
-        return capacities_N.clamp(max=self.config.max_positions + MAX_DRAFT_TOKENS)
+        return np.minimum(capacities, self.config.max_positions + MAX_DRAFT_TOKENS)
 
     def _embedded(self, weights: Params, token_ids_N: Tensor, sets: tuple[int, ...]) -> Tensor:
         """Embedded tokens; for several sets of weights, once for each."""
@@ -183,13 +183,12 @@ class HFDraftModel(DraftModel):
         parts = []
         for at_N, at_C in _texts(rows):
             ids = self.known(torch.cat([rows.context_ids_C[at_C], rows.read_ids_N[at_N]]))
-            parts.append(self._model.states(weights, ids)[-int(at_N.sum()) :])
+            parts.append(self._model.states(weights, ids)[len(rows.context_ids_C[at_C]) :])
         return torch.cat(parts)
 
 
-def _texts(rows: Layout) -> list[tuple[Tensor, Tensor]]:
-    """For each text, which of the trained rows and which of the context rows are its own, as masks."""
-    ends_N = rows.left_N == 1
-    text_N = ends_N.cumsum(0) - ends_N.long()
-    masks = [text_N == i for i in range(int(ends_N.sum()))]
-    return [(at_N, rows.is_visible_NC[int(at_N.nonzero()[0])]) for at_N in masks]
+def _texts(rows: Layout) -> list[tuple[slice, slice]]:
+    """For each text, which of the trained rows and which of the context rows are its own."""
+    ends = [0, *(np.flatnonzero(rows.left == 1) + 1).tolist()]
+    context_ends = [0, *accumulate(rows.context_sizes)]
+    return [(slice(*at_N), slice(*at_C)) for at_N, at_C in zip(pairwise(ends), pairwise(context_ends), strict=True)]

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -195,18 +196,20 @@ class Eagle(Headed):
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, weights = self._layer_config, _layer_weights(params)
         embedded_ND = F.embedding(rows.read_ids_N, self._embedding_VD).float()
-        turns_NR = turns_at(rows.positions_N, config, rows.capacities_N)
+        turns_NR = turns_at(rows.positions_N, config, rows.capacities)
         sets = params["fc.weight"].shape[:-2]  # (), or how many
-        states_MD, left_M = rows.features_ND.expand(*sets, *rows.features_ND.shape), rows.left_N
-        is_kept_M = at_M = torch.arange(len(left_M), device=left_M.device)
+        device, states_MD = embedded_ND.device, rows.features_ND.expand(*sets, *rows.features_ND.shape)
+        left, at = rows.left, np.arange(len(rows.left))  # what is kept is known to the host: no device is waited for
         seen = [self._context(params, weights, rows, sets)]
         for depth in range(num_depths):
             if depth:  # each row that its span goes on behind reads the next token, and its own earlier depths
-                is_kept_M = left_M > depth
-                states_MD, left_M, at_M = states_MD[..., is_kept_M, :], left_M[is_kept_M], at_M[is_kept_M] + 1
-                seen = [part._replace(is_visible_NS=part.is_visible_NS[is_kept_M]) for part in seen]
-            if not len(at_M):
+                kept = np.flatnonzero(left > depth)
+                left, at, kept_M = left[kept], at[kept] + 1, to_device(kept, device)
+                states_MD = states_MD[..., kept_M, :]
+                seen = [part._replace(is_visible_NS=part.is_visible_NS[kept_M]) for part in seen]
+            if not len(at):
                 return
+            at_M = to_device(at, device)
             inputs_MD = _fuse(params, embedded_ND[at_M], states_MD, self._product)
             k, v = plain_keys_values(config, weights, inputs_MD, turns_NR[at_M], self._product)
             own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device) if depth else rows.is_visible_NN
@@ -220,7 +223,7 @@ class Eagle(Headed):
         embedded_CD = F.embedding(rows.context_ids_C, self._embedding_VD).float()
         features_CD = rows.context_features_CD.expand(*sets, *rows.context_features_CD.shape)
         inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)
-        turns_CR = turns_at(rows.context_positions_C, self._layer_config, rows.context_capacities_C)
+        turns_CR = turns_at(rows.context_positions_C, self._layer_config, rows.context_capacities)
         keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, turns_CR, self._product)
         return Seen(*keys_values, rows.is_visible_NC)
 

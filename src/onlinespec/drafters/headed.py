@@ -230,7 +230,7 @@ class Headed(Drafter):
         self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False
     ) -> list[Span]:
         fresh = self._spans(feedback, rejected_only, is_fresh=True)
-        if not any(span.num_counted for span in fresh):
+        if not any(any(span.counts) for span in fresh):
             return []
         return Batch(fresh + self._spans(replayed, rejected_only, is_fresh=False), self._shortlist)
 
@@ -240,7 +240,7 @@ class Headed(Drafter):
     def losses(
         self, candidates: Sequence[Params], batch: Sequence[Span], row_loss: RowLoss = soft_cross_entropy
     ) -> list[Loss]:
-        if not any(span.num_counted for span in batch):
+        if not any(any(span.counts) for span in batch):
             raise ValueError("a batch without verified rows has no loss")
         layout, params = lay_out(batch), stacked(candidates)
         listed, target = self._scope(batch, layout)
@@ -253,8 +253,8 @@ class Headed(Drafter):
                 agreed_E = self._num_agreed(logits.detach(), rows, batch)
             weights_EN.append(row_loss(logits, rows).view(len(candidates), -1) * counts_N[at_M])
         totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
-        fresh_N = layout.is_fresh_N & layout.counts_N
-        fresh_E = weights_EN[0].detach()[:, fresh_N].sum(-1) / fresh_N.sum()
+        fresh_M = to_device(layout.fresh, counts_N.device)
+        fresh_E = weights_EN[0].detach()[:, fresh_M].sum(-1) / len(fresh_M)
         num_fresh = sum(len(span.token_ids_N) for span in batch if span.is_fresh)
         counted, fresh, agreed = to_host(num_rows, fresh_E, agreed_E)
         scored = zip(totals_E, fresh, agreed, strict=True)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -245,9 +246,10 @@ class SmallLM(Headed):
         """A row reads committed tokens only, so a deeper one is the row of a draft that came so far."""
         states_ND = self._model.states(self._effective(params), rows, self._sets(params))
         for depth in range(num_depths):
-            at_M = (rows.left_N > depth).nonzero().flatten() + depth
-            if not len(at_M):
+            at = np.flatnonzero(rows.left > depth) + depth
+            if not len(at):
                 return
+            at_M = to_device(at, states_ND.device)
             yield at_M, states_ND[..., at_M, :]
 
     def _sets(self, params: Params) -> tuple[int, ...]:

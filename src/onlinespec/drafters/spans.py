@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import Feedback
 from onlinespec.host import to_device
+
+Ints = NDArray[np.int64]
 
 
 class Span(NamedTuple):
@@ -27,8 +31,8 @@ class Span(NamedTuple):
     target_states_ND: Tensor  # the target's state at each trained row's token: its head rows are the labels
     token_ids: list[int]  # what came behind each trained row's token ...
     token_ids_N: Tensor  # ... and on the device
-    counts_N: Tensor  # bool: which of the rows the loss counts ...
-    num_counted: int  # ... and how many
+    counts: list[bool]  # which of the rows the loss counts ...
+    counts_N: Tensor  # ... and on the device
     noise_keys_N3: Tensor  # int64 (seed, choice, position): what the token of each trained row was chosen with
     temperature: float  # at which the request decodes
     is_fresh: bool  # of this round, not replayed
@@ -49,16 +53,16 @@ class Layout(NamedTuple):
     context_features_CD: Tensor
     read_ids_N: Tensor  # a span's rows follow each other
     positions_N: Tensor
-    left_N: Tensor  # rows of the span from this one on, itself included
+    left: Ints  # on the host: rows of the span from each one on, itself included
     features_ND: Tensor
     target_states_ND: Tensor
     token_ids_N: Tensor
     counts_N: Tensor
+    fresh: Ints  # on the host: which of the rows are fresh and count
     noise_keys_N3: Tensor
     temperatures_N: Tensor
-    is_fresh_N: Tensor
-    capacities_N: Tensor  # of each row's request, as `Span.capacity`
-    context_capacities_C: Tensor
+    capacities: Ints  # on the host: of each row's request, as `Span.capacity`
+    context_capacities: Ints
     context_sizes: tuple[int, ...]  # by span
     is_visible_NC: Tensor  # of the same span
     is_visible_NN: Tensor  # of the same span and no later
@@ -93,31 +97,30 @@ def lay_out(spans: Sequence[Span]) -> Layout:
     contexts = [span.num_context for span in spans]
     sizes = [len(span.target_states_ND) for span in spans]
     starts = [span.first_position for span in spans]
-    positions_C = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, contexts, strict=True)])
     ends = [s + c + n for s, c, n in zip(starts, contexts, sizes, strict=True)]
-    positions_N = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, sizes, strict=True)])
-    span_C = torch.arange(len(spans)).repeat_interleave(torch.tensor(contexts))
-    span_N = _per_row(range(len(spans)), spans)
-    ends_N = _per_row(ends, spans)
+    positions_C = np.concatenate([np.arange(s, s + c) for s, c in zip(starts, contexts, strict=True)])
+    positions_N = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, sizes, strict=True)])
+    span_C, span_N = (np.repeat(np.arange(len(spans)), counts) for counts in (contexts, sizes))
+    is_fresh = np.repeat([span.is_fresh for span in spans], sizes)
     return Layout(
         context_ids_C=torch.cat([span.read_ids_S[: span.num_context] for span in spans]),
-        context_positions_C=positions_C.to(device),
+        context_positions_C=to_device(positions_C, device),
         context_features_CD=torch.cat([span.features_SD[: span.num_context] for span in spans]),
         read_ids_N=torch.cat([span.read_ids_S[span.num_context :] for span in spans]),
-        positions_N=positions_N.to(device),
-        left_N=(ends_N - positions_N).to(device),
+        positions_N=to_device(positions_N, device),
+        left=np.repeat(ends, sizes) - positions_N,
         features_ND=torch.cat([span.features_SD[span.num_context :] for span in spans]),
         target_states_ND=torch.cat([span.target_states_ND for span in spans]),
         token_ids_N=torch.cat([span.token_ids_N for span in spans]),
         counts_N=torch.cat([span.counts_N for span in spans]),
         noise_keys_N3=torch.cat([span.noise_keys_N3 for span in spans]),
-        temperatures_N=_per_row([span.temperature for span in spans], spans).to(device),
-        is_fresh_N=_per_row([span.is_fresh for span in spans], spans).to(device),
-        capacities_N=_per_row([span.capacity for span in spans], spans),
-        context_capacities_C=torch.tensor([s.capacity for s in spans]).repeat_interleave(torch.tensor(contexts)),
+        fresh=np.flatnonzero(is_fresh & np.concatenate([span.counts for span in spans])),
+        temperatures_N=to_device(np.repeat([span.temperature for span in spans], sizes), device, torch.float32),
+        capacities=np.repeat([span.capacity for span in spans], sizes),
+        context_capacities=np.repeat([span.capacity for span in spans], contexts),
         context_sizes=tuple(contexts),
-        is_visible_NC=(span_N[:, None] == span_C).to(device),
-        is_visible_NN=((span_N[:, None] == span_N) & (positions_N[:, None] >= positions_N)).to(device),
+        is_visible_NC=to_device(span_N[:, None] == span_C, device),
+        is_visible_NN=to_device((span_N[:, None] == span_N) & (positions_N[:, None] >= positions_N), device),
     )
 
 
@@ -149,15 +152,15 @@ def _span(
         and can_draft(trace.token_ids[record.start + i + 1])
         for record in records
         for i in range(record.num_rows)
-    ]
+    ][first - records[0].start :]
     return Span(
         read_ids_S=ids[:-1],
         features_SD=states[: last - num_before].float() if has_features else states.new_zeros(last - num_before, 0),
         target_states_ND=states[first:last].clone(),
         token_ids=trace.token_ids[first + 1 : last + 1],
         token_ids_N=ids[first - num_before + 1 :],
-        counts_N=to_device(counts[first - records[0].start :], states.device),
-        num_counted=sum(counts[first - records[0].start :]),
+        counts=counts,
+        counts_N=to_device(counts, states.device),
         noise_keys_N3=to_device(
             [(records[0].seed, records[0].choice, at + 1) for at in range(first, last)], states.device
         ),
@@ -174,8 +177,3 @@ def _shortened(span: Span, max_context: int) -> Span:
         features_SD=span.features_SD[left_out:],
         first_position=span.first_position + left_out,
     )
-
-
-def _per_row(values: Sequence[float], spans: Sequence[Span]) -> Tensor:
-    """Each span's value for each of its trained rows."""
-    return torch.tensor(values).repeat_interleave(torch.tensor([len(span.target_states_ND) for span in spans]))

@@ -6,7 +6,7 @@ other), M rows whose logits are wanted, V vocabulary, D hidden size, G key-value
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -115,7 +115,7 @@ def plain_states(
     is_visible_NN: Tensor,
     past: Past | None = None,
     product: Product = plain_product,
-    capacities_N: Tensor | None = None,
+    capacities: Iterable[int] | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """States after the final norm as published models define them, differentiable, and every layer's keys and values.
 
@@ -124,9 +124,9 @@ def plain_states(
     Args:
         x_ND: Embedded tokens.
         is_visible_NN: Which of these rows each of them attends to, windows apart.
-        capacities_N: Most tokens of each row's request, as `turns_at` has it.
+        capacities: Most tokens of each row's request, as `turns_at` has it.
     """
-    turns_NR, keys_values = turns_at(positions_N, config.layer, capacities_N), []
+    turns_NR, keys_values = turns_at(positions_N, config.layer, capacities), []
     for index in range(config.num_layers):
         layer, window = layer_weights(weights, index), config.window(index)
         keys_values.append(plain_keys_values(config.layer, layer, x_ND, turns_NR, product))
@@ -144,10 +144,10 @@ def plain_keys_values_by_layer(
     x_SD: Tensor,
     positions_S: Tensor,
     product: Product = plain_product,
-    capacities_S: Tensor | None = None,
+    capacities: Iterable[int] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """What one text leaves for rows after it, as in `plain_states`, without what only its own end would need."""
-    turns_SR, keys_values = turns_at(positions_S, config.layer, capacities_S), []
+    turns_SR, keys_values = turns_at(positions_S, config.layer, capacities), []
     is_before_SS = positions_S[:, None] >= positions_S
     for index in range(config.num_layers):
         layer = layer_weights(weights, index)

@@ -12,7 +12,7 @@ rotations, then have one more axis in front.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onlinespec.host import to_device
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.linear import MakeLinear, Product, plain_product
 from onlinespec.models.rope import Rope, RotaryTables
@@ -65,19 +66,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps) * weight.unflatten(0, (-1, *[1] * (x.dim() - 2)))
 
 
-def turns_at(positions_N: Tensor, config: LayerConfig, capacities_N: Tensor | None = None) -> Tensor:
+def turns_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int] | None = None) -> Tensor:
     """Rotations [N, R] of positions as complex numbers.
 
     Args:
-        capacities_N: Most tokens of each row's request, on the CPU; only scalings that go by them look at it.
+        capacities: Most tokens of each row's request; only scalings that go by them look at it.
     """
     rope = config.rope
-    lengths = [rope.length_of(n) for n in capacities_N.tolist()] if capacities_N is not None else []
+    lengths = [rope.length_of(int(n)) for n in capacities] if capacities is not None else []
     lengths = lengths or [0]
     turns_NR = rope.turns(positions_N, config.head_dim, lengths[0])
     for length in set(lengths[1:]) - {lengths[0]}:
-        at_N = torch.tensor(lengths, device=positions_N.device) == length
-        turns_NR[at_N] = rope.turns(positions_N[at_N], config.head_dim, length)
+        at_M = to_device([i for i, one in enumerate(lengths) if one == length], positions_N.device)
+        turns_NR[at_M] = rope.turns(positions_N[at_M], config.head_dim, length)
     return turns_NR
 
 
