@@ -256,7 +256,8 @@ def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_for
     drafter._shortlist._num_seen = 10**6  # so that lists are drafted from
     decode(drafter)
     _ = drafter._shortlist.whole
-    assert bytes_there() - before == pytest.approx(told, rel=0.25)
+    seen = drafter._shortlist._counts_V.nbytes + drafter._shortlist._unseen_V.nbytes  # no tensors
+    assert bytes_there() + seen - before == pytest.approx(told, rel=0.25)
 
     config = parse(f"{method}/{ROUNDS}")
     told_learning = Beside(name, [config])(SHAPE, torch.float32, torch.device("cpu")) - told
