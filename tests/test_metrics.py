@@ -181,7 +181,7 @@ def test_a_kl_that_rounds_below_zero_allows_nothing():
 
 
 def learned(loss=1.0, learner=None, **measured):
-    unknown = ("data", "moved", "function_moved", "gradient_cosine", "is_update")
+    unknown = ("data", "moved", "function_moved", "gradient_cosine", "is_update", "agreement", "is_undoing")
     rest = {name: 0 for name in Round.__struct_fields__ if name not in unknown}
     return Round(**(rest | {"data": "code", "num_rows": 1, "loss": loss, "learner": learner or {}} | measured))
 

@@ -18,6 +18,7 @@ def step_size_for(params: Params) -> float:
     In the diagonal geometries every weight moves by about the step size, so the move as a whole grows with the square
     root of their number: above two million it stays as long as it is there.
 
+    >>> import torch
     >>> step_size_for({"fc.weight": torch.empty(1000, 1000)})
     0.001
     """
