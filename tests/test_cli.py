@@ -205,7 +205,9 @@ SERVE = ("serve", "target")
 def test_mistakes_are_refused_in_one_message_and_leave_nothing_behind(run, files, monkeypatch, argv, is_early, words):
     """EARLY: before a target is loaded."""
     if is_early:
-        monkeypatch.setattr(checks, "load_target", lambda *_, **__: pytest.fail("a target was loaded before the refusal"))
+        monkeypatch.setattr(
+            checks, "load_target", lambda *_, **__: pytest.fail("a target was loaded before the refusal")
+        )
     monkeypatch.setattr(DecodeLoop, "step", lambda *_: pytest.fail("there was a step before the refusal"))
     before = contents(files)
     assert_refused(run(*argv), *words)
