@@ -205,7 +205,9 @@ SERVE = ("serve", "target")
 def test_mistakes_are_refused_in_one_message_and_leave_nothing_behind(run, files, monkeypatch, argv, is_early, words):
     """EARLY: before a target is loaded."""
     if is_early:
-        monkeypatch.setattr(checks, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
+        monkeypatch.setattr(
+            checks, "load_target", lambda *_, **__: pytest.fail("a target was loaded before the refusal")
+        )
     monkeypatch.setattr(DecodeLoop, "step", lambda *_: pytest.fail("there was a step before the refusal"))
     before = contents(files)
     assert_refused(run(*argv), *words)
@@ -272,7 +274,7 @@ def test_help_names_every_choice_and_no_python(run, command):
     "argv", [(*GENERATE, "--learner"), (*SERVE, "--port", "0", "--learner"), (*COMPARE, "--learners")]
 )
 def test_every_command_takes_every_name_of_a_learner(run, monkeypatch, argv, name):
-    def reached(*_):
+    def reached(*_, **__):
         raise ValueError("the target is loaded")
 
     monkeypatch.setattr(checks, "load_target", reached)
@@ -758,7 +760,7 @@ def test_a_killed_comparison_leaves_whole_lines_and_the_finished_segments(tmp_pa
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(run, monkeypatch):
-    monkeypatch.setattr(checks, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
+    monkeypatch.setattr(checks, "load_target", lambda *_, **__: pytest.fail("a target was loaded before the refusal"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert_refused(run(*SERVE, "--port", port), f"127.0.0.1:{port}", "in use", "another --port")
@@ -903,7 +905,7 @@ def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run, 
 
 def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loaded(tmp_path, run, monkeypatch):
     monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
-    monkeypatch.setattr(checks, "load_target", lambda *_: pytest.fail("a target was loaded before the refusal"))
+    monkeypatch.setattr(checks, "load_target", lambda *_, **__: pytest.fail("a target was loaded before the refusal"))
     (tmp_path / "file").touch()
     code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file")
     assert (code, "is a file; give a directory" in err) == (2, True)

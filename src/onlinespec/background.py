@@ -341,7 +341,7 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
             os.nice(recipe.niceness)
         budget.begin()
         _answer(connection, send, recipe, trainer, budget)
-        figures = trainer.figures()
+        figures = trainer.figures() | {"share_spent": budget.share_spent}
     except Exception as error:  # as in a thread: it is said by who serves
         figures |= {"failure": f"{type(error).__name__}: {error}"}
     with contextlib.suppress(OSError):
