@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from onlinespec.core import DecodeStats, Draft, Feedback, TokenLogprobs, Trace, 
 from onlinespec.drafters.base import Drafter
 from onlinespec.host import to_device, to_host
 from onlinespec.models.base import Output
+from onlinespec.models.clock import clock_for
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache, PromptText
@@ -163,6 +163,7 @@ class DecodeLoop:
         rule: Rule | None = None,
     ) -> None:
         self.target, self.drafter, self.learning, self.prefixes = target, drafter, learning, prefixes
+        self.clock = clock_for(target.decoder.device)
         self._rule = rule or Coupled()
         if drafter:
             drafter.gives_probs = self._rule.needs_probs
@@ -293,7 +294,7 @@ class DecodeLoop:
         Args:
             max_tokens: At least 32. Pieces end between blocks of so many positions, where their end costs no bit.
         """
-        began = time.perf_counter()
+        began = self.clock.mark()
         pieces = self._pieces(requests, max_tokens)
         ids = [i for request, count in pieces for i in _unread(request, count)]
         if ids:
@@ -303,7 +304,7 @@ class DecodeLoop:
             if not request.num_unread:
                 self._begin_drafting(request)
                 request.is_ready = True
-        seconds = time.perf_counter() - began
+        seconds = self.clock.seconds(began, self.clock.mark())
         for request, count in pieces:
             request.stats = _with_seconds(request.stats, seconds * (count / len(ids) if ids else 1 / len(pieces)))
 
@@ -316,10 +317,10 @@ class DecodeLoop:
         Args:
             num_draft_tokens: For each request; by default what its own settings say. Never more than that.
         """
-        began = time.perf_counter()
+        began = self.clock.mark()
         wanted = self._wanted(requests, num_draft_tokens)
         draft = self._propose(requests, wanted)
-        drafted = time.perf_counter()
+        drafted = self.clock.mark()
         counts = self._counts(draft, wanted)
         output = self._score(requests, draft, counts)
         rows = self._rows(requests, draft, counts, output)
@@ -327,11 +328,12 @@ class DecodeLoop:
         outcomes = self._outcomes(requests, draft, verdict, output.logits_MV.split(counts))
         feedback = self._commit(requests, outcomes, draft.weights_version, output.hidden_states_ND.split(counts))
         self._say_where_drafts_end(requests)
-        decoded = time.perf_counter()
+        decoded = self.clock.mark()
         committed = [one for one, outcome in zip(requests, outcomes, strict=True) if outcome.is_finite]
         learn_seconds, diagnostic_seconds = self._learn(committed, feedback)
-        self._charge(requests, decoded - began, learn_seconds, diagnostic_seconds)
-        return Step(committed, feedback, drafted - began, decoded - drafted, learn_seconds)
+        draft_seconds, verify_seconds = self.clock.seconds(began, drafted), self.clock.seconds(drafted, decoded)
+        self._charge(requests, draft_seconds + verify_seconds, learn_seconds, diagnostic_seconds)
+        return Step(committed, feedback, draft_seconds, verify_seconds, learn_seconds)
 
     def undo_step(self, request: Request) -> None:
         """After a step or a prefill that failed: forgets what it left half done.
@@ -628,10 +630,10 @@ class DecodeLoop:
         """Seconds of learning, and of measuring it."""
         if not self.learning:
             return 0.0, 0.0
-        began, measured = time.perf_counter(), self.learning.diagnostic_seconds
+        began, measured = self.clock.mark(), self.learning.diagnostic_seconds
         self.learning.offer([record for request, record in zip(requests, feedback, strict=True) if request.learns])
         diagnostic_seconds = self.learning.diagnostic_seconds - measured
-        return time.perf_counter() - began - diagnostic_seconds, diagnostic_seconds
+        return self.clock.seconds(began, self.clock.mark()) - diagnostic_seconds, diagnostic_seconds
 
     def _charge(
         self, requests: Sequence[Request], decode_seconds: float, learn_seconds: float, diagnostic_seconds: float

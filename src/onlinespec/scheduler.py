@@ -10,7 +10,6 @@ what runs is never thrown out again, and what does not fit waits its turn, first
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -217,9 +216,9 @@ class Scheduler:
         """Some tokens of the prompts that came first; those that are read to the end run from now on."""
         if unread := [request for request in self.reading if request.finish_reason is None]:
             most = self.limits.prefill_tokens if self.running else self.limits.prefill_alone
-            began = time.perf_counter()
+            began = self.loop.clock.mark()
             self._together(partial(self.loop.read, max_tokens=most), unread)
-            self.flow.read_seconds += time.perf_counter() - began
+            self.flow.read_seconds += self.loop.clock.seconds(began, self.loop.clock.mark())
         ready = [request for request in unread if request.is_ready and request.finish_reason is None]
         self.running += ready
         self.reading = [request for request in self.reading if request not in ready]
