@@ -152,7 +152,7 @@ def test_labels_of_the_time_axis_lie_apart_and_inside_their_chart(browser, width
             assert len(charts) == 2
             for one, other in (pair for texts in charts for pair in itertools.combinations(texts, 2)):
                 is_beside = one["right"] + 4 < other["left"] or other["right"] + 4 < one["left"]
-                assert is_beside or one["bottom"] < other["top"] or other["bottom"] < one["top"], (one, other)
+                assert is_beside or one["bottom"] + 2 < other["top"] or other["bottom"] + 2 < one["top"], (one, other)
             for one in itertools.chain(*charts):
                 assert 0 <= one["left"] < one["right"] <= one["end"], one
     page.close()
