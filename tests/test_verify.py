@@ -181,7 +181,9 @@ def test_plain_decoding_follows_the_target_law(sampling):
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("rule", [1, 2, 5, any_number, by_the_noise, by_the_draft], ids=str)
+@pytest.mark.parametrize(
+    "rule", [1, 2, 5, any_number, by_the_noise, by_the_draft], ids=lambda rule: getattr(rule, "__name__", rule)
+)
 def test_no_draft_and_no_choice_of_its_length_changes_a_token(drafter, rule):
     target, numbers = TableTarget(VOCAB, seed=1), run_numbers()[:1000]
     for sampling in (SOFT, SETTINGS["top_p"]):
