@@ -97,8 +97,8 @@ def test_nothing_is_chosen_before_someone_asks():
 def test_a_list_can_be_had_that_holds_some_tokens_and_leaves_the_one_to_draft_from():
     some = shortlist(size=4)
     see(some, [50, 51, 51, 52, 52, 53, 53])
-    assert some.holding(torch.tensor([51, 51, 52])) is some.now
-    assert some.holding(torch.tensor([7, 7, 9])).token_ids_S.tolist() in (
+    assert some.holding([51, 51, 52]) is some.now
+    assert some.holding([7, 7, 9]).token_ids_S.tolist() in (
         [7, 9, 51, 52],
         [7, 9, 52, 53],
         [7, 9, 51, 53],
