@@ -361,6 +361,8 @@ class DecodeLoop:
             return
         self._cache.release(request.slot)
         self._end_drafting(request)
+        if request.noise:
+            request.noise.forget_before(request.max_tokens)
         self._released.append(request.slot)
         request.slot = -1
 
@@ -488,11 +490,7 @@ class DecodeLoop:
         decoder = self.target.decoder
         anchors_B1 = to_device([[request.trace.token_ids[-1]] for request in requests], decoder.device)
         ids_BL = torch.cat([anchors_B1, draft.token_ids_BK], dim=1)
-        ids_N = (
-            ids_BL[0, : counts[0]]
-            if len(counts) == 1
-            else torch.cat([r[:n] for r, n in zip(ids_BL, counts, strict=True)])
-        )
+        ids_N = torch.cat([ids_L[:count] for ids_L, count in zip(ids_BL, counts, strict=True)])
         slots = [request.slot for request in requests]
         aux = self.drafter.aux_layer_ids if self.drafter else ()
         return decoder.forward(ids_N, slots, counts, self._cache, aux_layer_ids=aux)
