@@ -36,6 +36,7 @@ EAGER = Recipe(
     "eagle", config=parse("online_gradient/step_size=5e-3/min_interval=8/max_interval=8"), share=10.0, niceness=0
 )
 EXPLODING = "online_gradient/step_size=1e38/clip_norm=1e38/geometry=euclidean/min_interval=8/max_interval=8"
+full = pytest.mark.full
 WAYS = {"thread": ThreadLearning, "process": ProcessLearning}
 
 
@@ -104,7 +105,7 @@ def test_serving_never_waits_and_of_too_much_the_oldest_is_dropped(way):
     assert [record.request_id for record in learning._waiting] == ["3"] * 4
 
 
-@pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=pytest.mark.full)])
+@pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=full)])
 def test_a_learner_that_computes_nan_leaves_the_drafter_as_it_was(way, caplog):
     loop, learning = make(way, replace(EAGER, config=parse(EXPLODING)))
     start = loop.drafter.weights
@@ -165,7 +166,7 @@ def test_a_process_outlives_the_signals_for_who_serves_and_one_that_is_killed_is
     learning.stop(1.0)
 
 
-@pytest.mark.full
+@full
 def test_who_forgets_to_stop_a_process_can_still_end():
     script = (
         "import sys, test_background as here\n"
@@ -180,7 +181,7 @@ def test_who_forgets_to_stop_a_process_can_still_end():
 
 @pytest.mark.parametrize(
     ("way", "count"),
-    [("thread", 100), *(pytest.param(way, 1000, marks=pytest.mark.full) for way in WAYS)],
+    [("thread", 100), *(pytest.param(way, 1000, marks=full) for way in WAYS)],
 )
 def test_swaps_under_load_change_no_token(way, count):
     """Versions of noise, a new one before every step of up to eight requests that come, go, and read long prompts."""
@@ -401,10 +402,10 @@ def test_numbers_go_on_after_versions_were_moved_aside(tmp_path, traffic):
 
 
 def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic, monkeypatch, caplog):
-    def full(*args, **kwargs):
+    def no_room(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("onlinespec.versions.save_file", full)
+    monkeypatch.setattr("onlinespec.versions.save_file", no_room)
     trainer, published = trained(tmp_path, traffic)
     assert published
     assert trainer.num_unsaved == len(published) + 1
@@ -434,15 +435,22 @@ class Breaking:
         return replace(record, trace=text)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("way", ["inline", *WAYS])
+@pytest.mark.parametrize(
+    ("way", "value"),
+    [
+        ("inline", math.nan),
+        ("thread", math.inf),
+        *(pytest.param(*case, marks=full) for case in [("inline", math.inf), ("thread", math.nan)]),
+        *(pytest.param("process", value, marks=full) for value in (math.nan, math.inf)),
+    ],
+)
 def test_a_state_that_is_not_finite_costs_its_own_text_and_learning_goes_on(way, value, caplog):
     drafter = load_drafter("eagle", TARGET)
     if way == "inline":
         learning = InlineLearning(drafter, config=replace(EAGER.config, budget=math.inf))
     else:
         learning = WAYS[way](TARGET, drafter, EAGER)
-        learning.start()
+        begin(learning)
     loop = DecodeLoop(TARGET, drafter, Breaking(learning, "3", value))
 
     def figures():
@@ -460,7 +468,7 @@ def test_a_state_that_is_not_finite_costs_its_own_text_and_learning_goes_on(way,
     assert all(p.isfinite().all() for p in drafter.weights.params.values())
     assert_exact(served)
     if way != "inline":
-        learning.stop()
+        learning.stop(HANG_SECONDS)
 
 
 def unsaveable(error):
@@ -472,8 +480,20 @@ def unsaveable(error):
     return fail
 
 
-@pytest.mark.parametrize("error", [ValueError("odd"), RuntimeError("shared memory"), KeyError("name"), TypeError("x")])
-@pytest.mark.parametrize("where", ["onlinespec.versions.flattened", "onlinespec.drafters.eagle.Eagle.save"])
+STATE, WEIGHTS = "onlinespec.versions.flattened", "onlinespec.drafters.eagle.Eagle.save"
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        (STATE, ValueError("odd")),
+        (WEIGHTS, RuntimeError("shared memory")),
+        *(pytest.param(place, KeyError("name"), marks=full) for place in (STATE, WEIGHTS)),
+        *(pytest.param(place, TypeError("x"), marks=full) for place in (STATE, WEIGHTS)),
+        pytest.param(STATE, RuntimeError("shared memory"), marks=full),
+        pytest.param(WEIGHTS, ValueError("odd"), marks=full),
+    ],
+)
 def test_whatever_saving_raises_is_said_once_and_learning_goes_on(where, error, tmp_path, traffic, monkeypatch, caplog):
     monkeypatch.setattr(where, unsaveable(error))
     trainer, published = trained(tmp_path, traffic)
@@ -512,6 +532,7 @@ class Learner(OnlineGradient):
 """
 
 
+@full
 def test_a_process_whose_learner_can_not_be_saved_learns_and_publishes(tmp_path, monkeypatch, caplog):
     (tmp_path / "odd_learner.py").write_text(ODD)
     monkeypatch.syspath_prepend(tmp_path)
@@ -519,7 +540,7 @@ def test_a_process_whose_learner_can_not_be_saved_learns_and_publishes(tmp_path,
     recipe = replace(EAGER, config=parse(line), learner=line, versions=str(tmp_path / "kept"))
     loop, learning = make("process", recipe)
     served = until(lambda: learning.num_published >= 2 and learning.figures()["unsaved"] >= 2, loop)
-    learning.stop()
+    learning.stop(HANG_SECONDS)
     assert not learning.failure
     assert_exact(served)
     assert caplog.text.count("holds a frozenset, which can't be saved") == 1
@@ -532,11 +553,11 @@ def test_a_process_that_can_not_begin_says_why(tmp_path, caplog):
     served = until(lambda: learning.failure, loop)
     assert "gone" in learning.failure
     assert_exact(served + answers(loop, 2))
-    learning.stop()
+    learning.stop(HANG_SECONDS)
     assert caplog.text.count("learning stopped") == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=full)])
 def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(way, tmp_path, monkeypatch):
     monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
     recipe, drafter = replace(EAGER, versions=str(tmp_path)), load_drafter("eagle", TARGET)
@@ -548,11 +569,11 @@ def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(w
     until(lambda: learning.figures()["rounds"], loop)
     with pytest.raises(FolderTaken):
         Versions(tmp_path).hold()
-    learning.stop()
+    learning.stop(HANG_SECONDS)
     Versions(tmp_path).hold()
 
 
-@pytest.mark.full
+@full
 def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):
     recipe = replace(EAGER, versions=str(tmp_path))
     loop, learning = make("process", recipe)
