@@ -24,6 +24,8 @@ from onlinespec.control import Controller, FixedController, StepRecord, most_per
 
 QUIET, NOISY = Machine(), Machine(noise=0.1, hiccup=0.01)
 NUM_TOKENS = {1: 6_000, 4: 10_000, 16: 20_000}  # by batch
+full = pytest.mark.full
+BATCHES = [1, 4, pytest.param(16, marks=full)]
 
 
 def controller_of(machine, costs=None, learn_budget=0.08):
@@ -59,7 +61,7 @@ def seen(controller, num_steps, num_accepted, num_draft_tokens=4, request_ids=("
 # Never slower
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("machine", [QUIET, NOISY], ids=["quiet", "noisy"])
 def test_goodput_is_within_2_percent_of_the_best_fixed_number_in_hindsight(machine, name, batch):
@@ -67,7 +69,7 @@ def test_goodput_is_within_2_percent_of_the_best_fixed_number_in_hindsight(machi
     assert run_of(machine, name, batch).seconds <= best.seconds / 0.98
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("machine", [QUIET, NOISY], ids=["quiet", "noisy"])
 def test_a_hopeless_drafter_costs_less_than_3_percent_of_plain_decoding_learning_included(machine, batch):
     plain = simulate(Fixed(0), machine, HOPELESS, batch, NUM_TOKENS[batch])
@@ -194,7 +196,7 @@ def test_a_fixed_number_is_kept_whatever_happens():
 # Costs that are not as measured
 
 
-@pytest.mark.parametrize("column", [0, 2, 3, 6])
+@pytest.mark.parametrize("column", [0, pytest.param(2, marks=full), 3, pytest.param(6, marks=full)])
 @pytest.mark.parametrize("factor", [3.0, 1 / 3], ids=["dear", "cheap"])
 @pytest.mark.parametrize("part", ["draft_seconds", "verify_seconds"])
 def test_a_column_of_the_profile_that_is_wrong_by_three_times_heals(part, factor, column):

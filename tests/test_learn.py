@@ -1,6 +1,7 @@
 import logging
 import math
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -108,8 +109,13 @@ def test_weights_that_score_nothing_finite_are_never_the_last_good_ones(drafter)
     assert max(largest) > 1e6  # such weights did play
 
 
-def plain_ids(prompt, num_tokens=40):
+@cache
+def plain_ids_of(prompt, num_tokens):
     return plain(TARGET, prompt, GenerationParams(num_tokens)).output_ids
+
+
+def plain_ids(prompt, num_tokens=40):
+    return plain_ids_of(tuple(prompt), num_tokens)
 
 
 def test_weights_that_blow_up_without_a_nan_do_not_stop_sampling(drafter):
@@ -239,12 +245,12 @@ def test_the_osd_preset_has_a_round_after_every_eighth_request_on_all_that_was_r
 # The budget, in work units
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1])
-def test_learning_keeps_to_its_share_of_the_work(drafter, share):
+@pytest.mark.parametrize(("share", "num_answers"), [(0.02, 20), (0.1, 10)])
+def test_learning_keeps_to_its_share_of_the_work(drafter, share, num_answers):
     max_rows, costs = 16, {"round_cost": 0.25, "row_cost": 0.03}
     config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=max_rows, budget=share, **costs)
     learning = learn(drafter, config=config)
-    steps = sum(complete(drafter, learning).stats.steps for _ in range(40))
+    steps = sum(complete(drafter, learning).stats.steps for _ in range(num_answers))
     work = learning.num_rounds * costs["round_cost"] + learning.num_rows * costs["row_cost"]
     assert learning.work >= work  # comparisons with older weights too
     assert learning.work <= share * steps + 9 * (0.25 + 0.03 * max_rows)  # lent at the start, and a comparison
@@ -518,7 +524,7 @@ def test_what_is_replayed_is_not_forgotten():
         learning = learn(drafter, config=replace(OFTEN, min_interval=24, max_interval=24, replay_every=replay_every))
         loop = DecodeLoop(TARGET, drafter, learning)
         for domain, prompt in (("one", PROMPT), ("other", [250, 3, 77, 12])):
-            for _ in range(25):
+            for _ in range(12):
                 loop.complete(prompt, GenerationParams(40), domain=domain)
         kept[replay_every] = DecodeLoop(TARGET, drafter).complete(PROMPT, GenerationParams(40)).stats.acceptance_length
     assert kept[2] > kept[0]
@@ -636,11 +642,11 @@ def test_a_new_domain_moves_nothing_once_a_round_has_failed(drafter, monkeypatch
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_is_learned_from(drafter, loss):
     learning = learn(drafter, config=replace(OFTEN, loss=loss))
-    first = complete(drafter, learning).stats
-    for _ in range(15):
-        last = complete(drafter, learning).stats
+    lengths = [complete(drafter, learning).stats.acceptance_length]
+    while lengths[-1] < lengths[0] + 0.2:
+        assert len(lengths) < 16
+        lengths.append(complete(drafter, learning).stats.acceptance_length)
     assert not learning.is_frozen
-    assert last.acceptance_length > first.acceptance_length
 
 
 # Which rows a round trains

@@ -1,5 +1,7 @@
+import itertools
 import threading
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import rigs
@@ -61,19 +63,32 @@ def is_empty(scheduler):
 # Exactness
 
 
-@pytest.mark.parametrize("max_running", [1, 3, 16])
-@pytest.mark.parametrize("prefill_tokens", [32, 128, 1024])
-@pytest.mark.parametrize("name", ["eagle", "ngram", None])
-def test_every_answer_in_a_mixed_batch_is_the_one_it_has_alone(name, max_running, prefill_tokens):
-    def drafter():
-        return load_drafter(name, TARGET) if name else None
+NAMES, MOST_RUNNING, PREFILLS = ("eagle", "ngram", None), (1, 3, 16), (32, 128, 1024)
+IN_SHORT = [("eagle", 1, 128), ("eagle", 3, 32), ("eagle", 16, 1024), ("ngram", 16, 32), (None, 3, 128)]
 
+
+def drafter_of(name):
+    return load_drafter(name, TARGET) if name else None
+
+
+@cache
+def alone_with(name):
+    return [DecodeLoop(TARGET, drafter_of(name)).complete(*job) for job in JOBS]
+
+
+@pytest.mark.parametrize(
+    ("name", "max_running", "prefill_tokens"),
+    [
+        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.full)
+        for case in itertools.product(NAMES, MOST_RUNNING, PREFILLS)
+    ],
+)
+def test_every_answer_in_a_mixed_batch_is_the_one_it_has_alone(name, max_running, prefill_tokens):
     limits = Limits(max_running=max_running, prefill_tokens=prefill_tokens, prefill_alone=prefill_tokens)
-    scheduler = make(limits, drafter(), PrefixCache(MEGABYTES))
+    scheduler = make(limits, drafter_of(name), PrefixCache(MEGABYTES))
     requests = submit(scheduler, JOBS)
     drain(scheduler)
-    alone = [DecodeLoop(TARGET, drafter()).complete(*job) for job in JOBS]
-    for request, other in zip(requests, alone, strict=True):
+    for request, other in zip(requests, alone_with(name), strict=True):
         assert request.output_ids == other.output_ids
         assert request.finish_reason == other.finish_reason
         if request.params.sampling.is_greedy:  # and the very bits, whatever was read beside it
