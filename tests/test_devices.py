@@ -4,6 +4,7 @@ Tensors are fake and of the `meta` device: they have shapes and a place, and no 
 two devices is refused, and every read of the host but `host.to_host` fails by itself, for there is nothing to read.
 """
 
+import itertools
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,8 +98,16 @@ def test_a_step_on_cuda_takes_greedy_and_sampled_requests_together(device, name)
         loop.finish(request)
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("name", ["eagle", "small_lm"])
+IN_SHORT = [("eagle", "online_gradient"), ("eagle", "ensemble"), ("small_lm", "online_gradient")]
+
+
+@pytest.mark.parametrize(
+    ("name", "learner"),
+    [
+        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.full)
+        for case in itertools.product(["eagle", "small_lm"], LEARNERS)
+    ],
+)
 def test_a_round_of_learning_on_cuda_mixes_no_devices_and_reads_them_through_one_function(device, name, learner):
     """Rounds of greedy rows, of sampled ones whose noise is replayed, and with replayed requests beside them."""
     target = rigs.random_target(device=device)
