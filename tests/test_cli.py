@@ -358,7 +358,9 @@ def test_sampling_follows_the_checkpoint_where_nothing_is_said(run, monkeypatch)
         seen.append(params.sampling)
         return start(loop, prompt_ids, params, **tags)
 
-    monkeypatch.setattr(checks, "load_target", lambda *machine: replace(load_target(*machine), sampling=recommended))
+    monkeypatch.setattr(
+        checks, "load_target", lambda *machine, **more: replace(load_target(*machine, **more), sampling=recommended)
+    )
     monkeypatch.setattr(DecodeLoop, "start", recording)
     run(*GENERATE, "--max-new-tokens", "2")
     run(*GENERATE, "--max-new-tokens", "2", "--temperature", "0", "--top-k", "0")
