@@ -1075,7 +1075,7 @@ def test_a_mistake_is_one_line_of_a_process():
 
 @pytest.mark.parametrize("error", [KeyError("lost"), AssertionError("never"), ZeroDivisionError("none"), IndexError(3)])
 def test_what_no_one_foresaw_is_told_as_a_bug_in_one_line(run, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(checks, "load_target", fail)

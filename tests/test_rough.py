@@ -140,7 +140,7 @@ def test_a_prompt_without_tokens_and_one_beyond_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match="the prompt has no tokens; give at least one"):
         loop.complete(TARGET.encode(""), GenerationParams())
     for ids in ([5, 288], [-1]):
-        with pytest.raises(ValueError, match="token ids outside the target's vocabulary of 288"):
+        with pytest.raises(ValueError, match=rf"token {ids[-1]}, outside the model's vocabulary of 288"):
             loop.complete(ids, GenerationParams())
 
 
