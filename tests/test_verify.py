@@ -56,10 +56,9 @@ def test_verify_commits_exactly_what_the_reference_commits(seed, B, K, share_bro
 def test_the_noise_of_a_row_is_that_of_its_own_position():
     noise = Noise(7, 1, VOCAB)
     scores = process_scores(TableTarget(VOCAB, seed=1).logits[:3], SOFT)
-    draft = Draft(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([0]), None, 0)
-    (committed,) = Coupled().judge(draft, [ScoredRows(scores[:1], SOFT, noise, 12)]).token_ids_BL[:, :1].tolist()
-    expected = (scores[0].double() + gumbel(uniforms(7, 1, 12, VOCAB))).argmax()
-    assert committed == [int(expected)]
+    expected = [int((row + gumbel(uniforms(7, 1, 12 + i, VOCAB))).argmax()) for i, row in enumerate(scores.double())]
+    draft = Draft(torch.tensor([expected[:2]]), torch.tensor([2]), None, 0)
+    assert Coupled().judge(draft, [ScoredRows(scores, SOFT, noise, 12)]).token_ids_BL.tolist() == [expected]
 
 
 @pytest.mark.parametrize(

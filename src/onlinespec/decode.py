@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from onlinespec.config import GenerationParams
+from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, TokenLogprobs, Trace, Verdict
 from onlinespec.drafters.base import Drafter
 from onlinespec.host import to_device, to_host
@@ -312,7 +312,7 @@ class DecodeLoop:
         """One draft and one verification for every request given, then learning if a round is due.
 
         A request whose logits are broken commits nothing, and drafts nothing in its next step; if they are broken then
-        too, it ends with an error. The others do not notice.
+        too, it ends with an error. The others do not notice. (Under the rejection rule the step raises instead.)
 
         Args:
             num_draft_tokens: For each request; by default what its own settings say. Never more than that.
@@ -362,7 +362,7 @@ class DecodeLoop:
         self._cache.release(request.slot)
         self._end_drafting(request)
         if request.noise:
-            request.noise.forget_before(request.max_tokens)
+            request.noise.forget_before(request.max_tokens + MAX_DRAFT_TOKENS)
         self._released.append(request.slot)
         request.slot = -1
 

@@ -218,7 +218,14 @@ def test_sampled_output_equals_plain_decoding_alone_and_among_sixteen(drafter, t
     together = run_together(DecodeLoop(target, drafter), SAMPLED, max_running=16)
     assert outputs(together) == plain_samples()
     assert [DecodeLoop(target, drafter).complete(*job).output_ids for job in SAMPLED[:6]] == plain_samples()[:6]
-    assert total(together).drafted > 0
+    assert 0 < total(together).accepted < total(together).drafted
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-30])
+def test_a_vanishing_temperature_drafts_as_greedy_does(drafter, target, temperature):
+    greedy, params = GenerationParams(24), GenerationParams(24, sampling=SamplingParams(temperature=temperature))
+    stats = [DecodeLoop(target, drafter).complete(PROMPTS[2], each).stats for each in (greedy, params)]
+    assert stats[0].accepted == stats[1].accepted > 0
 
 
 def test_choices_of_one_seed_are_different_answers():

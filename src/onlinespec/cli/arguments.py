@@ -398,7 +398,7 @@ def check(command: Command) -> None:
     if machine.num_threads < 1:
         raise ValueError(f"num_threads is {machine.num_threads}; it must be at least 1")
     if not -(2**63) <= machine.seed < 2**63:
-        raise ValueError(f"seed is {machine.seed}; it must fit in 64 bits")
+        raise ValueError(f"seed is {machine.seed}; it must fit in 64 bits, its sign included")
     if not isinstance(command, Distill):
         command.learning.config()
         command.learning.tuning()

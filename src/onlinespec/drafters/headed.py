@@ -204,7 +204,9 @@ class Headed(Drafter):
         scores_RS = self._logits(states_RD, listed.head if listed else self._shortlist.whole)
         noise_RS = noise.at(depth, token_ids_S)
         if noise_RS is not None:
-            temperatures = [params.temperature or 1.0 for params in sampling]
+            tiny = torch.finfo(torch.float32).tiny  # a lower temperature would be 0 there
+            temperatures = [max(params.temperature, tiny) if params.temperature else 1.0 for params in sampling]
+            scores_RS = scores_RS - scores_RS.amax(-1, keepdim=True)  # so that no temperature can overflow the best
             scores_RS = scores_RS / to_device(temperatures, scores_RS.device, torch.float32)[:, None] + noise_RS
         best_R = scores_RS.argmax(-1)
         return best_R if token_ids_S is None else token_ids_S[best_R], None
