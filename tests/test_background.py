@@ -74,7 +74,7 @@ def until(condition, loop):
     return served
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=full)])
 def test_what_is_learned_beside_serving_comes_to_be_served(way):
     loop, learning = make(way)
     names = learning.figures().keys()  # the same before anything was learned

@@ -715,6 +715,7 @@ def num_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.full
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
     process = start("generate", "target", "-p", "hi", "--max-new-tokens", "400")
     process.stdout.read(1)
@@ -732,6 +733,7 @@ def test_a_reader_of_help_that_has_seen_enough_gets_no_traceback():
     assert (process.stderr.read(), process.wait(HANG_SECONDS)) == ("", 1)
 
 
+@pytest.mark.full
 def test_ctrl_c_leaves_whole_files(tmp_path):
     out = tmp_path / "out"
     process = start(*COMPARE[:3], "builtin:sql", "--num-requests", "5000", "--max-new-tokens", "8", "--out", out)
@@ -749,6 +751,7 @@ def test_ctrl_c_leaves_whole_files(tmp_path):
     assert "<html" in (out / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_a_killed_comparison_leaves_whole_lines_and_the_finished_segments(tmp_path):
     out = tmp_path / "out"
     data = ("a.jsonl", "builtin:sql", "--num-requests", "4")
@@ -875,6 +878,7 @@ main()
 """
 
 
+@pytest.mark.full
 def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run, greeting):
     options = ("--drafter", "drafter", "--versions", tmp_path, "--learn-budget", "5", "--step-size", "5e-3")
     options += ("--min-interval", "8", "--max-interval", "8", "--fixed-draft-length")
@@ -927,10 +931,8 @@ def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loade
     assert (code, "another one keeps its versions in" in err) == (2, True)
 
 
-@pytest.mark.parametrize(
-    "seconds",
-    [pytest.param("0", marks=pytest.mark.full, id="no grace"), pytest.param("600", id="a second Ctrl-C")],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("seconds", ["0", "600"], ids=["no grace", "a second Ctrl-C"])
 def test_what_may_not_finish_is_cut_off_and_told(seconds):
     options = ("--grace-seconds", seconds, "--num-draft-tokens", "0", "--max-running", "1")
     with serving("target", *options) as (process, url, _):
@@ -1046,7 +1048,10 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["tyro", "torch", "transformers.models.auto.tokenization_auto"])
+@pytest.mark.parametrize(
+    "module",
+    ["tyro", "torch", pytest.param("transformers.models.auto.tokenization_auto", marks=pytest.mark.full)],
+)
 def test_ctrl_c_amid_an_import_ends_in_one_line(module):
     done = run_python(INTERRUPTED, module, *GENERATE)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

@@ -98,7 +98,7 @@ def test_a_step_on_cuda_takes_greedy_and_sampled_requests_together(device, name)
         loop.finish(request)
 
 
-IN_SHORT = [("eagle", "online_gradient"), ("eagle", "ensemble"), ("small_lm", "online_gradient")]
+IN_SHORT = [("eagle", "online_gradient"), ("small_lm", "online_gradient")]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def halt(*_):
     raise Stop
 
 
-@pytest.fixture(scope="module", params=TRAINABLE)
+@pytest.fixture(scope="module", params=["eagle", pytest.param("small_lm", marks=full)])
 def whole(request, target, data, tmp_path_factory):
     """A run that no one disturbed, of each family."""
     settings = settings_for(data, request.param)
@@ -187,7 +187,7 @@ def assert_same_weights(folder, other):
     "moment",
     [
         pytest.param(("answering", 8), marks=full),
-        ("answering", 24),
+        pytest.param(("answering", 24), marks=full),
         pytest.param(("training", 1), marks=full),
         ("training", 5),
         pytest.param(("training", 9), marks=full),
@@ -349,13 +349,14 @@ def by_command(folder, data, tmp_path_factory):
     return weights_of(out)
 
 
+@full
 @pytest.mark.parametrize(
     ("how", "status", "sign"),
     [
-        pytest.param(signal.SIGKILL, -9, "answers/00000000.safetensors", marks=full, id="killed while answering"),
-        pytest.param(signal.SIGINT, 130, "answers/00000008.safetensors", marks=full, id="Ctrl-C while answering"),
+        pytest.param(signal.SIGKILL, -9, "answers/00000000.safetensors", id="killed while answering"),
+        pytest.param(signal.SIGINT, 130, "answers/00000008.safetensors", id="Ctrl-C while answering"),
         pytest.param(signal.SIGKILL, -9, "training/checkpoint.pt", id="killed while training"),
-        pytest.param(signal.SIGINT, 130, "training/checkpoint.pt", marks=full, id="Ctrl-C while training"),
+        pytest.param(signal.SIGINT, 130, "training/checkpoint.pt", id="Ctrl-C while training"),
     ],
 )
 def test_a_process_stopped_at_work_ends_as_if_nothing_had_been(how, status, sign, folder, data, by_command, tmp_path):

@@ -194,7 +194,11 @@ SIZES = {
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 @pytest.mark.parametrize(
-    ("config", "model"), [(LlamaConfig, LlamaForCausalLM), (Olmo2Config, Olmo2ForCausalLM)], ids=["own", "transformers"]
+    ("config", "model"),
+    [
+        pytest.param(LlamaConfig, LlamaForCausalLM, id="own"),
+        pytest.param(Olmo2Config, Olmo2ForCausalLM, id="transformers", marks=pytest.mark.full),
+    ],
 )
 def test_the_estimate_is_within_a_quarter_of_the_measured_peak(tmp_path, config, model):
     """110 million parameters in float32."""

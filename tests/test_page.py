@@ -14,8 +14,9 @@ import rigs
 import torch
 import uvicorn
 from simulator import Machine
+from waiting import HANG_SECONDS
 
-from onlinespec.background import ProcessLearning, Recipe
+from onlinespec.background import Recipe, ThreadLearning
 from onlinespec.control import Controller, StepRecord
 from onlinespec.core import Feedback, Trace
 from onlinespec.decode import DecodeLoop, Step
@@ -65,7 +66,7 @@ def shows(page, place, text):
     """Waits until a place on the page does."""
     from playwright.sync_api import expect
 
-    expect(page.locator(place)).to_contain_text(text, timeout=20_000)
+    expect(page.locator(place)).to_contain_text(text, timeout=1000 * HANG_SECONDS)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)], ids=["desk", "phone"])
@@ -194,12 +195,12 @@ def test_the_page_holds_all_it_needs_and_may_load_nothing_else():
 def test_what_the_page_shows_follows_what_is_served():
     httpx = pytest.importorskip("httpx")
     drafter = load_drafter("eagle", TARGET)
-    learning = ProcessLearning(TARGET, drafter, Recipe("eagle", niceness=0))
+    learning = ThreadLearning(TARGET, drafter, Recipe("eagle"))
     learning.start()
     with served(make_engine(learning, drafter)) as url:
         assert httpx.get(f"{url}/live").json()["now"] is None
         body = {"prompt": "a prompt", "max_tokens": 100}
-        httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+        httpx.post(f"{url}/v1/completions", json=body, timeout=HANG_SECONDS).raise_for_status()
         while (shown := httpx.get(f"{url}/live").json())["now"] is None or not shown["learning"].get("rounds"):
             time.sleep(0.1)
     learning.stop()

@@ -241,7 +241,14 @@ def test_a_drafter_that_learns_something_else_is_refused(tmp_path, drafter):
         version.resume(load_drafter("ngram", TARGET))
 
 
-@pytest.mark.parametrize("method", ["online_gradient", "optimistic", "ensemble/with_frozen=true", "momentum"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "online_gradient",
+        "optimistic",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("ensemble/with_frozen=true", "momentum")),
+    ],
+)
 def test_learning_that_was_stopped_goes_on_as_if_it_had_not_been(method, tmp_path):
     line = f"{method}/requests_per_round=1/max_rows=1000/replay_every=0/budget=inf"
 
