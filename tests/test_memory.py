@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import subprocess
 import sys
@@ -250,8 +251,17 @@ def products(request, monkeypatch):
     return kind
 
 
-@pytest.mark.parametrize("name", ["eagle", "small_lm"])
-@pytest.mark.parametrize("method", ["online_gradient/geometry=diagonal", "optimistic", "ensemble"])
+METHODS = ("online_gradient/geometry=diagonal", "optimistic", "ensemble")
+IN_SHORT = [("eagle", "ensemble"), ("small_lm", "online_gradient/geometry=diagonal")]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.full)
+        for case in itertools.product(("eagle", "small_lm"), METHODS)
+    ],
+)
 def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_foretold(products, name, method):
     decode(load_drafter(name, WIDE))  # first uses are not counted
     told = Beside(name)(SHAPE, torch.float32, torch.device("cpu"))
