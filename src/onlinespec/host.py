@@ -2,8 +2,8 @@
 
 On an accelerator every read of a tensor by Python makes the host wait for all work that was queued. A decoding step and
 a learning round therefore read through this function alone, a step once, at its end. Tests replace it, to run on
-tensors that hold no numbers. On a CPU numbers are there anyway, so `decode` and `sampling` look at some of them earlier;
-the rejection rule, for comparisons alone, waits more often.
+tensors that hold no numbers. On a CPU numbers are there anyway, so `decode` and `sampling` look at some of them
+earlier; the rejection rule, for comparisons alone, waits more often.
 """
 
 from __future__ import annotations
