@@ -4,6 +4,7 @@ Counts, not times, but for the noise: the same prompts and seeds are decoded und
 a fixed number of drafted tokens, and acceptance lengths are compared with 95 % intervals from bootstrapped prompts.
 
     python benchmarks/coupling.py --num-prompts 24
+    python benchmarks/coupling.py --drafters demo --learners frozen --data builtin:sql --temperatures 1
     python benchmarks/coupling.py --noise
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from random import Random
 
 import torch
@@ -22,9 +23,6 @@ from onlinespec.randomness import Noise, gumbel
 from onlinespec.rejection import Rejection
 from onlinespec.verify import Coupled
 
-DRAFTERS = ("demo", "demo/small_lm", "ngram")
-DATA = ("builtin:prose", "builtin:code", "builtin:sql")
-TEMPERATURES = (0.6, 0.8, 1.0)
 VOCABULARIES = (4_096, 49_152, 151_936)
 
 
@@ -52,15 +50,15 @@ def ratio_interval(coupled, rejection, seed=0):
     return ratios[25], ratios[-26]
 
 
-def table(num_prompts, num_draft_tokens):
+def table(drafters, learners, data, temperatures, num_prompts, num_draft_tokens):
     target = osp.load_target("demo")
     print(f"| drafter | data | T | rejection | coupled | ratio (95 %), {num_prompts} prompts, K = {num_draft_tokens} |")
     print("|---|---|---|---|---|---|")
-    jobs = [(name, "frozen", data) for name in DRAFTERS for data in DATA]
-    jobs += [(name, "online_gradient", data) for name in DRAFTERS[:2] for data in DATA[1:]]
-    for name, learner, data in jobs:
-        prompts = list(islice(osp.load_workload(data).prompts(1), num_prompts))
-        for temperature in TEMPERATURES:
+    for learner, name, data_name in product(learners, drafters, data):
+        if learner != "frozen" and name == "ngram":
+            continue  # it has nothing to learn
+        prompts = list(islice(osp.load_workload(data_name).prompts(1), num_prompts))
+        for temperature in temperatures:
             coupled, rejection = (
                 steps_of(target, name, learner, prompts, temperature, rule, num_draft_tokens)
                 for rule in (Coupled(), Rejection())
@@ -68,7 +66,7 @@ def table(num_prompts, num_draft_tokens):
             low, high = ratio_interval(coupled, rejection)
             lengths = length_of(rejection), length_of(coupled)
             figures = f"{lengths[0]:.3f} | {lengths[1]:.3f} | {lengths[1] / lengths[0]:.3f} ({low:.3f}-{high:.3f})"
-            print(f"| {name}, {learner} | {data} | {temperature} | {figures} |", flush=True)
+            print(f"| {name}, {learner} | {data_name} | {temperature} | {figures} |", flush=True)
 
 
 def noise_costs(repeats=40):
@@ -94,9 +92,13 @@ def noise_costs(repeats=40):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drafters", nargs="+", default=["demo", "demo/small_lm", "ngram"])
+    parser.add_argument("--learners", nargs="+", default=["frozen", "online_gradient"])
+    parser.add_argument("--data", nargs="+", default=["builtin:prose", "builtin:code", "builtin:sql"])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.6, 0.8, 1.0])
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--num-draft-tokens", type=int, default=4)
     parser.add_argument("--noise", action="store_true", help="the time of the noise instead")
-    arguments = parser.parse_args()
+    arguments = vars(parser.parse_args())
     torch.set_num_threads(1)
-    noise_costs() if arguments.noise else table(arguments.num_prompts, arguments.num_draft_tokens)
+    noise_costs() if arguments.pop("noise") else table(**arguments)
