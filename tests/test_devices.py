@@ -77,11 +77,11 @@ def test_a_step_on_cuda_mixes_no_devices_and_reads_them_once(device, name, sampl
     requests = [loop.start(prompt, params(sampling, num_logprobs=2)) for prompt in PROMPTS]
     reads, read = [], host._numbers
     monkeypatch.setattr("onlinespec.decode.to_host", lambda *tensors: reads.append(1) or [read(t) for t in tensors])
-    for _ in range(3):
+    for _ in range(2):
         step = loop.step(requests)
         assert len(step.feedback) == 3
-    assert len(reads) == 3
-    assert all(len(request.output_ids) >= 3 for request in requests)
+    assert len(reads) == 2
+    assert all(len(request.output_ids) >= 2 for request in requests)
     assert all(request.trace.hidden_states_SD.device.type == device for request in requests)
 
 
@@ -110,19 +110,20 @@ IN_SHORT = [("eagle", "online_gradient"), ("small_lm", "online_gradient")]
 )
 def test_a_round_of_learning_on_cuda_mixes_no_devices_and_reads_them_through_one_function(device, name, learner):
     """Rounds of greedy rows, of sampled ones whose noise is replayed, and with replayed requests beside them."""
-    target = rigs.random_target(device=device)
+    target = rigs.random_target(num_layers=1, device=device)
     drafter = load_drafter(name, target)
-    config = LearnConfig(min_interval=2, max_interval=2, replay_every=2, budget=math.inf)
+    config = LearnConfig(min_interval=4, max_interval=4, replay_every=2, budget=math.inf)
     learning = InlineLearning(drafter, make_learner(learner, 1e-3), config)
     loop = DecodeLoop(target, drafter, learning)
     for sampling in (GREEDY, PENALISED):
-        requests = [loop.start(prompt, replace(params(sampling), max_new_tokens=8)) for prompt in PROMPTS]
+        asked = replace(params(sampling), max_new_tokens=5, num_draft_tokens=2)
+        requests = [loop.start(prompt, asked) for prompt in PROMPTS[:2]]
         while running := [request for request in requests if not request.finish_reason]:
             loop.step(running)
         for request in requests:
             loop.finish(request)
     assert not learning.is_frozen, learning
-    assert learning.num_rounds > 4 or learner == "frozen"
+    assert learning.num_rounds >= 4 or learner == "frozen"
     assert all(p.device.type == device for p in drafter.weights.params.values())
 
 

@@ -195,13 +195,13 @@ def test_a_gradient_of_zero_moves_nothing(learner):
 
 @pytest.mark.parametrize("variant", VARIANTS_LEARNING)
 def test_a_moving_goal_is_tracked(learner, geometry):
-    state = play(learner, learner.init(start_params()), map(drifting, range(250)))
-    assert largest_error(learner, state, drifting_goal(250)) < nearness(geometry)
+    state = play(learner, learner.init(start_params()), map(drifting, range(150)))
+    assert largest_error(learner, state, drifting_goal(150)) < nearness(geometry)
 
 
 @pytest.mark.parametrize("variant", VARIANTS_LEARNING)
 def test_a_goal_that_stays_is_reached(learner, geometry):
-    state = play(learner, learner.init(start_params()), [drifting(0)] * 200)
+    state = play(learner, learner.init(start_params()), [drifting(0)] * 120)
     for _ in range(10):
         state = play(learner, state, [drifting(0)])
         assert largest_error(learner, state, drifting_goal(0)) < nearness(geometry)
@@ -232,7 +232,7 @@ def test_steps_far_below_the_resolution_of_bfloat16_add_up(variant, geometry):
     uphill = Linear({"w": torch.ones(4)})
     after_one = play(learner, learner.init(start), [uphill])
     assert_equal(learner.played(after_one), start)
-    assert (learner.played(play(learner, after_one, [uphill] * 300))["w"] < 0.98).all()
+    assert (learner.played(play(learner, after_one, [uphill] * 240))["w"] < 0.98).all()
 
 
 def test_an_update_changes_neither_the_old_state_nor_the_given_weights(learner):
@@ -309,7 +309,7 @@ def bounded_options(name, num_rounds, loss_range):
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-@pytest.mark.parametrize("num_rounds", [100, 1000])
+@pytest.mark.parametrize("num_rounds", [100, pytest.param(1000, marks=pytest.mark.full)])
 def test_regret_grows_like_the_root_of_the_number_of_rounds(name, num_rounds):
     """Losses |w - z_t| with z_t at either end of a line of length D = 2, step size D / sqrt(T), slopes of 1.
 
