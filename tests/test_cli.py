@@ -385,7 +385,8 @@ def test_a_drafter_that_learned_nothing_is_not_written_over_one_that_did(run, tm
     saved = tmp_path / "saved"
     learning = ("--max-new-tokens", "120", "--num-draft-tokens", "2")
     assert run("generate", "target", "-p", PROMPT, "--drafter", "drafter", *learning, "--save", saved)[0] == 0
-    assert run(*COMPARE, "--drafter", "drafter", *learning, "--save", tmp_path / "all", "--out", tmp_path / "a")[0] == 0
+    learning += ("--num-requests", "1", "--save", tmp_path / "all", "--out", tmp_path / "a")
+    assert run(*COMPARE, "--drafter", "drafter", *learning)[0] == 0
     places = (saved, tmp_path / "all" / "online_gradient")
     learned = [(place / "model.safetensors").read_bytes() for place in places]
 
@@ -453,7 +454,7 @@ LEARNS_OFTEN = ("--learn-costs", 1, 0.01, "--learn-budget", "inf", "--min-interv
 def test_comparing_without_packing_or_through_transformers_gives_plain_answers_up_to_ties(
     run, tmp_path, without_packing, target
 ):
-    options = ("--drafter", "eagle", "--out", tmp_path / "out", "--max-new-tokens", 60, "--num-requests", 0)
+    options = ("--drafter", "eagle", "--out", tmp_path / "out", "--max-new-tokens", 40, "--num-requests", 2)
     status, _, err = run("compare", target, *COMPARE[2:], *options, *LEARNS_OFTEN)
     assert status == 0, err
     for one in read_report(tmp_path / "out" / "report.json").runs:
@@ -576,7 +577,8 @@ def test_the_bar_shows_every_figure_in_80_columns(monkeypatch, data):
 
 @pytest.fixture(scope="session")
 def report(files, tmp_path_factory):
-    comparison = Comparison("eagle", ("none", "frozen", "online_gradient"), (str(files / "a.jsonl"),), (2,))
+    learners, data = ("none", "frozen", "online_gradient"), (str(files / "a.jsonl"),)
+    comparison = Comparison("eagle", learners, data, (2,), generation=GenerationParams(8))
     return Comparing(load_target(files / "target"), comparison).run()
 
 
@@ -847,10 +849,11 @@ def refusal(url):
 
 def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_path):
     options = ("--drafter", "drafter", "--save", tmp_path / "saved", "--learn-in", "inline", "--fixed-draft-length")
+    options += ("--num-draft-tokens", "1", "--min-interval", "64", "--max-interval", "64")
     with serving("target", *options, "--grace-seconds", "600") as (process, url, said):
         assert "drafter drafter learns between steps (online_gradient)" in said
         assert "warning" not in said
-        prompts = [f"a b {i} a b" for i in range(4)]
+        prompts = [f"a b {i} a b" for i in range(2)]
         streams = [ask(url, prompt=prompt, max_tokens=400) for prompt in prompts]
         process.send_signal(signal.SIGTERM)
         refused = refusal(url)
@@ -1001,17 +1004,17 @@ main()
     ("argv", "status"),
     [
         (("--help",), 0),
-        (("demo", "--help"), 0),
         (("serve", "--help"), 0),
-        ((*SERVE, "--port", "-1"), 2),
-        (("dance",), 2),
-        ((*GENERATE, "--bogus", "3"), 2),
         ((*GENERATE, "--num-draft-tokens", "99"), 2),
-        ((*GENERATE, "--num-threads", "0"), 2),
-        ((*GENERATE, "--step-size", "-1"), 2),
-        ((*GENERATE, "--stop", ""), 2),
-        ((*COMPARE, "--temperature", "-1"), 2),
         ((*COMPARE[:3], "gone.jsonl"), 2),
+        pytest.param(("demo", "--help"), 0, marks=pytest.mark.full),
+        pytest.param((*SERVE, "--port", "-1"), 2, marks=pytest.mark.full),
+        pytest.param(("dance",), 2, marks=pytest.mark.full),
+        pytest.param((*GENERATE, "--bogus", "3"), 2, marks=pytest.mark.full),
+        pytest.param((*GENERATE, "--num-threads", "0"), 2, marks=pytest.mark.full),
+        pytest.param((*GENERATE, "--step-size", "-1"), 2, marks=pytest.mark.full),
+        pytest.param((*GENERATE, "--stop", ""), 2, marks=pytest.mark.full),
+        pytest.param((*COMPARE, "--temperature", "-1"), 2, marks=pytest.mark.full),
     ],
     ids=lambda part: part[-1] if isinstance(part, tuple) else "",
 )
@@ -1057,6 +1060,7 @@ def test_ctrl_c_amid_an_import_ends_in_one_line(module):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
+@pytest.mark.full
 def test_an_ignored_ctrl_c_stays_ignored():
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     done = run_python(ignoring + INTERRUPTED, "torch", "inspect", "drafter")
