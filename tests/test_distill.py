@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,9 +47,23 @@ def data(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def some_answers(target, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answered")
+    Distilling(target, settings_for(data), folder / "d")._answer()
+    return folder / "d.work"
+
+
+@pytest.fixture
+def answered(some_answers, tmp_path):
+    """Where a drafter is to lie whose run was stopped once the target had answered all."""
+    shutil.copytree(some_answers, tmp_path / "d.work")
+    return tmp_path / "d"
+
+
 def settings_for(data, drafter="eagle", **changes):
     plain = Distillation(
-        drafter, (data,), (0,), max_new_tokens=24, num_draft_tokens=3, epochs=2, step_size=5e-3, patience=9
+        drafter, (data,), (0,), max_new_tokens=16, num_draft_tokens=3, epochs=2, step_size=5e-3, patience=9
     )
     return replace(plain, **changes)
 
@@ -426,8 +441,7 @@ def test_the_step_size_is_twice_that_of_online_rounds(num_weights, step_size):
         ({"drafter": "small_lm"}, "drafter 'eagle', this one has 'small_lm'"),
     ],
 )
-def test_work_of_other_settings_is_not_gone_on_with(target, data, tmp_path, changes, message):
-    Distilling(target, settings_for(data), tmp_path / "d")._answer()
+def test_work_of_other_settings_is_not_gone_on_with(target, data, tmp_path, answered, changes, message):
     with pytest.raises(ValueError, match=rf"{message}; choose another --out, or --restart"):
         Distilling(target, settings_for(data, **changes), tmp_path / "d")
     fresh = Distilling(target, settings_for(data, **changes), tmp_path / "d", restart=True)
@@ -493,8 +507,7 @@ def test_no_prompt_is_both_trained_on_and_left_out(target, tmp_path):
         Distilling(target, replace(settings_for(str(path)), data=(str(path),) * 2, num_requests=(9,)), tmp_path / "few")
 
 
-def test_work_on_another_target_is_not_gone_on_with(target, data, tmp_path):
-    Distilling(target, settings_for(data), tmp_path / "d")._answer()
+def test_work_on_another_target_is_not_gone_on_with(target, data, tmp_path, answered):
     other = load_target(save_tiny(tmp_path / "other", "qwen3", seed=5))
     with pytest.raises(ValueError, match=rf"target '{target.fingerprint}', this one has '{other.fingerprint}'"):
         Distilling(other, settings_for(data), tmp_path / "d")
@@ -532,8 +545,7 @@ def test_too_few_prompts_and_drafters_that_do_not_learn_are_refused(target, data
     assert not (tmp_path / "n.work").exists()
 
 
-def test_a_damaged_shard_is_named_with_the_way_out(target, data, tmp_path):
-    Distilling(target, settings_for(data), tmp_path / "d")._answer()
+def test_a_damaged_shard_is_named_with_the_way_out(target, data, tmp_path, answered):
     shard = tmp_path / "d.work" / "answers" / "00000008.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"00000008.safetensors can't be read .*; delete it and those behind it"):
@@ -543,8 +555,7 @@ def test_a_damaged_shard_is_named_with_the_way_out(target, data, tmp_path):
     assert Distilling(target, settings_for(data), tmp_path / "d").run().num_prompts == 30
 
 
-def test_an_answer_with_a_flipped_bit_is_found_before_anything_learns_from_it(target, data, tmp_path):
-    Distilling(target, settings_for(data), tmp_path / "d")._answer()
+def test_an_answer_with_a_flipped_bit_is_found_before_anything_learns_from_it(target, data, tmp_path, answered):
     shard = tmp_path / "d.work" / "answers" / "00000008.safetensors"
     content = bytearray(shard.read_bytes())
     content[-7] ^= 64
@@ -554,8 +565,7 @@ def test_an_answer_with_a_flipped_bit_is_found_before_anything_learns_from_it(ta
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "x"}'])
-def test_damaged_settings_are_named_and_restart_gets_past_them(target, data, tmp_path, content):
-    Distilling(target, settings_for(data), tmp_path / "d")._answer()
+def test_damaged_settings_are_named_and_restart_gets_past_them(target, data, tmp_path, answered, content):
     (tmp_path / "d.work" / "settings.json").write_text(content)
     with pytest.raises(ValueError, match=r"d.work.*--restart"):
         Distilling(target, settings_for(data), tmp_path / "d")
