@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -6,6 +7,12 @@ import pytest
 # Threads that wait for one another sleep. They would spin, which beside other busy processes costs many times the work
 # itself. Set before torch is imported, and for processes of the tests too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_finish():
+    """What was imported by now stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

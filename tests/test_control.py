@@ -25,7 +25,7 @@ from onlinespec.control import Controller, FixedController, StepRecord, most_per
 QUIET, NOISY = Machine(), Machine(noise=0.1, hiccup=0.01)
 NUM_TOKENS = {1: 6_000, 4: 10_000, 16: 20_000}  # by batch
 full = pytest.mark.full
-BATCHES = [1, 4, pytest.param(16, marks=full)]
+BATCHES = [1, *(pytest.param(batch, marks=full) for batch in (4, 16))]
 
 
 def controller_of(machine, costs=None, learn_budget=0.08):

@@ -5,7 +5,7 @@ import pytest
 import rigs
 import torch
 from checkpoints import END_TOKEN_ID, byte_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rigs import SOFT, Recorder, Script, hidden_states, plain, run_together
 from toy import steady
@@ -48,7 +48,7 @@ def test_a_prompt_read_in_pieces_gives_the_same_states_as_in_one():
     assert torch.equal(request.trace.hidden_states_SD[: len(prompt) - 1], hidden_states(TARGET, prompt[:-1]))
 
 
-@steady
+@settings(steady, max_examples=60)
 @given(wrong_at=st.sets(st.integers(0, 40)), num_draft_tokens=st.integers(0, 16), max_new_tokens=st.integers(1, 40))
 def test_any_pattern_of_refusals_gives_the_plain_answer(wrong_at, num_draft_tokens, max_new_tokens):
     request = scripted(wrong_at).complete(PROMPT, GenerationParams(max_new_tokens, num_draft_tokens))
@@ -182,7 +182,7 @@ def test_special_tokens_and_halves_of_characters_never_show(num_draft_tokens):
 # Counts
 
 
-@steady
+@settings(steady, max_examples=40)
 @given(wrong_at=st.sets(st.integers(0, 30)), num_draft_tokens=st.integers(0, 8))
 def test_every_count_agrees_with_the_feedback(wrong_at, num_draft_tokens):
     recorder = Recorder()

@@ -361,8 +361,8 @@ def acceptance_after_counting(cls):
         LearnConfig(min_interval=8, max_interval=16, budget=float("inf")),
     )
     loop = DecodeLoop(target, drafter, learning)
-    for first in range(48):
-        loop.complete([first % 12, (first + 1) % 12], GenerationParams(max_new_tokens=48))
+    for first in range(36):
+        loop.complete([first % 12, (first + 1) % 12], GenerationParams(48, num_draft_tokens=0))
     assert learning.num_rounds > 30
     assert not learning.is_frozen
     done = [DecodeLoop(target, drafter).complete([i, i + 1], GenerationParams(max_new_tokens=21)) for i in range(11)]

@@ -168,7 +168,7 @@ def learned():
     config = parse("online_gradient/step_size=5e-3/min_interval=24/max_interval=24/replay_every=0/budget=inf")
     loop = DecodeLoop(target, drafter, InlineLearning(drafter, config=config))
     for i in range(40):
-        loop.complete([5, 9, 200 + i % 4, 31], GenerationParams(40))
+        loop.complete([5, 9, 200 + i % 4, 31], GenerationParams(40, num_draft_tokens=0))
     return target, drafter
 
 
@@ -180,8 +180,9 @@ def test_it_agrees_with_what_a_real_drafter_has_kept(learned):
     ids, kept = request_.trace.token_ids, 0
     for n in range(3, len(ids) - 1):
         limit = min(4, len(ids) - 1 - n)
-        step = DecodeLoop(target, drafter, again := Recorder())
-        step.complete(ids[: n + 1], GenerationParams(5))
+        loop = DecodeLoop(target, drafter, again := Recorder())
+        loop.step([request := loop.start(ids[: n + 1], GenerationParams(5))])
+        loop.finish(request)
         kept += min(again.feedback[0].num_accepted, limit)
     lengths = lengths_of(drafter, [drafter.weights.params], recorder.feedback, 4)
     assert lengths.num_anchors == len(ids) - 4
@@ -441,7 +442,7 @@ def test_a_candidate_that_is_no_better_is_refused(temperature):
 def test_candidates_that_are_refused_come_up_less_and_less_often():
     good, bad = better_and_worse()
     publisher, begun = publisher_with(good), []
-    for i, records in enumerate(traffic(range(600))):
+    for i, records in enumerate(traffic(range(480))):
         if publisher.wants_candidate:
             publisher.propose({"logits": bad})
             begun.append(i)

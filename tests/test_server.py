@@ -226,8 +226,8 @@ def test_a_seed_has_one_text_whatever_drafts_learns_or_runs_beside_it():
     drafter = load_drafter("eagle", TARGET)
     learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=4/budget=inf"))
     prompts = ["of the sea", "of a baker", PROMPT]
-    body = {"max_tokens": 40, "temperature": 0.9, "seed": 42}
-    others = [{"prompt": f"number {i} " * 3, "max_tokens": 60, "temperature": i % 3} for i in range(6)]
+    body = {"max_tokens": 24, "temperature": 0.9, "seed": 42}
+    others = [{"prompt": f"number {i} " * 3, "max_tokens": 36, "temperature": i % 3} for i in range(6)]
     engine, app = make(drafter=drafter, learning=learning, limits=Limits(max_running=8))
 
     with live(engine, app) as server, ThreadPoolExecutor(7) as clients:

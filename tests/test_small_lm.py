@@ -492,15 +492,22 @@ def drafted_while_serving(drafter, target, monkeypatch, sampling, learns=True):
     return drafted
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0), FLAT], ids=["greedy", "sampled", "flat"])
-@pytest.mark.parametrize("tuning", [None, *TUNINGS])
+DRAWN = {"greedy": SamplingParams(), "sampled": SamplingParams(1.0), "flat": FLAT}
+
+
+@pytest.mark.parametrize(
+    ("tuning", "drawn"),
+    [
+        pytest.param(tuning, drawn, marks=() if drawn == "flat" or tuning == "layers" else pytest.mark.full)
+        for tuning in (None, *TUNINGS)
+        for drawn in DRAWN
+    ],
+)
 @pytest.mark.parametrize("name", SIZES)
-def test_no_id_is_drafted_that_drafter_and_target_do_not_both_know(
-    tmp_path, target, monkeypatch, name, tuning, sampling
-):
+def test_no_id_is_drafted_that_drafter_and_target_do_not_both_know(tmp_path, target, monkeypatch, name, tuning, drawn):
     folder = tempting_padding(save_tiny(tmp_path / name, vocab_size=SIZES[name]), known=min(SIZES[name], 288))
     drafter = load_drafter(folder, target, tuning=TUNINGS.get(tuning))
-    drafted = drafted_while_serving(drafter, target, monkeypatch, sampling, learns=tuning is not None)
+    drafted = drafted_while_serving(drafter, target, monkeypatch, DRAWN[drawn], learns=tuning is not None)
     assert drafted
     assert max(drafted) < min(SIZES[name], 288)
 
