@@ -51,6 +51,7 @@ def test_real_rounds_have_few_rows_and_many():
     assert step_seconds > 0
 
 
+@pytest.mark.full
 def test_a_drafter_whose_answers_have_few_steps_is_measured_on_more_of_them(monkeypatch):
     monkeypatch.setattr(calibration, "_ANSWER_TOKENS", 12)  # as many steps: nothing is accepted here
     rounds, _ = calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)

@@ -122,6 +122,7 @@ def test_several_settings_of_one_learner_are_runs_of_their_own(target, data):
     assert [one.learner for one in report.runs] == list(learners)
 
 
+@pytest.mark.full
 def test_what_learning_costs_is_measured_if_asked_and_told(target, data, usual):
     measuring = run(target, data(), measures_costs=True, num_requests=(1,))
     (measured,) = measuring.provenance["learn_costs"]
@@ -216,7 +217,7 @@ def test_greedy_answers_are_checked_against_plain_decoding(usual):
     assert all(line["identical_to_plain"] is True for line in lines_of(folder))
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("temperature", [0.6, pytest.param(1.0, marks=pytest.mark.full)])
 def test_sampled_answers_are_identical_to_plain_decodings(target, data, tmp_path, temperature):
     report = run(target, data(), out=tmp_path, temperatures=(temperature,))
     assert [one.totals.identical_to_plain for one in report.runs] == [True] * 3

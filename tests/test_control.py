@@ -63,7 +63,7 @@ def seen(controller, num_steps, num_accepted, num_draft_tokens=4, request_ids=("
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("machine", [QUIET, NOISY], ids=["quiet", "noisy"])
+@pytest.mark.parametrize("machine", [pytest.param(QUIET, marks=full), NOISY], ids=["quiet", "noisy"])
 def test_goodput_is_within_2_percent_of_the_best_fixed_number_in_hindsight(machine, name, batch):
     _, best = best_of(name, batch)
     assert run_of(machine, name, batch).seconds <= best.seconds / 0.98
@@ -76,14 +76,14 @@ def test_a_hopeless_drafter_costs_less_than_3_percent_of_plain_decoding_learning
     assert run_of(machine, "hopeless", batch, learning=True).seconds <= plain.seconds / 0.97
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=full)])
 @pytest.mark.parametrize("name", ["becomes good", "goes bad"])
 def test_a_drafter_that_changes_is_served_better_than_by_any_fixed_number(name, batch):
     _, best = best_of(name, batch)
     assert run_of(QUIET, name, batch).seconds < 0.95 * best.seconds
 
 
-@pytest.mark.parametrize("prob", [0.15, 0.2, 0.25])
+@pytest.mark.parametrize("prob", [0.2, *(pytest.param(prob, marks=full) for prob in (0.15, 0.25))])
 def test_near_break_even_less_than_5_percent_is_lost_either_way(prob):
     """Where drafting gains 3 %, chance hides that for long; what is lost by it is bounded by the gain."""
     _, best = best_fixed(QUIET, always(prob), num_tokens=6_000)
@@ -167,7 +167,7 @@ def test_learning_has_its_budget_while_drafting_pays():
     assert controller.learn_share == 0.08
 
 
-@pytest.mark.parametrize("prob", [0.2, 0.25, 0.3])
+@pytest.mark.parametrize("prob", [0.25, *(pytest.param(prob, marks=full) for prob in (0.2, 0.3))])
 def test_learning_spends_no_more_than_drafting_gains(prob):
     run = simulate(controller_of(QUIET), QUIET, always(prob), num_tokens=6_000, learning=True)
     plain = simulate(Fixed(0), QUIET, always(prob), num_tokens=6_000)
@@ -196,7 +196,7 @@ def test_a_fixed_number_is_kept_whatever_happens():
 # Costs that are not as measured
 
 
-@pytest.mark.parametrize("column", [0, pytest.param(2, marks=full), 3, pytest.param(6, marks=full)])
+@pytest.mark.parametrize("column", [3, *(pytest.param(column, marks=full) for column in (0, 2, 6))])
 @pytest.mark.parametrize("factor", [3.0, 1 / 3], ids=["dear", "cheap"])
 @pytest.mark.parametrize("part", ["draft_seconds", "verify_seconds"])
 def test_a_column_of_the_profile_that_is_wrong_by_three_times_heals(part, factor, column):

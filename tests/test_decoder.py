@@ -298,7 +298,7 @@ def test_only_so_many_tables_are_kept_and_an_old_length_comes_back(tmp_path):
 exact = pytest.mark.skipif(not can_pack(), reason="this processor has no prepacked products; the tie rule serves there")
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.full), 2], ids=["1 thread", "2 threads"])
 def num_threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -76,7 +76,7 @@ def test_every_trainable_drafter_of_the_table_is_distilled_here(target):
     assert {name for name in DRAFTERS if load_drafter(name, target).is_trainable} == set(TRAINABLE)
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", ["eagle", pytest.param("small_lm", marks=full)])
 def test_it_lengthens_what_is_accepted_of_answers_left_out(name, target, data, tmp_path):
     outcome = Distilling(target, settings_for(data, name, epochs=6), tmp_path / "d").run()
     assert outcome.num_prompts == 30
@@ -160,11 +160,12 @@ def test_it_stops_when_epochs_bring_nothing_and_keeps_the_best(target, data, tmp
 
 
 def test_going_on_from_a_saved_drafter_starts_where_it_was(target, data, tmp_path):
-    first = Distilling(target, settings_for(data, epochs=4), tmp_path / "first").run()
+    first = Distilling(target, settings_for(data, epochs=2), tmp_path / "first").run()
     second = Distilling(target, settings_for(data, str(tmp_path / "first"), epochs=1), tmp_path / "second").run()
     assert second.scores[0].acceptance_length == first.best.acceptance_length
 
 
+@full
 def test_adapters_can_be_distilled(target, folder, data, tmp_path):
     tuning = Tuning("adapters", rank=4)
     other = save_tiny(tmp_path / "other", "llama", num_hidden_layers=1)
@@ -250,6 +251,7 @@ def test_ctrl_c_keeps_the_step_that_was_reached_without_waiting_for_a_checkpoint
     assert_same_weights(tmp_path / "d", undisturbed.folder)
 
 
+@full
 def test_ctrl_c_amid_a_move_of_the_weights_goes_back_to_the_last_checkpoint(whole, target, tmp_path, monkeypatch):
     settings, undisturbed = whole
     step, count = torch.optim.AdamW.step, []
@@ -299,7 +301,7 @@ def test_stopped_while_clearing_up_it_is_finished(target, data, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-@pytest.mark.parametrize("writer", ["save_file", "save"], ids=["answers", "checkpoint"])
+@pytest.mark.parametrize("writer", ["save_file", pytest.param("save", marks=full)], ids=["answers", "checkpoint"])
 def test_a_full_disk_loses_nothing_that_was_written(writer, whole, target, tmp_path, monkeypatch):
     settings, undisturbed = whole
     place = onlinespec.answers if writer == "save_file" else torch
@@ -399,6 +401,7 @@ def test_out_of_time_it_answers_and_trains_on_fewer_and_saves(target, data, tmp_
     assert load_drafter(tmp_path / "d", target).is_trainable
 
 
+@full
 def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, data, tmp_path, monkeypatch):
     class Clock(module._Clock):
         ticks = 0
@@ -564,7 +567,7 @@ def test_an_answer_with_a_flipped_bit_is_found_before_anything_learns_from_it(ta
         Distilling(target, settings_for(data), tmp_path / "d").run()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "x"}'])
+@pytest.mark.parametrize("content", ["", *(pytest.param(text, marks=full) for text in ("{", "[]")), '{"version": "x"}'])
 def test_damaged_settings_are_named_and_restart_gets_past_them(target, data, tmp_path, answered, content):
     (tmp_path / "d.work" / "settings.json").write_text(content)
     with pytest.raises(ValueError, match=r"d.work.*--restart"):

@@ -361,7 +361,7 @@ def acceptance_after_counting(cls):
         LearnConfig(min_interval=8, max_interval=16, budget=float("inf")),
     )
     loop = DecodeLoop(target, drafter, learning)
-    for first in range(36):
+    for first in range(28):
         loop.complete([first % 12, (first + 1) % 12], GenerationParams(48, num_draft_tokens=0))
     assert learning.num_rounds > 30
     assert not learning.is_frozen

@@ -45,7 +45,13 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 HAS_PLAIN_HEAD = {"gemma2": False, "phi": False}
 
 
-@pytest.fixture(scope="module", params=THROUGH_TRANSFORMERS)
+IN_SHORT = ("gpt2", "gemma3", "phi")  # absolute positions, sliding windows, a head with a bias
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=() if n in IN_SHORT else pytest.mark.full) for n in THROUGH_TRANSFORMERS],
+)
 def family(request) -> str:
     return request.param
 

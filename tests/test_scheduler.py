@@ -64,7 +64,7 @@ def is_empty(scheduler):
 
 
 NAMES, MOST_RUNNING, PREFILLS = ("eagle", "ngram", None), (1, 3, 16), (32, 128, 1024)
-IN_SHORT = [("eagle", 1, 128), ("eagle", 3, 32), ("eagle", 16, 1024), ("ngram", 16, 32), (None, 3, 128)]
+IN_SHORT = [("eagle", 3, 32), ("eagle", 16, 1024), ("ngram", 16, 32)]
 
 
 def drafter_of(name):

@@ -553,7 +553,9 @@ def test_what_a_drafter_lacks_has_no_share_in_its_labels(folders, target):
 OTHERS = {"gpt2": {}, "olmo2": {}, "gemma3": {}}
 
 
-@pytest.fixture(scope="module", params=OTHERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.full if n == "olmo2" else ()) for n in OTHERS]
+)
 def other(request, tmp_path_factory):
     """A draft model that our decoder does not run, with the same tokenizer."""
     return save_tiny(tmp_path_factory.mktemp("other") / request.param, request.param, seed=2)

@@ -133,7 +133,7 @@ VARIANTS = {name: (name, {}) for name in LEARNERS} | {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("num_rounds", [0, 7])
+@pytest.mark.parametrize("num_rounds", [pytest.param(0, marks=pytest.mark.full), 7])
 def test_a_state_that_was_saved_has_the_same_future_bit_for_bit(variant, geometry, dtype, num_rounds, tmp_path):
     name, options = VARIANTS[variant]
     learner = make_learner(name, 0.03, geometry, **options)
@@ -244,9 +244,11 @@ def test_a_drafter_that_learns_something_else_is_refused(tmp_path, drafter):
 @pytest.mark.parametrize(
     "method",
     [
-        "online_gradient",
         "optimistic",
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("ensemble/with_frozen=true", "momentum")),
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("online_gradient", "ensemble/with_frozen=true", "momentum")
+        ),
     ],
 )
 def test_learning_that_was_stopped_goes_on_as_if_it_had_not_been(method, tmp_path):
@@ -623,7 +625,7 @@ def fail():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("times", [1, 1000], ids=["once", "from then on"])
+@pytest.mark.parametrize("times", [1, pytest.param(1000, marks=pytest.mark.full)], ids=["once", "from then on"])
 def test_a_disk_that_is_full_at_any_step_leaves_what_was_there_and_says_so(times, tmp_path, drafter):
     filled(tmp_path / "before", drafter, range(3), keep=2)
     for n in count():

@@ -48,7 +48,9 @@ def variant(request):
     return request.param
 
 
-@pytest.fixture(params=GEOMETRIES)
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.full if name == "diagonal" else ()) for name in GEOMETRIES]
+)
 def geometry(request):
     return request.param
 
