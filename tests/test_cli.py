@@ -450,7 +450,9 @@ def without_packing(monkeypatch):
 LEARNS_OFTEN = ("--learn-costs", 1, 0.01, "--learn-budget", "inf", "--min-interval", 4, "--max-interval", 4)
 
 
-@pytest.mark.parametrize("target", ["target", "gpt2"], ids=["own", "transformers"])
+@pytest.mark.parametrize(
+    "target", ["target", pytest.param("gpt2", marks=pytest.mark.full)], ids=["own", "transformers"]
+)
 def test_comparing_without_packing_or_through_transformers_gives_plain_answers_up_to_ties(
     run, tmp_path, without_packing, target
 ):
@@ -1026,6 +1028,7 @@ def test_help_and_plain_mistakes_wait_for_no_large_import(argv, status):
     assert not loaded & {"torch", "numpy", "transformers", "matplotlib", "huggingface_hub", "fastapi", "uvicorn"}
 
 
+@pytest.mark.full
 def test_inspecting_waits_for_torch_only():
     loaded = set(run_python(TELLING, "inspect", "drafter").stdout.splitlines()[-1].split())
     assert "torch" in loaded

@@ -379,12 +379,12 @@ def test_data_named_twice_goes_on_where_it_was_left_and_starts_again_at_its_end(
 
 
 def test_every_temperature_and_repeat_is_a_run_over_the_same_stream(target, data, tmp_path):
-    report = run(target, data(), out=tmp_path, temperatures=(0.0, 0.8), repeats=2, num_requests=(2,))
+    report = run(target, data(), out=tmp_path, temperatures=(0.0, 0.8), repeats=2, num_requests=(1,))
     settings = [(one.learner, one.temperature, one.repeat) for one in report.runs]
     assert sorted(settings) == sorted((n, t, r) for n in LEARNERS for t in (0.0, 0.8) for r in (0, 1))
     lines = lines_of(tmp_path)
     keys = [(x["learner"], x["temperature"], x["repeat"], x["index"]) for x in lines]
-    assert len(keys) == len(set(keys)) == 12 * 2
+    assert len(keys) == len(set(keys)) == 12
     assert all(x["id"] == f"some{x['index']}" for x in lines)
     texts = {(x["learner"], x["temperature"], x["repeat"], x["index"]): x["text"] for x in lines}
     assert all(text == texts[n, t, 1 - r, i] for (n, t, r, i), text in texts.items())

@@ -382,7 +382,7 @@ HARMFUL = {
 
 
 def acceptance_of(learning, drafter):
-    stats = sum((complete(drafter, learning, 60, num_draft_tokens=4).stats for _ in range(6)), DecodeStats())
+    stats = sum((complete(drafter, learning, 60, num_draft_tokens=4).stats for _ in range(4)), DecodeStats())
     return stats.acceptance_length
 
 
@@ -529,6 +529,7 @@ def test_without_memory_nothing_joins(drafter, replayed):
     assert not any(replayed)
 
 
+@pytest.mark.full
 def test_what_is_replayed_is_not_forgotten():
     """One text, then another for long: with memory the first is still drafted better than without."""
     kept = {}
@@ -561,7 +562,9 @@ def test_measuring_is_timed_apart(drafter):
     assert complete(drafter, learn(drafter)).stats.diagnostic_seconds == 0
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SOFT], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param(SamplingParams(), marks=pytest.mark.full), SOFT], ids=["greedy", "sampled"]
+)
 def test_every_round_is_measured_at_the_weights_that_played(drafter, sampling):
     learning = learn(drafter, config=replace(OFTEN, telemetry=True, loss="soft_cross_entropy"))
     for i in range(8):

@@ -252,7 +252,7 @@ def products(request, monkeypatch):
 
 
 METHODS = ("online_gradient/geometry=diagonal", "optimistic", "ensemble")
-IN_SHORT = [("eagle", "ensemble"), ("small_lm", "online_gradient/geometry=diagonal")]
+IN_SHORT = [("eagle", "ensemble")]
 
 
 @pytest.mark.parametrize(

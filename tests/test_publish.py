@@ -439,6 +439,7 @@ def test_a_candidate_that_is_no_better_is_refused(temperature):
         assert publisher.wants_candidate
 
 
+@pytest.mark.full
 def test_candidates_that_are_refused_come_up_less_and_less_often():
     good, bad = better_and_worse()
     publisher, begun = publisher_with(good), []

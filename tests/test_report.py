@@ -758,10 +758,10 @@ def test_regret_starts_at_zero_for_runs_that_are_slow_to_learn():
     [
         pytest.param([make_round()], marks=pytest.mark.full),
         [make_round(i, loss=nan, kl=inf, frozen_kl=nan, distance=nan, acceptance_length_bound=nan) for i in range(2)],
-        [make_round(i, learner=hinted(1.0) if i == 1 else {}) for i in range(3)],
+        pytest.param([make_round(i, learner=hinted(1.0) if i == 1 else {}) for i in range(3)], marks=pytest.mark.full),
         pytest.param([make_round(75), make_round(75)], marks=pytest.mark.full),
         pytest.param([make_round(0), make_round(1, loss=None, is_update=False)], marks=pytest.mark.full),
-        [make_round(0, loss=None, is_update=False)],
+        pytest.param([make_round(0, loss=None, is_update=False)], marks=pytest.mark.full),
     ],
 )
 def test_any_rounds_can_be_drawn(rounds):

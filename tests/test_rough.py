@@ -193,7 +193,7 @@ ANSWER = plain(TARGET, LOOP_IDS, GenerationParams(max_new_tokens=40))
 WHOLE, WHOLE_IDS = ANSWER.text.text, ANSWER.output_ids
 
 
-@settings(steady, max_examples=40)
+@settings(steady, max_examples=25)
 @given(
     cuts=st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(1, 6)), min_size=1, max_size=3),
     num_draft_tokens=st.integers(1, MAX_DRAFT_TOKENS),
@@ -237,7 +237,7 @@ def changed(content, data):
     return content[:at] + flipped + content[at + 1 :]
 
 
-@settings(steady, max_examples=60)
+@settings(steady, max_examples=40)
 @given(data=st.data())
 def test_a_checkpoint_damaged_anywhere_is_refused_by_file_or_reads_as_one(checkpoint, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("damaged") / "copy"

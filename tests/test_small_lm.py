@@ -292,7 +292,7 @@ IN_BUFFERS = "osd/requests_per_round=1/step_size=3e-3/min_interval=8"
     ("tuning", "method"),
     [
         ("layers", ONE_BY_ONE),
-        ("all", IN_BUFFERS),
+        pytest.param("all", IN_BUFFERS, marks=pytest.mark.full),
         *(pytest.param(tuning, ONE_BY_ONE, marks=pytest.mark.full) for tuning in TUNINGS if tuning != "layers"),
         *(pytest.param(tuning, IN_BUFFERS, marks=pytest.mark.full) for tuning in TUNINGS if tuning != "all"),
     ],

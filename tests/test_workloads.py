@@ -230,7 +230,7 @@ def test_a_paragraph_has_four_to_seven_sentences_and_60_to_110_words() -> None:
 
 
 def test_every_code_answer_parses_and_documents_what_was_asked() -> None:
-    prompts = first("code", 1000)
+    prompts = first("code", 400)
     assert len(prompts) > 200
     for prompt in prompts:
         (node,) = ast.parse(str(prompt.reference)).body

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from toy import steady
 
@@ -339,7 +339,7 @@ streams = (jumps | drifts).map(lambda goals: [at(*goal) for goal in goals])
 @pytest.mark.parametrize("name", ["online_gradient", "optimistic"])
 @pytest.mark.parametrize("loss", [Quadratic, Absolute])
 @pytest.mark.parametrize("is_comparator_moving", [False, True])
-@steady
+@settings(steady, max_examples=40)
 @given(goals=streams, step_size=st.floats(0.01, 1.0))
 def test_regret_stays_under_its_bound_whatever_the_stream(name, loss, is_comparator_moving, goals, step_size):
     """regret <= |v_0 - u_0|^2 / (2 eta) + D P / eta + eta / 2 * sum |g - h|^2, for any comparators u of path length P.
