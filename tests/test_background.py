@@ -182,7 +182,7 @@ def test_who_forgets_to_stop_a_process_can_still_end():
 
 @pytest.mark.parametrize(
     ("way", "count"),
-    [("thread", 50), *(pytest.param(way, 1000, marks=full) for way in WAYS)],
+    [("thread", 30), *(pytest.param(way, 1000, marks=full) for way in WAYS)],
 )
 def test_swaps_under_load_change_no_token(way, count):
     """Versions of noise, a new one before every step of up to eight requests that come, go, and read long prompts."""
@@ -393,6 +393,7 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
     assert again.publisher.next_version == first.publisher.next_version
 
 
+@full
 def test_numbers_go_on_after_versions_were_moved_aside(tmp_path, traffic):
     first, _ = trained(tmp_path, traffic)
     first.close()

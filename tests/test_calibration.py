@@ -44,6 +44,7 @@ def test_where_learning_fails_the_settings_own_costs_stand(monkeypatch):
     assert timed([], 0.005, monkeypatch) == Costs(LearnConfig().round_cost, LearnConfig().row_cost)
 
 
+@pytest.mark.full
 def test_real_rounds_have_few_rows_and_many():
     rounds, step_seconds = calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)
     rows = sorted(one.rows for one in rounds)

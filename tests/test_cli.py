@@ -856,11 +856,11 @@ def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_p
         assert "drafter drafter learns between steps (online_gradient)" in said
         assert "warning" not in said
         prompts = [f"a b {i} a b" for i in range(2)]
-        streams = [ask(url, prompt=prompt, max_tokens=300) for prompt in prompts]
+        streams = [ask(url, prompt=prompt, max_tokens=240) for prompt in prompts]
         process.send_signal(signal.SIGTERM)
         refused = refusal(url)
         assert (refused.code, refused.headers["Retry-After"]) == (503, "1")
-        target, params = load_target("target"), GenerationParams(300, ignore_end_tokens=True)
+        target, params = load_target("target"), GenerationParams(240, ignore_end_tokens=True)
         for prompt, stream in zip(prompts, streams, strict=True):
             expected = DecodeLoop(target).complete(target.encode(prompt, is_chat=False), params)
             assert streamed(stream) == (expected.text.text, True)

@@ -73,7 +73,12 @@ BIT_SIZES = [(96, 172, 4, 2), (256, 768, 8, 2), (320, 861, 5, 1), (64, 250, 4, 4
 BIT_SHAPES = [*((sizes, 0) for sizes in BIT_SIZES), (BIT_SIZES[0], 33), (BIT_SIZES[1], 187)]  # and a layer's window
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+IN_FULL = ("llama-tied", "llama-all-heads", "qwen3-tied", "qwen2-mixed-windows", "mistral", "linear-scaling")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.full if n in IN_FULL else ()) for n in SHAPES]
+)
 def pair(request, tmp_path_factory):
     """transformers' model and our decoder from the same files."""
     family, overrides = SHAPES[request.param]

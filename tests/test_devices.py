@@ -94,7 +94,7 @@ def test_a_step_on_cuda_mixes_no_devices_and_reads_them_once(device, name, kind,
     assert all(request.trace.hidden_states_SD.device.type == device for request in requests)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "eagle" else pytest.mark.full) for n in DRAFTERS])
 def test_a_step_on_cuda_takes_greedy_and_sampled_requests_together(device, name):
     target = rigs.random_target(device=device)
     loop = DecodeLoop(target, load_drafter(name, target))
@@ -136,7 +136,7 @@ def test_a_round_of_learning_on_cuda_mixes_no_devices_and_reads_them_through_one
     assert all(p.device.type == device for p in drafter.weights.params.values())
 
 
-@pytest.mark.parametrize("name", ["eagle", "small_lm"])
+@pytest.mark.parametrize("name", ["eagle", pytest.param("small_lm", marks=pytest.mark.full)])
 def test_on_cuda_drafts_are_computed_in_the_targets_dtype(device, name):
     target = rigs.random_target(device=device, dtype=torch.bfloat16)
     drafter = load_drafter(name, target)

@@ -136,6 +136,7 @@ def test_prompts_longer_than_the_context_are_skipped_and_counted(tmp_path):
         Distilling(small, settings_for(str(path)), tmp_path / "few").run()
 
 
+@full
 def test_prompts_with_a_token_that_the_model_lacks_are_skipped_and_counted(tmp_path):
     folder = add_tokens(save_tiny(tmp_path / "target", vocab_size=259), "<pad>")
     path = tmp_path / "prompts.jsonl"
@@ -159,6 +160,7 @@ def test_it_stops_when_epochs_bring_nothing_and_keeps_the_best(target, data, tmp
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
+@full
 def test_going_on_from_a_saved_drafter_starts_where_it_was(target, data, tmp_path):
     first = Distilling(target, settings_for(data, epochs=2), tmp_path / "first").run()
     second = Distilling(target, settings_for(data, str(tmp_path / "first"), epochs=1), tmp_path / "second").run()
@@ -496,7 +498,7 @@ def test_text_that_was_kept_serves_another_training_without_the_target(target, d
     with pytest.raises(ValueError, match="holds a drafter already"):
         Distilling(target, settings, tmp_path / "d")
     monkeypatch.setattr(Answers, "_started", lambda *_: pytest.fail("the target was asked"))
-    other = Distilling(target, replace(settings, drafter="small_lm", epochs=2), tmp_path / "d", restart=True).run()
+    other = Distilling(target, replace(settings, drafter="small_lm"), tmp_path / "d", restart=True).run()
     assert other.num_prompts == 30
     assert not (tmp_path / "d.work").exists()
 
@@ -516,10 +518,10 @@ def test_work_on_another_target_is_not_gone_on_with(target, data, tmp_path, answ
         Distilling(other, settings_for(data), tmp_path / "d")
 
 
-def test_a_finished_drafter_is_not_made_again_unasked(target, data, tmp_path):
-    Distilling(target, settings_for(data, epochs=1), tmp_path / "d").run()
+def test_a_finished_drafter_is_not_made_again_unasked(whole, target):
+    settings, done = whole
     with pytest.raises(ValueError, match="holds a drafter already; choose another --out, or --restart"):
-        Distilling(target, settings_for(data, epochs=1), tmp_path / "d")
+        Distilling(target, settings, done.folder)
 
 
 def test_a_folder_of_someone_else_is_left_alone(target, data, tmp_path):

@@ -45,7 +45,7 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 HAS_PLAIN_HEAD = {"gemma2": False, "phi": False}
 
 
-IN_SHORT = ("gpt2", "gemma3", "phi")  # absolute positions, sliding windows, a head with a bias
+IN_SHORT = ("gemma3", "phi")  # sliding windows; a head with a bias
 
 
 @pytest.fixture(

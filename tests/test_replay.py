@@ -186,7 +186,7 @@ def evenness(sizes, group_of, num_seeds=200):
     return seen, groups.bincount() / len(groups)
 
 
-@pytest.mark.parametrize("sizes", [[10] * 120, MIXED], ids=["equal", "mixed"])
+@pytest.mark.parametrize("sizes", [pytest.param([10] * 120, marks=pytest.mark.full), MIXED], ids=["equal", "mixed"])
 def test_old_requests_are_as_likely_to_be_kept_as_new_ones(sizes):
     seen, shares = evenness(sizes, group_of=lambda place: place // 10)
     assert seen.sum() > 1000

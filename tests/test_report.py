@@ -495,6 +495,7 @@ def test_second_page_is_as_well_formed_as_the_first(watched_html):
         assert not re.findall(r"#[0-9a-f]{6}\b", loose)
 
 
+@pytest.mark.full
 def test_the_same_telemetry_gives_the_same_page(watched_html):
     assert render_html(watched_report()) == watched_html
 

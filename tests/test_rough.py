@@ -123,7 +123,13 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+IN_FULL = ("one character", "combining", "families", "blanks")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [pytest.param(text, id=name, marks=pytest.mark.full if name in IN_FULL else ()) for name, text in STRANGE.items()],
+)
 def test_any_text_is_answered_the_same_with_and_without_drafts(text):
     tokenizer = TARGET.tokenizer
     params = GenerationParams(max_new_tokens=24, num_draft_tokens=3)
@@ -153,7 +159,7 @@ def ten_thousand_tokens():
     return ids, params, plain(TARGET, ids, params).output_ids
 
 
-@pytest.mark.parametrize("name", ["ngram", "eagle", pytest.param("small_lm", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["eagle", *(pytest.param(n, marks=pytest.mark.full) for n in ("ngram", "small_lm"))])
 def test_ten_thousand_tokens_are_read_and_answered_as_without_drafts(name):
     ids, params, expected = ten_thousand_tokens()
     request = DecodeLoop(TARGET, load_drafter(name, TARGET)).complete(ids, params)

@@ -43,7 +43,7 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[pytest.param(name, marks=() if name in LEARNERS else pytest.mark.full) for name in VARIANTS])
 def variant(request):
     return request.param
 
