@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import subprocess
 import sys
@@ -241,7 +240,7 @@ def decode(drafter, learning=None):
         loop.complete(ids, GenerationParams(24, 2, sampling, seed=i))
 
 
-@pytest.fixture(params=[PlainLinear, pytest.param(HalfLinear, marks=pytest.mark.full)], ids=["plain", "bfloat16"])
+@pytest.fixture(params=[PlainLinear, HalfLinear], ids=["plain", "bfloat16"])
 def products(request, monkeypatch):
     kind = request.param
     if kind is HalfLinear and not can_pack_half():
@@ -252,16 +251,11 @@ def products(request, monkeypatch):
 
 
 METHODS = ("online_gradient/geometry=diagonal", "optimistic", "ensemble")
-IN_SHORT = [("eagle", "ensemble")]
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.full)
-        for case in itertools.product(("eagle", "small_lm"), METHODS)
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["eagle", "small_lm"])
 def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_foretold(products, name, method):
     decode(load_drafter(name, WIDE))  # first uses are not counted
     told = Beside(name)(SHAPE, torch.float32, torch.device("cpu"))

@@ -171,7 +171,13 @@ def by_the_draft(draft_ids, uniforms_RLV, running):
     return (draft_ids % 3 > 0).long().cumprod(-1).sum(-1)
 
 
-@pytest.mark.parametrize("sampling", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(s, id=name, marks=pytest.mark.full if name in ("cool", "top_k") else ())
+        for name, s in SETTINGS.items()
+    ],
+)
 def test_plain_decoding_follows_the_target_law(sampling):
     target = TableTarget(VOCAB, seed=1)
     token_ids = decode(argmax_drafter, target, sampling, 0, run_numbers())

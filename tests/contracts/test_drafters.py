@@ -49,7 +49,7 @@ def warm_params(name):
     config = LearnConfig(min_interval=48, max_interval=48, replay_every=0, budget=math.inf, loss="soft_cross_entropy")
     learning = InlineLearning(drafter, learner, config)
     loop = DecodeLoop(the_target(), drafter, learning)
-    for _ in range(12):
+    for _ in range(9):
         run_together(loop, [(prompt, GenerationParams(48, num_draft_tokens=0)) for prompt in PROMPTS])
     assert not learning.is_frozen
     return drafter.weights.params
@@ -200,7 +200,7 @@ def test_the_context_is_filled_to_its_last_position(name, num_draft_tokens):
 
 COOL = SamplingParams(temperature=0.8, top_k=60, presence_penalty=0.7)
 SAMPLED = [  # two choices of one seed, and others
-    (PROMPTS[i % 4], GenerationParams(24, K, sampling=sampling, seed=i // 3, choice=i % 3))
+    (PROMPTS[i % 4], GenerationParams(16, K, sampling=sampling, seed=i // 3, choice=i % 3))
     for i, (K, sampling) in enumerate([(0, SOFT), (2, SOFT), (5, COOL), (16, SOFT), (2, COOL), (5, SOFT)] * 3)
 ]
 
