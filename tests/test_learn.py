@@ -267,8 +267,8 @@ def test_an_ensemble_pays_for_each_of_its_experts(drafter, name, least, most):
     alone = learn(drafter, config=config)
     together = InlineLearning(Eagle.fresh(TARGET), config=parse(name, config))
     for learning in (alone, together):
-        for _ in range(6):
-            complete(learning._drafter, learning)
+        for _ in range(8):
+            complete(learning._drafter, learning, num_tokens=40)
     per_row = [learning.work / learning.num_rows for learning in (alone, together)]
     assert least < per_row[1] / per_row[0] < most
     assert together.num_rows < alone.num_rows
