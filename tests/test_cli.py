@@ -1063,7 +1063,6 @@ def test_ctrl_c_amid_an_import_ends_in_one_line(module):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
-@pytest.mark.full
 def test_an_ignored_ctrl_c_stays_ignored():
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     done = run_python(ignoring + INTERRUPTED, "torch", "inspect", "drafter")

@@ -213,7 +213,6 @@ print(*set(seen))
 """
 
 
-@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds OpenMP by the process's files")
 def test_the_number_of_threads_holds_in_the_engines_own_thread_too():
     environment = os.environ | {"OMP_NUM_THREADS": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
