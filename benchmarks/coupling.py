@@ -55,8 +55,8 @@ def table(drafters, learners, data, temperatures, num_prompts, num_draft_tokens)
     print(f"| drafter | data | T | rejection | coupled | ratio (95 %), {num_prompts} prompts, K = {num_draft_tokens} |")
     print("|---|---|---|---|---|---|")
     for learner, name, data_name in product(learners, drafters, data):
-        if learner != "frozen" and name == "ngram":
-            continue  # it has nothing to learn
+        if learner != "frozen" and not osp.load_drafter(name, target).is_trainable:
+            continue
         prompts = list(islice(osp.load_workload(data_name).prompts(1), num_prompts))
         for temperature in temperatures:
             coupled, rejection = (

@@ -169,15 +169,18 @@ def serve_and_learn(cadence, num_steps, share, rng, chosen=(1, 2, 4, 8, 16), eve
             rows, waited = [], 0
 
 
-@pytest.mark.parametrize("share", [0.7, *(pytest.param(share, marks=pytest.mark.full) for share in (0.5, 0.85))])
-def test_drafts_that_get_deeper_or_shallower_at_constant_quality_are_no_drift(share):
-    """100 runs of 2,000 steps; judged by accepted over drafted, 1, 59 and 73 of them saw one."""
+@pytest.mark.parametrize(
+    ("share", "num_runs"),
+    [(0.7, 50), *(pytest.param(share, 100, marks=pytest.mark.full) for share in (0.5, 0.7, 0.85))],
+)
+def test_drafts_that_get_deeper_or_shallower_at_constant_quality_are_no_drift(share, num_runs):
+    """Runs of 2,000 steps; judged by accepted over drafted, 1, 59 and 73 of a hundred saw one."""
     num_seen = 0
-    for seed in range(100):
+    for seed in range(num_runs):
         cadence = Cadence(16, 128, LEAST)
         serve_and_learn(cadence, 2000, share, Random(seed))
         num_seen += cadence.num_drifts > 0
-    assert num_seen <= 2
+    assert num_seen <= num_runs // 50
 
 
 @pytest.mark.parametrize("num_rows", [16, 64])

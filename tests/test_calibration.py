@@ -44,19 +44,26 @@ def test_where_learning_fails_the_settings_own_costs_stand(monkeypatch):
     assert timed([], 0.005, monkeypatch) == Costs(LearnConfig().round_cost, LearnConfig().row_cost)
 
 
-@pytest.mark.full
-def test_real_rounds_have_few_rows_and_many():
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """For what four rounds show as well as twenty."""
+    monkeypatch.setattr(calibration, "_NUM_ROUNDS", 4)
+
+
+def test_real_rounds_have_few_rows_and_many(few_rounds):
     rounds, step_seconds = calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)
     rows = sorted(one.rows for one in rounds)
     assert rows[-1] > 3 * rows[0]
     assert step_seconds > 0
 
 
-@pytest.mark.full
-def test_a_drafter_whose_answers_have_few_steps_is_measured_on_more_of_them(monkeypatch):
+@pytest.mark.parametrize("num_rounds", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_a_drafter_whose_answers_have_few_steps_is_measured_on_more_of_them(monkeypatch, num_rounds):
+    monkeypatch.setattr(calibration, "_NUM_ROUNDS", num_rounds)
     monkeypatch.setattr(calibration, "_ANSWER_TOKENS", 12)  # as many steps: nothing is accepted here
     rounds, _ = calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)
-    assert [one.rows for one in rounds][:20] == [16 + 12, 16] * 10  # every second one with a replayed answer
+    by_turns = [16 + 12, 16] * (num_rounds // 2)  # every second one with a replayed answer
+    assert [one.rows for one in rounds][:num_rounds] == by_turns
 
 
 def test_where_rounds_never_come_measuring_ends(monkeypatch):
@@ -66,7 +73,7 @@ def test_where_rounds_never_come_measuring_ends(monkeypatch):
     assert calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)[0] == ()
 
 
-def test_reading_the_prompt_is_no_part_of_a_step(monkeypatch):
+def test_reading_the_prompt_is_no_part_of_a_step(few_rounds, monkeypatch):
     start = DecodeLoop.start
 
     def slow_start(loop, *args):
@@ -78,13 +85,13 @@ def test_reading_the_prompt_is_no_part_of_a_step(monkeypatch):
     assert calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)[1] < 1
 
 
-def test_what_learning_does_between_rounds_is_part_of_their_cost(monkeypatch):
+def test_what_learning_does_between_rounds_is_part_of_their_cost(few_rounds, monkeypatch):
     monkeypatch.setattr(ReplayBuffer, "offer", lambda *_: time.sleep(0.01))
     rounds, _ = calibration._timed(TARGET, Eagle.fresh(TARGET), LearnConfig(), PARAMS)
     assert min(one.seconds for one in rounds) > 0.01 * calibration._INTERVAL / (1 + 0.35)  # a comparison beside it
 
 
-def test_measuring_puts_the_weights_back():
+def test_measuring_puts_the_weights_back(few_rounds):
     drafter = Eagle.fresh(TARGET)
     weights = drafter.weights
     assert measure_costs(TARGET, drafter, LearnConfig(), PARAMS).row_cost > 0

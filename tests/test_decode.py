@@ -182,7 +182,7 @@ def test_special_tokens_and_halves_of_characters_never_show(num_draft_tokens):
 # Counts
 
 
-@settings(steady, max_examples=40)
+@settings(steady, max_examples=25)
 @given(wrong_at=st.sets(st.integers(0, 30)), num_draft_tokens=st.integers(0, 8))
 def test_every_count_agrees_with_the_feedback(wrong_at, num_draft_tokens):
     recorder = Recorder()

@@ -76,7 +76,7 @@ def test_every_trainable_drafter_of_the_table_is_distilled_here(target):
     assert {name for name in DRAFTERS if load_drafter(name, target).is_trainable} == set(TRAINABLE)
 
 
-@pytest.mark.parametrize("name", ["eagle", pytest.param("small_lm", marks=full)])
+@pytest.mark.parametrize("name", [TRAINABLE[0], *(pytest.param(name, marks=full) for name in TRAINABLE[1:])])
 def test_it_lengthens_what_is_accepted_of_answers_left_out(name, target, data, tmp_path):
     outcome = Distilling(target, settings_for(data, name, epochs=6), tmp_path / "d").run()
     assert outcome.num_prompts == 30

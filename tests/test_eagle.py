@@ -373,7 +373,6 @@ def test_counting_is_learned_to_perfection():
     assert acceptance_after_counting(Eagle) == 1.0
 
 
-@pytest.mark.full
 def test_counting_is_not_learned_from_labels_one_off():
     assert acceptance_after_counting(LabelsOneOff) < 0.1
 

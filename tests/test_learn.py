@@ -405,9 +405,7 @@ def test_every_learner_has_a_step_size_that_does_harm():
     assert set(HARMFUL) == set(LEARNERS) - {"frozen"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.full) if n in ("surrogate_ensemble", "momentum") else n for n in HARMFUL]
-)
+@pytest.mark.parametrize("name", HARMFUL)
 def test_a_round_that_did_harm_is_taken_back_under_every_learner(warm, name, monkeypatch):
     learning = InlineLearning(warm, config=parse(f"{name}/step_size={HARMFUL[name]}", OFTEN))
     undo, restored = learning._undo, []
@@ -425,7 +423,7 @@ def test_a_round_that_did_harm_is_taken_back_under_every_learner(warm, name, mon
         assert learning._last_good is warm.weights
 
     monkeypatch.setattr(learning, "_undo", spy)
-    for _ in range(4):
+    for _ in range(2):
         complete(warm, learning, num_tokens=60)
     assert not learning.is_frozen
     assert learning.num_undone == len(restored) > 0
@@ -439,6 +437,7 @@ def same(one, other):
 def test_a_learner_of_several_step_sizes_remembers_which_of_them_did_harm(warm):
     learning = InlineLearning(warm, config=parse("ensemble/step_size=0.1", OFTEN))
     while not learning.num_undone:
+        assert learning.num_rounds < 100
         complete(warm, learning, num_tokens=10)
     costs = learning.state.costs
     assert costs[0] < costs[1]
@@ -529,8 +528,8 @@ def test_without_memory_nothing_joins(drafter, replayed):
     assert not any(replayed)
 
 
-@pytest.mark.full
-def test_what_is_replayed_is_not_forgotten():
+@pytest.mark.parametrize("times", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_what_is_replayed_is_not_forgotten(times):
     """One text, then another for long: with memory the first is still drafted better than without."""
     kept = {}
     for replay_every in (0, 2):
@@ -538,8 +537,12 @@ def test_what_is_replayed_is_not_forgotten():
         learning = learn(drafter, config=replace(OFTEN, min_interval=24, max_interval=24, replay_every=replay_every))
         loop = DecodeLoop(TARGET, drafter, learning)
         for domain, prompt in (("one", PROMPT), ("other", [250, 3, 77, 12])):
-            for _ in range(8):
-                loop.complete(prompt, GenerationParams(40, 0), domain=domain)
+            for _ in range(times):
+                requests = [loop.start(prompt, GenerationParams(40, 0), domain=domain) for _ in range(4)]
+                while not requests[0].finish_reason:
+                    loop.step(requests)
+                for request in requests:
+                    loop.finish(request)
         kept[replay_every] = complete(drafter, None, num_tokens=40, num_draft_tokens=4).stats.acceptance_length
     assert kept[2] > kept[0]
 

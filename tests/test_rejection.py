@@ -90,9 +90,9 @@ SETTINGS = {
 
 
 @cache
-def run_uniforms(num_positions):
+def run_uniforms():
     """Each run is a request with a seed of its own: [NUM_RUNS, P, 3]."""
-    judging = torch.stack([uniforms(Noise(seed, 0, vocab_size=5), 0, num_positions) for seed in range(NUM_RUNS)])
+    judging = torch.stack([uniforms(Noise(seed, 0, vocab_size=5), 0, 10) for seed in range(NUM_RUNS)])
     drafting = torch.rand(*judging.shape[:2], 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return torch.cat([drafting, judging], dim=-1)
 
@@ -200,7 +200,7 @@ def law_p(drafter_class, sampling=SOFT, num_draft_tokens=3, is_ragged=False, mis
     vocab, length = 5, 4
     target_VV = TableTarget(vocab, seed=1).rows(sampling)
     drafter = drafter_class(TableTarget(vocab, seed=5, spread=1.0).rows(sampling))
-    numbers = miswire(run_uniforms(length + num_draft_tokens + 1))
+    numbers = miswire(run_uniforms())
     token_ids = decode(drafter, target_VV, length, num_draft_tokens, numbers, is_ragged)
     return chi_square_p(sequence_counts(token_ids, vocab), enumerate_law(target_VV, 0, length))
 
@@ -255,13 +255,13 @@ def test_greedy_rows_commit_exactly_the_target_argmax():
     plain = [0]
     for _ in range(6):
         plain.append(int(target_VV[plain[-1]].argmax()))
-    token_ids = decode(drafter, target_VV, 6, 3, run_uniforms(10)[:200])
+    token_ids = decode(drafter, target_VV, 6, 3, run_uniforms()[:200])
     assert (token_ids == torch.tensor(plain[1:])).all()
 
 
 def test_a_drafter_equal_to_its_target_is_never_refused():
     rows_VV = TableTarget(8, seed=3).rows(SamplingParams(temperature=0.7, top_p=0.9))
-    numbers = run_uniforms(10)[:2000, :5]
+    numbers = run_uniforms()[:2000, :5]
     anchors, counts = torch.zeros(2000, dtype=torch.int64), torch.full((2000,), 4)
     draft = SampledDrafter(rows_VV).propose(anchors, counts, numbers[:, :4, DRAFT])
     target_probs = torch.cat([draft.probs_BKV, rows_VV[draft.token_ids_BK[:, -1:]]], dim=1)
@@ -307,7 +307,7 @@ def test_an_excess_that_rounds_to_nothing_gives_way_to_the_target_row():
 
 def test_a_refused_point_mass_is_never_drawn_again():
     target_probs = torch.tensor([0.1, 0.8, 0.1]).expand(1000, 2, 3)
-    numbers = run_uniforms(10)[:1000, :2]
+    numbers = run_uniforms()[:1000, :2]
     verdict = verify(point_mass([[1]] * 1000), target_probs, numbers)
     is_refused = verdict.num_accepted_B == 0
     assert is_refused.any()

@@ -1108,7 +1108,7 @@ def small():
 @pytest.mark.parametrize(
     "phases",
     [
-        pytest.param("fuzzing --max-examples 10", id="in short", marks=pytest.mark.full),  # some requests of chance
+        pytest.param("fuzzing --max-examples 10", id="in short"),  # some requests of chance
         # 945 of them: what each field's bounds suggest too
         pytest.param("coverage,fuzzing --max-examples 20", id="in full", marks=pytest.mark.full),
     ],

@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 import rigs
 import torch
@@ -17,6 +19,12 @@ HEAD = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
 STATES = torch.randn(500, HIDDEN, generator=torch.Generator().manual_seed(1))
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200, 31, 77, 14, 9], [3], list(range(90, 140))]
+GREEDY = SamplingParams()
+
+
+@cache
+def plain_answers(max_new_tokens):
+    return [plain(TARGET, prompt, GenerationParams(max_new_tokens)).output_ids for prompt in PROMPTS]
 
 
 def shortlist(size=None, head=HEAD, make_linear=PlainLinear):
@@ -127,12 +135,11 @@ def eagle(size):
 @pytest.mark.parametrize("size", [1, 8, 40])
 def test_answers_are_plain_decodings_whatever_is_listed(size):
     loop = DecodeLoop(TARGET, eagle(size))
-    params = GenerationParams(max_new_tokens=40, num_draft_tokens=3)
-    for prompt in PROMPTS:
-        assert loop.complete(prompt, params).output_ids == plain(TARGET, prompt, params).output_ids
+    params = GenerationParams(max_new_tokens=24, num_draft_tokens=3)
+    assert [loop.complete(prompt, params).output_ids for prompt in PROMPTS] == plain_answers(24)
 
 
-def proposals(size, sampling):
+def proposals(size, sampling, prompts=PROMPTS):
     """Every draft of some requests."""
     drafter, drafts = eagle(size), []
     propose = drafter.propose
@@ -143,14 +150,14 @@ def proposals(size, sampling):
 
     drafter.propose = spy
     loop = DecodeLoop(TARGET, drafter)
-    for prompt in PROMPTS:
-        loop.complete(prompt, GenerationParams(max_new_tokens=30, num_draft_tokens=3, sampling=sampling, seed=5))
+    for prompt in prompts:
+        loop.complete(prompt, GenerationParams(max_new_tokens=20, num_draft_tokens=3, sampling=sampling, seed=5))
     return drafts
 
 
 def test_greedy_drafts_are_of_listed_tokens_only(monkeypatch):
     monkeypatch.setattr(shortlist_module, "_COLD", 0)
-    drafts = proposals(len(PROMPTS[0]) + 1, SamplingParams())
+    drafts = proposals(len(PROMPTS[0]) + 1, GREEDY)
     first = {i for draft in drafts[:5] for i in draft.token_ids_BK.flatten().tolist()}
     assert first <= {*PROMPTS[0], 0, 1}  # its distinct tokens, and unseen ones from below
     assert all(draft.probs_BKV is None for draft in drafts)
@@ -158,7 +165,8 @@ def test_greedy_drafts_are_of_listed_tokens_only(monkeypatch):
 
 def test_while_little_was_seen_greedy_drafts_are_of_all_tokens():
     """A list of what one prompt holds would leave out most of what its answer needs."""
-    for some, whole in zip(proposals(30, SamplingParams())[:5], proposals(None, SamplingParams())[:5], strict=True):
+    listed, unlisted = (proposals(size, GREEDY, PROMPTS[:1])[:5] for size in (30, None))
+    for some, whole in zip(listed, unlisted, strict=True):
         assert torch.equal(some.token_ids_BK, whole.token_ids_BK)
 
 
@@ -180,7 +188,7 @@ def test_no_list_changes_the_tokens_of_a_seed(monkeypatch):
     answers = []
     for size in (4, None):
         drafter = eagle(size)
-        params = GenerationParams(max_new_tokens=30, num_draft_tokens=3, sampling=SOFT, seed=5)
+        params = GenerationParams(max_new_tokens=20, num_draft_tokens=3, sampling=SOFT, seed=5)
         answers.append([DecodeLoop(TARGET, drafter).complete(prompt, params).output_ids for prompt in PROMPTS])
     assert answers[0] == answers[1]
 

@@ -114,13 +114,13 @@ def test_a_long_prompt_read_in_pieces_is_read_as_a_whole(target, folders):
 def test_beyond_its_own_context_a_drafter_drafts_no_more_and_the_answer_goes_on(folders, tmp_path):
     target = load_target(folders / "target")
     short = load_drafter(save_tiny(tmp_path / "short", "llama", max_position_embeddings=64), target)
-    params = GenerationParams(max_new_tokens=80, num_draft_tokens=4)
+    params = GenerationParams(max_new_tokens=40, num_draft_tokens=4)
     for num_prompt_tokens in (20, 64, 200):
         prompt = random_text(num_prompt_tokens)
         request = DecodeLoop(target, short).complete(prompt, params)
         assert request.output_ids == rigs.plain(target, prompt, params).output_ids
         assert (request.stats.drafted > 0) == (num_prompt_tokens == 20)
-        assert request.num_beyond_drafter == {20: 20 + 80 - 48, 64: 80, 200: 80}[num_prompt_tokens]
+        assert request.num_beyond_drafter == {20: 20 + 40 - 48, 64: 40, 200: 40}[num_prompt_tokens]
 
 
 def test_the_targets_own_model_as_a_drafter_is_always_right(folders, target):
@@ -277,7 +277,7 @@ def test_what_is_not_tuned_never_moves():
         drafter = make(name)
         before = {n: t.clone() for n, t in drafter._effective(drafter.weights.params).items()}
         learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=4/budget=inf"))
-        DecodeLoop(TARGET, drafter, learning).complete(random_text(9), GenerationParams(max_new_tokens=40))
+        DecodeLoop(TARGET, drafter, learning).complete(random_text(9), GenerationParams(max_new_tokens=28))
         assert learning.num_rounds > 3
         after = drafter._effective(drafter.weights.params)
         moved = {n for n in after if not torch.equal(after[n], before[n])}
@@ -487,7 +487,7 @@ def drafted_while_serving(drafter, target, monkeypatch, sampling, learns=True):
     learning = InlineLearning(drafter, config=config) if learns else None
     loop = DecodeLoop(target, drafter, learning)
     for seed in range(3):
-        loop.complete(random_text(9, seed), GenerationParams(24, 3, sampling, seed=seed, ignore_end_tokens=True))
+        loop.complete(random_text(9, seed), GenerationParams(16, 3, sampling, seed=seed, ignore_end_tokens=True))
     assert not learning or (learning.num_rounds >= 3 and not learning.is_frozen)
     return drafted
 
@@ -570,7 +570,7 @@ def test_drafts_of_any_family_follow_its_own_law(other, target):
 
 def test_any_family_answers_in_batches_as_plain_decoding_does(other, target):
     jobs = [
-        (random_text(n, n), GenerationParams(24, num_draft_tokens=k)) for n, k in ((1, 3), (40, 4), (9, 0), (70, 2))
+        (random_text(n, n), GenerationParams(12, num_draft_tokens=k)) for n, k in ((1, 3), (40, 4), (9, 0), (70, 2))
     ]
     done = run_together(DecodeLoop(target, load_drafter(other, target)), jobs)
     assert [r.output_ids for r in done] == [rigs.plain(target, *job).output_ids for job in jobs]
@@ -609,7 +609,7 @@ def test_any_family_learns_online_and_is_read_back_as_transformers_reads_it(othe
     learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=8/max_interval=8/budget=inf"))
     loop, prompt = DecodeLoop(target, drafter, learning), random_text(12)
     losses = []
-    for _ in range(8):
+    for _ in range(5):
         loop.complete(prompt, GenerationParams(32, num_draft_tokens=2))
         losses.append(learning.last_loss)
     assert not learning.is_frozen

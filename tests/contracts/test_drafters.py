@@ -42,15 +42,24 @@ def the_target():
 
 
 @cache
+def answers_to_learn():
+    """What learning is told, step by step, while the target answers PROMPTS."""
+    recorder = Recorder()
+    loop = DecodeLoop(the_target(), load_drafter("ngram", the_target()), recorder)
+    run_together(loop, [(prompt, GenerationParams(48, num_draft_tokens=0)) for prompt in PROMPTS])
+    told = recorder.feedback
+    return [told[i : i + len(PROMPTS)] for i in range(0, len(told), len(PROMPTS))]
+
+
+@cache
 def warm_params(name):
     """Weights that learned the target's answers to PROMPTS by heart, so that whole runs are accepted."""
     drafter = load_drafter(name, the_target())
     learner = make_learner("online_gradient", 5e-3)
     config = LearnConfig(min_interval=48, max_interval=48, replay_every=0, budget=math.inf, loss="soft_cross_entropy")
     learning = InlineLearning(drafter, learner, config)
-    loop = DecodeLoop(the_target(), drafter, learning)
-    for _ in range(9):
-        run_together(loop, [(prompt, GenerationParams(48, num_draft_tokens=0)) for prompt in PROMPTS])
+    for told in answers_to_learn() * 9:
+        learning.offer(told)
     assert not learning.is_frozen
     return drafter.weights.params
 
@@ -117,12 +126,12 @@ def test_greedy_output_equals_plain_decoding_in_batches_that_requests_join_and_l
 
 
 def test_greedy_and_sampled_requests_share_a_batch(drafter, target):
-    sampled = GenerationParams(max_new_tokens=30, sampling=SOFT, seed=3)
-    jobs = [(PROMPTS[0], GenerationParams(max_new_tokens=30)), (PROMPTS[1], sampled), (PROMPTS[2], sampled)]
+    sampled = GenerationParams(max_new_tokens=20, sampling=SOFT, seed=3)
+    jobs = [(PROMPTS[0], GenerationParams(max_new_tokens=20)), (PROMPTS[1], sampled), (PROMPTS[2], sampled)]
     together = run_together(DecodeLoop(target, drafter), jobs)
     alone = [DecodeLoop(target, drafter).complete(*job) for job in jobs]
     assert [request.output_ids for request in together] == [request.output_ids for request in alone]
-    assert together[0].output_ids == plain_answer(0, max_new_tokens=30)
+    assert together[0].output_ids == plain_answer(0, max_new_tokens=40)[:20]
 
 
 def test_greedy_output_survives_other_weights_between_steps(drafter, target):
@@ -236,7 +245,8 @@ def test_choices_of_one_seed_are_different_answers():
 def test_sampled_output_survives_learning_between_steps(drafter, target):
     learner = make_learner("online_gradient", step_size=1e-2)
     learning = InlineLearning(drafter, learner, LearnConfig(min_interval=8, max_interval=8, max_rows=16))
-    assert outputs(run_together(DecodeLoop(target, drafter, learning), SAMPLED, max_running=5)) == plain_samples()
+    done = run_together(DecodeLoop(target, drafter, learning), SAMPLED[:9], max_running=5)
+    assert outputs(done) == plain_samples()[:9]
     assert learning.num_rounds > 5 or not drafter.is_trainable
 
 
@@ -247,7 +257,8 @@ def test_sampled_output_survives_other_weights_between_steps(drafter, target):
     def swap():
         drafter.swap(other_weights(drafter.weights, seed=drafter.weights.version, scale=0.02))
 
-    assert outputs(run_together(DecodeLoop(target, drafter), SAMPLED, between_steps=swap)) == plain_samples()
+    done = run_together(DecodeLoop(target, drafter), SAMPLED[:9], between_steps=swap)
+    assert outputs(done) == plain_samples()[:9]
 
 
 def by_chance(requests, rng=Random(3)):  # noqa: B008  (one stream for all steps)
@@ -294,7 +305,7 @@ def law_runs(drafter, target, num_runs, rule=None, num_draft_tokens=3):
         (LAW_PROMPT, GenerationParams(LAW_TOKENS, num_draft_tokens, sampling=sampling, seed=seed))
         for seed in range(num_runs)
     ]
-    done = run_together(DecodeLoop(target, drafter, rule=rule), jobs, max_running=200)
+    done = run_together(DecodeLoop(target, drafter, rule=rule), jobs)
     if drafter:
         assert 0.05 < total(done).acceptance_rate < 0.97, "hardly a draft was accepted, or refused"
     counts = sequence_counts(torch.tensor(outputs(done)), LAW_VOCAB)
@@ -396,7 +407,7 @@ def test_the_order_of_requests_in_a_batch_does_not_matter(started):
 
 
 def test_the_same_seed_gives_the_same_tokens(drafter, target):
-    jobs = [(prompt, GenerationParams(30, sampling=SOFT, seed=seed)) for seed, prompt in enumerate(PROMPTS)]
+    jobs = [(prompt, GenerationParams(16, sampling=SOFT, seed=seed)) for seed, prompt in enumerate(PROMPTS)]
     first, second = (run_together(DecodeLoop(target, drafter), jobs) for _ in range(2))
     assert [request.output_ids for request in first] == [request.output_ids for request in second]
     assert [request.stats.accepted for request in first] == [request.stats.accepted for request in second]
