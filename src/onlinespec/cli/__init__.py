@@ -4,8 +4,9 @@ What a command needs takes seconds to import. So this file and `dispatch` import
 at once, and Ctrl-C ends the process in one line from its first moments on.
 """
 
-import os
 import signal
+
+from onlinespec.cli.interrupt import stop
 
 
 def main() -> None:
@@ -18,11 +19,3 @@ def main() -> None:
         dispatch.main()
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to stop, only Python's own end
-
-
-def stop(*_: object) -> None:
-    """Ctrl-C while nothing has to be put in order. No exception: amid an import or in a `__del__` it gets swallowed."""
-    if os.isatty(2):
-        os.write(2, b"\r\x1b[K\x1b[?25h")  # over what a spinner wrote, and the cursor it hid
-    os.write(2, b"stopped\n")
-    os._exit(130)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from onlinespec.cli import stop
+from onlinespec.cli.interrupt import stop
 
 _FILE_WIDTH = 160  # characters, where no terminal says how many it has: a row of a table, a line of the log stay whole
 
