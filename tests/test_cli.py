@@ -32,7 +32,7 @@ from onlinespec.drafters import load_drafter
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target
 from onlinespec.records import read_report
-from onlinespec.tables import LEARNER_NAMES
+from onlinespec.registry import LEARNER_NAMES
 from onlinespec.versions import Versions
 
 PROMPT = "naïve 日本 🎌 a b a b"

@@ -39,7 +39,6 @@ FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "
 
 # Not yet in their rooms, or arrows not yet cut.
 MOVING = {
-    "tables": "registry",
     "sampling": "lossless.sampling",
     "verify": "lossless.verify",
     "rejection": "lossless.rejection",

@@ -22,7 +22,7 @@ from onlinespec.losses import (
     soft_cross_entropy,
     total_variation,
 )
-from onlinespec.tables import resolve
+from onlinespec.registry import resolve
 
 
 @pytest.fixture(params=LOSSES)

@@ -10,7 +10,7 @@ from onlinespec.config import LearnConfig
 from onlinespec.learners import LEARNERS, Euclidean, Evaluation
 from onlinespec.learners.geometry import Diagonal, Preconditioned
 from onlinespec.methods import learner_of, parse
-from onlinespec.tables import LEARNER_NAMES, NONE, PRESETS, resolve
+from onlinespec.registry import LEARNER_NAMES, NONE, PRESETS, resolve
 
 LINES = [*LEARNERS, *PRESETS]
 

@@ -27,7 +27,7 @@ from onlinespec.methods import parse
 from onlinespec.models.linear import PlainLinear, plain_product
 from onlinespec.models.loading import load_target
 from onlinespec.randomness import Noise, StepNoise
-from onlinespec.tables import resolve
+from onlinespec.registry import resolve
 
 TARGET = rigs.random_target()
 TUNINGS = {"layers": Tuning("layers"), "all": Tuning("all"), "adapters": Tuning("adapters", rank=3, alpha=5.0)}

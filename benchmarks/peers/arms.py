@@ -24,7 +24,7 @@ from onlinespec.learn import InlineLearning
 from onlinespec.methods import parse
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target
-from onlinespec.tables import FROZEN, NONE
+from onlinespec.registry import FROZEN, NONE
 
 LEARNER = "online_gradient"
 PLAIN = "transformers"  # its plain `generate`: the control that every user has

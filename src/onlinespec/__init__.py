@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onlinespec.methods import parse
     from onlinespec.models.loading import Target, load_target
     from onlinespec.recording import Recorded, Replaying, record
-    from onlinespec.tables import LEARNERS, PRESETS
+    from onlinespec.registry import LEARNERS, PRESETS
     from onlinespec.workloads import WORKLOADS, load_workload
 
 _MODULES = {
@@ -38,7 +38,7 @@ _MODULES = {
     "methods": ("parse",),
     "models.loading": ("Target", "load_target"),
     "recording": ("Recorded", "Replaying", "record"),
-    "tables": ("LEARNERS", "PRESETS"),
+    "registry": ("LEARNERS", "PRESETS"),
     "workloads": ("WORKLOADS", "load_workload"),
 }
 

@@ -34,9 +34,9 @@ from onlinespec.models.loading import Target
 from onlinespec.provenance import provenance
 from onlinespec.randomness import gumbel
 from onlinespec.records import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
+from onlinespec.registry import FROZEN, NONE
 from onlinespec.rejection import Rejection
 from onlinespec.sampling import process_step
-from onlinespec.tables import FROZEN, NONE
 from onlinespec.verify import Coupled, Rule
 from onlinespec.workloads import Prompt, Workload, load_workload
 

@@ -38,7 +38,7 @@ from onlinespec.losses import LOSSES, RowLoss
 from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
 from onlinespec.recording import Replaying
-from onlinespec.tables import resolve
+from onlinespec.registry import resolve
 from onlinespec.workloads import Prompt, load_workload
 
 _LEAST_HELD_OUT = 8

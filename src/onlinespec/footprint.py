@@ -24,7 +24,7 @@ from onlinespec.methods import learner_of
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.linear import draft_linear_for
 from onlinespec.models.memory import DrafterSize, Products, drafting_bytes, learning_bytes
-from onlinespec.tables import resolve
+from onlinespec.registry import resolve
 
 _ROUNDS = 4  # after which a learner's state holds all that it ever will, a domain apart
 _OF_A_ROUND = 2  # sets of weights beside a learner's state: the last that scored well, and what progress is told by

@@ -28,8 +28,8 @@ from onlinespec.learners.geometry import is_finite
 from onlinespec.losses import LOSSES, RowLoss
 from onlinespec.methods import full_loss_of, learner_of
 from onlinespec.records import Round
+from onlinespec.registry import resolve
 from onlinespec.replay import ReplayBuffer
-from onlinespec.tables import resolve
 from onlinespec.telemetry import Telemetry
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from math import isfinite, nan
 from statistics import median
 from typing import NamedTuple
 
-from onlinespec import tables
+from onlinespec import registry
 from onlinespec.records import Report, Round, Run, Segment, Totals, Window
 
-PLAIN, FROZEN = tables.NONE, tables.FROZEN  # the controls: plain decoding, and a drafter that does not learn
+PLAIN, FROZEN = registry.NONE, registry.FROZEN  # the controls: plain decoding, and a drafter that does not learn
 _CONTROL_RANK = {FROZEN: 1, PLAIN: 2}
 
 

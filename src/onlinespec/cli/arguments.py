@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from onlinespec import demo
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_that
-from onlinespec.tables import FROZEN, LEARNER_NAMES, NONE
+from onlinespec.registry import FROZEN, LEARNER_NAMES, NONE
 from onlinespec.workloads import load_workload
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]

@@ -16,7 +16,7 @@ from onlinespec.footprint import Beside
 from onlinespec.losses import LOSSES
 from onlinespec.methods import learner_of, parse
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
-from onlinespec.tables import LEARNER_NAMES, NONE, resolve
+from onlinespec.registry import LEARNER_NAMES, NONE, resolve
 
 
 def use(machine: Machine) -> None:

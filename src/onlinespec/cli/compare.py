@@ -17,8 +17,8 @@ from onlinespec.compare import Comparing, Comparison, check_results_folder
 from onlinespec.footprint import Beside
 from onlinespec.models.loading import Target
 from onlinespec.records import Report
+from onlinespec.registry import FROZEN, NONE
 from onlinespec.report import summary_table, write_html
-from onlinespec.tables import FROZEN, NONE
 
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 

@@ -13,7 +13,7 @@ from onlinespec.drafters import load_drafter
 from onlinespec.footprint import Beside
 from onlinespec.learn import InlineLearning
 from onlinespec.losses import told
-from onlinespec.tables import FROZEN
+from onlinespec.registry import FROZEN
 
 
 def generate(command: Generate) -> int:

@@ -12,7 +12,7 @@ from rich.table import Column
 
 from onlinespec.cli.terminal import err, escaped
 from onlinespec.compare import Progress
-from onlinespec.tables import NONE
+from onlinespec.registry import NONE
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from onlinespec.footprint import Beside
 from onlinespec.learn import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache
+from onlinespec.registry import FROZEN, NONE
 from onlinespec.scheduler import Limits, Scheduler
-from onlinespec.tables import FROZEN, NONE
 from onlinespec.versions import Versions
 
 try:

@@ -9,7 +9,7 @@ from onlinespec.config import Tuning
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import drafter_folder, read_format, read_side
 from onlinespec.models.loading import Target
-from onlinespec.tables import resolve
+from onlinespec.registry import resolve
 
 DRAFTERS = {
     "ngram": "onlinespec.drafters.ngram:Ngram",

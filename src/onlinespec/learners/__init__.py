@@ -1,10 +1,10 @@
-"""Learners by name. A new one is a file here and a line in `tables.LEARNERS`."""
+"""Learners by name. A new one is a file here and a line in `registry.LEARNERS`."""
 
 from typing import Any
 
 from onlinespec.learners.base import Evaluate, Evaluation, Learner, Params
 from onlinespec.learners.geometry import GEOMETRIES, Diagonal, Euclidean, Geometry
-from onlinespec.tables import LEARNERS, resolve
+from onlinespec.registry import LEARNERS, resolve
 
 
 def make_learner(

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from onlinespec.tables import resolve
+from onlinespec.registry import resolve
 from onlinespec.workloads.base import Prompt, Split, Workload, split_of
 
 WORKLOADS = {

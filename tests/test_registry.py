@@ -5,7 +5,7 @@ import pytest
 
 from onlinespec.drafters import DRAFTERS
 from onlinespec.learners import GEOMETRIES, LEARNERS
-from onlinespec.tables import resolve
+from onlinespec.registry import resolve
 from onlinespec.workloads import WORKLOADS
 
 TABLE = {"ordered": "collections:OrderedDict", "plain": "builtins:dict"}
