@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from simulator import DRAFTERS, GOOD, HOPELESS, MAX_DRAFT_TOKENS, Fixed, Machine, Prob, Run, always, simulate
 
-from onlinespec.control import Controller, StepRecord
+from onlinespec.control.chooser import Controller, StepRecord
 from onlinespec.provenance import provenance
 
 MACHINES = {"exact": Machine(), "noisy": Machine(noise=0.1, hiccup=0.01)}

@@ -19,9 +19,9 @@ from random import Random
 import torch
 
 import onlinespec as osp
-from onlinespec.randomness import Noise, gumbel
-from onlinespec.rejection import Rejection
-from onlinespec.verify import Coupled
+from onlinespec.lossless.noise import Noise, gumbel
+from onlinespec.lossless.rejection import Rejection
+from onlinespec.lossless.verify import Coupled
 
 VOCABULARIES = (4_096, 49_152, 151_936)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onlinespec.control import StepRecord
-from onlinespec.step_costs import StepCosts, profile
+from onlinespec.control.chooser import StepRecord
+from onlinespec.control.costs import StepCosts, profile
 
 BATCH_SIZES, DEPTHS = (1, 2, 4, 8, 16), (0, 1, 2, 3, 4, 6, 8)
 MAX_DRAFT_TOKENS = 8

@@ -21,7 +21,7 @@ from rich.console import Console
 from rigs import AcceptsEverything
 from waiting import HANG_SECONDS, wait_until
 
-import onlinespec.verify
+import onlinespec.lossless.verify
 from onlinespec import demo
 from onlinespec.calibration import Costs
 from onlinespec.cli import checks, compare, dispatch, distill, progress
@@ -486,7 +486,7 @@ def test_half_types_are_served_by_either_path(run, target, dtype):
 
 
 def test_answers_that_differ_from_plain_decoding_fail_the_command(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
+    monkeypatch.setattr(onlinespec.lossless.verify.Coupled, "judge", AcceptsEverything.judge)
     options = ("--out", tmp_path / "out", "--max-new-tokens", "8", "--learners", "none,frozen")
     status, _, err = run(*COMPARE, *options)
     assert status == 1

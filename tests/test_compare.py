@@ -10,7 +10,7 @@ from checkpoints import add_tokens, save_tiny
 from rigs import AcceptsEverything
 
 import onlinespec.compare
-import onlinespec.verify
+import onlinespec.lossless.verify
 from onlinespec.calibration import Costs
 from onlinespec.compare import TIE_GAP, Comparing, Comparison, is_tie
 from onlinespec.config import GenerationParams, LearnConfig
@@ -252,7 +252,7 @@ def test_speedups_are_ratios_of_tokens_per_second(target, data, usual):
 
 
 def test_a_verification_that_is_not_lossless_is_found_out(target, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
+    monkeypatch.setattr(onlinespec.lossless.verify.Coupled, "judge", AcceptsEverything.judge)
     report = run(target, data(), out=tmp_path)
     assert [one.totals.identical_to_plain for one in report.runs] == [True, False, False]
     assert {line["identical_to_plain"] for line in lines_of(tmp_path) if line["learner"] == "frozen"} == {False}
@@ -261,7 +261,7 @@ def test_a_verification_that_is_not_lossless_is_found_out(target, data, tmp_path
 def test_a_difference_is_counted_in_its_segment_only(target, data, monkeypatch):
     def break_after_the_first_segment(progress):
         if progress.done == 2:
-            monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
+            monkeypatch.setattr(onlinespec.lossless.verify.Coupled, "judge", AcceptsEverything.judge)
 
     two = PROMPTS[:2]
     report = run(target, data("a", two), data("b", two), on_progress=break_after_the_first_segment)
@@ -271,7 +271,7 @@ def test_a_difference_is_counted_in_its_segment_only(target, data, monkeypatch):
 
 
 def test_differences_at_near_ties_are_counted_apart(target, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(onlinespec.verify.Coupled, "judge", AcceptsEverything.judge)
+    monkeypatch.setattr(onlinespec.lossless.verify.Coupled, "judge", AcceptsEverything.judge)
     monkeypatch.setattr(onlinespec.compare, "is_tie", lambda target, answer, plain: True)
     frozen = run_of(run(target, data(), out=tmp_path), "frozen").totals
     assert (frozen.identical_to_plain, frozen.ties) == (True, len(PROMPTS))

@@ -21,10 +21,10 @@ from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
-from onlinespec.losses import auto, soft_cross_entropy
+from onlinespec.learners.losses import auto, soft_cross_entropy
+from onlinespec.lossless.sampling import process_logits
 from onlinespec.models.linear import PlainLinear, half_product
 from onlinespec.models.loading import load_target
-from onlinespec.sampling import process_logits
 
 PROMPT = [5, 9, 200, 31, 77, 14, 9]
 TARGET = rigs.random_target()

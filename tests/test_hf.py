@@ -35,7 +35,7 @@ from onlinespec.drafters.headed import Batch
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
-from onlinespec.losses import cross_entropy
+from onlinespec.learners.losses import cross_entropy
 from onlinespec.models.hf import HFModel, check_architecture
 from onlinespec.models.loading import Target, load_target, read_model
 

@@ -39,14 +39,6 @@ FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "
 
 # Not yet in their rooms, or arrows not yet cut.
 MOVING = {
-    "sampling": "lossless.sampling",
-    "verify": "lossless.verify",
-    "rejection": "lossless.rejection",
-    "randomness": "lossless.noise",
-    "acceptance": "control.acceptance",
-    "step_costs": "control.costs",
-    "control": "control.chooser",
-    "losses": "learners.losses",
     "learn": "learning.update",
     "replay": "learning.replay",
     "cadence": "learning.schedule",

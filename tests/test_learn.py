@@ -20,8 +20,8 @@ from onlinespec.drafters.ngram import Ngram
 from onlinespec.drafters.small_lm import SmallLM
 from onlinespec.learn import InlineLearning, newest_rows
 from onlinespec.learners import LEARNERS, make_learner
+from onlinespec.learners.losses import LOSSES
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.losses import LOSSES
 from onlinespec.methods import PRESETS, learner_of, parse
 
 TARGET = rigs.random_target()

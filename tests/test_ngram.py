@@ -10,7 +10,7 @@ from toy import steady
 from onlinespec.config import SamplingParams
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.randomness import StepNoise
+from onlinespec.lossless.noise import StepNoise
 
 NO_FEATURES = torch.empty(0, 32)
 

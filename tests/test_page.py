@@ -17,7 +17,7 @@ from simulator import Machine
 from waiting import HANG_SECONDS
 
 from onlinespec.background import Recipe, ThreadLearning
-from onlinespec.control import Controller, StepRecord
+from onlinespec.control.chooser import Controller, StepRecord
 from onlinespec.core import Feedback, Trace
 from onlinespec.decode import DecodeLoop, Step
 from onlinespec.drafters import load_drafter

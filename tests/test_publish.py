@@ -24,10 +24,10 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.learn import InlineLearning
-from onlinespec.losses import TargetRows, cross_entropy
+from onlinespec.learners.losses import TargetRows, cross_entropy
+from onlinespec.lossless.noise import gumbel, uniforms
 from onlinespec.methods import parse
 from onlinespec.publish import Publisher
-from onlinespec.randomness import gumbel, uniforms
 from onlinespec.trial import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
 
 VOCAB = 6

@@ -11,7 +11,7 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import shortlist as shortlist_module
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.shortlist import Shortlist
-from onlinespec.losses import soft_cross_entropy
+from onlinespec.learners.losses import soft_cross_entropy
 from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack_half
 
 VOCAB, HIDDEN = 64, 16

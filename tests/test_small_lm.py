@@ -22,11 +22,11 @@ from onlinespec.drafters import load_drafter
 from onlinespec.drafters.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm import SmallLM
 from onlinespec.learn import InlineLearning
-from onlinespec.losses import LOSSES, auto, soft_cross_entropy
+from onlinespec.learners.losses import LOSSES, auto, soft_cross_entropy
+from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.methods import parse
 from onlinespec.models.linear import PlainLinear, plain_product
 from onlinespec.models.loading import load_target
-from onlinespec.randomness import Noise, StepNoise
 from onlinespec.registry import resolve
 
 TARGET = rigs.random_target()

@@ -8,7 +8,7 @@ import torch
 
 from onlinespec.core import Feedback, Trace
 from onlinespec.learners import Evaluation
-from onlinespec.losses import TargetRows
+from onlinespec.learners.losses import TargetRows
 from onlinespec.telemetry import Telemetry
 
 TRACE = Trace([], torch.empty(0, 0))

@@ -13,7 +13,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from onlinespec.config import SamplingParams
-from onlinespec.sampling import process_logits
+from onlinespec.lossless.sampling import process_logits
 
 steady = settings(deadline=None, derandomize=True)  # for @given: the same examples every time, however slow the machine
 

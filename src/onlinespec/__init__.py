@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onlinespec.drafters.base import Drafter
     from onlinespec.learn import InlineLearning
     from onlinespec.learners import Learner, make_learner
-    from onlinespec.losses import LOSSES
+    from onlinespec.learners.losses import LOSSES
     from onlinespec.methods import parse
     from onlinespec.models.loading import Target, load_target
     from onlinespec.recording import Recorded, Replaying, record
@@ -34,7 +34,7 @@ _MODULES = {
     "drafters.base": ("Drafter",),
     "learn": ("InlineLearning",),
     "learners": ("Learner", "make_learner"),
-    "losses": ("LOSSES",),
+    "learners.losses": ("LOSSES",),
     "methods": ("parse",),
     "models.loading": ("Target", "load_target"),
     "recording": ("Recorded", "Replaying", "record"),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from onlinespec.host import to_host
-from onlinespec.losses import TargetRows
-from onlinespec.randomness import gumbel_rows
+from onlinespec.learners.losses import TargetRows
+from onlinespec.lossless.noise import gumbel_rows
 
 
 def agrees(draft_logits_ENV: Tensor, target: TargetRows) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams
+from onlinespec.control.costs import StepCosts, profile
 from onlinespec.core import Feedback
 from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.base import Drafter
@@ -16,7 +17,6 @@ from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.models.clock import Clock, HostClock, clock_for
 from onlinespec.models.loading import Target
-from onlinespec.step_costs import StepCosts, profile
 
 _PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening. " * 12  # context costs too
 _INTERVAL = 16  # steps, as at a run's start: rounds of few rows, and every second one with replayed rows beside them

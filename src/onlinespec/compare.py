@@ -26,18 +26,18 @@ from onlinespec.decode import DecodeLoop, Request, UnfitPrompt
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.learn import InlineLearning
+from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.losses import told
+from onlinespec.lossless.noise import gumbel
+from onlinespec.lossless.rejection import Rejection
+from onlinespec.lossless.sampling import process_step
+from onlinespec.lossless.verify import Coupled, Rule
 from onlinespec.methods import learner_of, parse
 from onlinespec.metrics import figures, telemetry, total, windows
 from onlinespec.models.loading import Target
 from onlinespec.provenance import provenance
-from onlinespec.randomness import gumbel
 from onlinespec.records import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
 from onlinespec.registry import FROZEN, NONE
-from onlinespec.rejection import Rejection
-from onlinespec.sampling import process_step
-from onlinespec.verify import Coupled, Rule
 from onlinespec.workloads import Prompt, Workload, load_workload
 
 log = logging.getLogger(__name__)

@@ -20,15 +20,15 @@ from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, TokenLogprobs, Trace, Verdict
 from onlinespec.drafters.base import Drafter
 from onlinespec.host import to_device, to_host
+from onlinespec.lossless.noise import Noise, StepNoise
+from onlinespec.lossless.sampling import Logprobs, logprobs_of, process_step, token_logprobs
+from onlinespec.lossless.verify import Coupled, Rule, ScoredRows
 from onlinespec.models.base import Output
 from onlinespec.models.clock import clock_for
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache, PromptText
-from onlinespec.randomness import Noise, StepNoise
-from onlinespec.sampling import Logprobs, logprobs_of, process_step, token_logprobs
 from onlinespec.text import TextStream
-from onlinespec.verify import Coupled, Rule, ScoredRows
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from onlinespec.core import DecodeStats, DrafterWeights, Params
 from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.learners.losses import LOSSES, RowLoss
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.losses import LOSSES, RowLoss
 from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
 from onlinespec.recording import Replaying

@@ -25,7 +25,7 @@ from onlinespec.finite import FiniteTexts
 from onlinespec.host import to_host
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
-from onlinespec.losses import LOSSES, RowLoss
+from onlinespec.learners.losses import LOSSES, RowLoss
 from onlinespec.methods import full_loss_of, learner_of
 from onlinespec.records import Round
 from onlinespec.registry import resolve

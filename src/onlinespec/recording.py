@@ -19,8 +19,8 @@ from onlinespec.core import DecodeStats, Feedback, Trace
 from onlinespec.decode import DecodeLoop, Learning, UnfitPrompt, step_stats
 from onlinespec.drafters.base import Drafter
 from onlinespec.host import to_host
+from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.models.loading import Target
-from onlinespec.randomness import Noise, StepNoise
 from onlinespec.workloads import Prompt
 
 

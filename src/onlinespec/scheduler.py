@@ -19,7 +19,7 @@ from threading import Condition
 from typing import Protocol
 
 from onlinespec.config import check_that, check_types
-from onlinespec.control import StepRecord
+from onlinespec.control.chooser import StepRecord
 from onlinespec.decode import ERROR, DecodeLoop, Learning, Request, Step
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Flow:
 
 
 class Control(Protocol):
-    """What chooses how many tokens to draft; `control.py` has it."""
+    """What chooses how many tokens to draft; `control/chooser.py` has it."""
 
     @property
     def learn_share(self) -> float:

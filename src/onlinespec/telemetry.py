@@ -22,7 +22,7 @@ from onlinespec.core import Feedback, Params
 from onlinespec.drafters.base import Drafter
 from onlinespec.learners import Evaluate, Evaluation
 from onlinespec.learners.geometry import cosine, squared_distance, squared_norm
-from onlinespec.losses import TargetRows, cross_entropy, kl, total_variation
+from onlinespec.learners.losses import TargetRows, cross_entropy, kl, total_variation
 from onlinespec.metrics import acceptance_length_at, coupled_distance, distance_bound, greedy_distance_bound
 from onlinespec.records import Round
 

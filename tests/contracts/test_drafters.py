@@ -23,8 +23,8 @@ from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
-from onlinespec.randomness import Noise, StepNoise
-from onlinespec.rejection import Rejection
+from onlinespec.lossless.noise import Noise, StepNoise
+from onlinespec.lossless.rejection import Rejection
 
 GREEDY = SamplingParams()
 

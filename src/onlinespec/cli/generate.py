@@ -12,7 +12,7 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.footprint import Beside
 from onlinespec.learn import InlineLearning
-from onlinespec.losses import told
+from onlinespec.learners.losses import told
 from onlinespec.registry import FROZEN
 
 

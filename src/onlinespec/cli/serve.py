@@ -20,7 +20,7 @@ from onlinespec.cli.arguments import Serve
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err
 from onlinespec.config import LearnConfig
-from onlinespec.control import Controller
+from onlinespec.control.chooser import Controller
 from onlinespec.core import DrafterWeights
 from onlinespec.decode import DecodeLoop, Learning
 from onlinespec.drafters import load_drafter

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from onlinespec.config import SamplingParams, Tuning
 from onlinespec.core import Draft, DrafterWeights, Feedback, Params
-from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.learners.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.lossless.noise import StepNoise
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.loading import Target
 from onlinespec.models.memory import DrafterSize
-from onlinespec.randomness import StepNoise
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from onlinespec.drafters.base import Drafter, Loss
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout, Span, lay_out, spans_of
 from onlinespec.host import to_device, to_host
-from onlinespec.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.learners.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.lossless.noise import StepNoise
+from onlinespec.lossless.sampling import process_logits
 from onlinespec.models.base import Cache, Model
 from onlinespec.models.loading import Target
-from onlinespec.randomness import StepNoise
-from onlinespec.sampling import process_logits
 
 Head = Callable[[Tensor], Tensor]  # states [..., D] to logits over the vocabulary, or a list of its tokens
 

@@ -15,8 +15,8 @@ from onlinespec.core import Draft, DrafterWeights
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import read_drafter_config, write_drafter
 from onlinespec.host import to_device
+from onlinespec.lossless.noise import StepNoise
 from onlinespec.models.loading import Target
-from onlinespec.randomness import StepNoise
 
 
 @dataclass

@@ -30,7 +30,7 @@ from onlinespec.drafters.headed import Head, Headed, draft_dtype_for
 from onlinespec.drafters.shortlist import Listed, Shortlist
 from onlinespec.drafters.spans import Layout, Span, spans_of
 from onlinespec.host import to_device
-from onlinespec.losses import TargetRows
+from onlinespec.learners.losses import TargetRows
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, tensor_shapes, weight_files
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from onlinespec.background import BackgroundLearning
-from onlinespec.control import Controller
+from onlinespec.control.chooser import Controller
 from onlinespec.learn import InlineLearning
 from onlinespec.scheduler import Flow
 from onlinespec.server.engine import Engine

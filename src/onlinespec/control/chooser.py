@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from onlinespec.acceptance import Acceptance
-from onlinespec.step_costs import StepCosts, TrackedCosts
+from onlinespec.control.acceptance import Acceptance
+from onlinespec.control.costs import StepCosts, TrackedCosts
 
 __all__ = ["Choice", "Controller", "FixedController", "StepCosts", "StepRecord", "most_per_second"]
 

@@ -13,8 +13,8 @@ from toy import TableTarget, chi_square_p, enumerate_law, sequence_counts, stead
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import Draft
-from onlinespec.randomness import Noise
-from onlinespec.rejection import sample_rows, uniforms, verify_by_rejection
+from onlinespec.lossless.noise import Noise
+from onlinespec.lossless.rejection import sample_rows, uniforms, verify_by_rejection
 
 DRAFT, ACCEPT, LAST = range(3)  # columns of a run's numbers: draws a draft, and the two that the rule reads
 

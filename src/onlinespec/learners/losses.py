@@ -118,13 +118,13 @@ def _log(probs: Tensor) -> Tensor:
 
 
 LOSSES = {
-    "auto": "onlinespec.losses:auto",
-    "soft_cross_entropy": "onlinespec.losses:soft_cross_entropy",
-    "cross_entropy": "onlinespec.losses:cross_entropy",
-    "mix": "onlinespec.losses:mix",
-    "reverse_kl": "onlinespec.losses:reverse_kl",
-    "jsd": "onlinespec.losses:jsd",
-    "total_variation": "onlinespec.losses:total_variation",
+    "auto": "onlinespec.learners.losses:auto",
+    "soft_cross_entropy": "onlinespec.learners.losses:soft_cross_entropy",
+    "cross_entropy": "onlinespec.learners.losses:cross_entropy",
+    "mix": "onlinespec.learners.losses:mix",
+    "reverse_kl": "onlinespec.learners.losses:reverse_kl",
+    "jsd": "onlinespec.learners.losses:jsd",
+    "total_variation": "onlinespec.learners.losses:total_variation",
 }
 
 

@@ -20,7 +20,7 @@ from simulator import (
 )
 from toy import steady
 
-from onlinespec.control import Controller, FixedController, StepRecord, most_per_second
+from onlinespec.control.chooser import Controller, FixedController, StepRecord, most_per_second
 
 QUIET, NOISY = Machine(), Machine(noise=0.1, hiccup=0.01)
 NUM_TOKENS = {1: 6_000, 4: 10_000, 16: 20_000}  # by batch

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import Draft, Verdict
-from onlinespec.randomness import Noise
-from onlinespec.sampling import Choice, choose
+from onlinespec.lossless.noise import Noise
+from onlinespec.lossless.sampling import Choice, choose
 
 
 class ScoredRows(NamedTuple):

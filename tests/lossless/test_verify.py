@@ -14,9 +14,9 @@ from toy import TableTarget, chi_square_p, enumerate_law, sequence_counts, stead
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import Draft
-from onlinespec.randomness import Noise, gumbel, uniforms
-from onlinespec.sampling import Choice, choose, process_scores
-from onlinespec.verify import Coupled, ScoredRows, verify
+from onlinespec.lossless.noise import Noise, gumbel, uniforms
+from onlinespec.lossless.sampling import Choice, choose, process_scores
+from onlinespec.lossless.verify import Coupled, ScoredRows, verify
 
 SOFT = SamplingParams(temperature=1.0)
 VOCAB, LENGTH = 8, 3

@@ -2,7 +2,7 @@ from random import Random
 
 import pytest
 
-from onlinespec.acceptance import Acceptance
+from onlinespec.control.acceptance import Acceptance
 
 
 def serve(acceptance, prob, num_steps, request_ids=("a",), depth=4, seed=0):

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from onlinespec.config import SamplingParams
-from onlinespec.randomness import gumbel
-from onlinespec.sampling import choose, count_tokens, probs_of, process_logits, process_scores
-from onlinespec.sampling import process_step as process_step_scores
+from onlinespec.lossless.noise import gumbel
+from onlinespec.lossless.sampling import choose, count_tokens, probs_of, process_logits, process_scores
+from onlinespec.lossless.sampling import process_step as process_step_scores
 
 VOCAB = 23
 

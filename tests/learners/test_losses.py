@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from toy import steady
 
-from onlinespec.losses import (
+from onlinespec.learners.losses import (
     GREEDY_TOKEN_SHARE,
     LOSSES,
     TargetRows,

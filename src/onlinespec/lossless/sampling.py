@@ -19,7 +19,7 @@ from torch import Tensor
 from onlinespec.config import SamplingParams
 from onlinespec.core import TokenLogprobs
 from onlinespec.host import to_device
-from onlinespec.randomness import gumbel
+from onlinespec.lossless.noise import gumbel
 
 _FEW = 8  # a cut is worth gathering for where it leaves at most one token in so many: two logarithms a token are saved
 _FLOAT32 = torch.finfo(torch.float32)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import chi_square_p, steady
 
-from onlinespec.randomness import Noise, StepNoise, gumbel, gumbel_rows, uniforms
+from onlinespec.lossless.noise import Noise, StepNoise, gumbel, gumbel_rows, uniforms
 
 any_seed = st.integers(-(2**66), 2**66)
 
@@ -82,7 +82,9 @@ def test_a_position_before_the_first_is_refused():
 
 def test_a_request_makes_each_row_once_and_drops_it_when_its_position_is_committed(monkeypatch):
     made = []
-    monkeypatch.setattr("onlinespec.randomness._uniforms", lambda key, at, size: made.append(at) or torch.ones(size))
+    monkeypatch.setattr(
+        "onlinespec.lossless.noise._uniforms", lambda key, at, size: made.append(at) or torch.ones(size)
+    )
     noise = Noise(1, 0, vocab_size=3)
     noise.rows(5, 3), noise.rows(6, 3)
     noise.forget_before(7)

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.core import Draft, Verdict
-from onlinespec.randomness import Noise
-from onlinespec.sampling import probs_of
-from onlinespec.verify import ScoredRows, check_shape
+from onlinespec.lossless.noise import Noise
+from onlinespec.lossless.sampling import probs_of
+from onlinespec.lossless.verify import ScoredRows, check_shape
 
 ACCEPT, LAST = range(2)  # columns of uniforms: judges a drafted token, draws the recovered or bonus token
 

@@ -1,7 +1,7 @@
 import pytest
 from simulator import Machine
 
-from onlinespec.step_costs import StepCosts, TrackedCosts, profile
+from onlinespec.control.costs import StepCosts, TrackedCosts, profile
 
 MACHINE = Machine()
 SHAPES = ([0], [4], [2, 0, 1], [5] * 8, [0, 8, 3, 3] * 5)

@@ -1,0 +1,1 @@
+"""The promise: how tokens are chosen, noised and verified. Small, pure tensors."""
