@@ -30,7 +30,7 @@ import tyro
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.decode import ContextOverflow, DecodeLoop, Request
 from onlinespec.drafters import load_drafter
-from onlinespec.learn import InlineLearning
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
 from onlinespec.provenance import provenance
 from onlinespec.workloads import WORKLOADS, load_workload

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 import tyro
 
-from onlinespec.cadence import Budget
 from onlinespec.config import GenerationParams, LearnConfig, PublishConfig
 from onlinespec.core import DecodeStats, Feedback
 from onlinespec.decode import Learning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.schedule import Budget
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.provenance import provenance
 from onlinespec.recording import Replaying, record

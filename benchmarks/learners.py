@@ -31,8 +31,8 @@ from tyro.conf import Positional
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.drafters import load_drafter
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.metrics import telemetry, total
 from onlinespec.models.loading import load_target
 from onlinespec.provenance import provenance

@@ -24,8 +24,8 @@ import tyro
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.core import Feedback
 from onlinespec.drafters import load_drafter
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.provenance import provenance
 from onlinespec.recording import Replaying, record

@@ -25,8 +25,8 @@ from onlinespec.core import DecodeStats, DrafterWeights
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
 from onlinespec.provenance import provenance
 from onlinespec.workloads import load_workload

@@ -19,12 +19,12 @@ from waiting import HANG_SECONDS, wait_until
 
 from onlinespec import load_drafter
 from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
-from onlinespec.cadence import ClockBudget
 from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights
 from onlinespec.decode import DecodeLoop
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.schedule import ClockBudget
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.head_only import Ends
 from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.trainer import Keeping, Trainer

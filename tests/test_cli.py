@@ -23,12 +23,12 @@ from waiting import HANG_SECONDS, wait_until
 
 import onlinespec.lossless.verify
 from onlinespec import demo
-from onlinespec.calibration import Costs
 from onlinespec.cli import checks, compare, dispatch, distill, progress
 from onlinespec.compare import Comparing, Comparison, Progress
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
+from onlinespec.learning.calibrate import Costs
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target
 from onlinespec.records import read_report

@@ -11,10 +11,10 @@ from rigs import AcceptsEverything
 
 import onlinespec.compare
 import onlinespec.lossless.verify
-from onlinespec.calibration import Costs
 from onlinespec.compare import TIE_GAP, Comparing, Comparison, is_tie
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.decode import DecodeLoop
+from onlinespec.learning.calibrate import Costs
 from onlinespec.models.loading import load_target
 from onlinespec.records import RequestRecord, Segment, Totals, Window, read_report
 

@@ -20,8 +20,8 @@ from onlinespec import host
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import DRAFTERS, load_drafter
-from onlinespec.learn import InlineLearning
 from onlinespec.learners import LEARNERS, make_learner
+from onlinespec.learning.update import InlineLearning
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 

@@ -19,9 +19,9 @@ from onlinespec.core import DecodeStats, Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
-from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import auto, soft_cross_entropy
+from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.sampling import process_logits
 from onlinespec.models.linear import PlainLinear, half_product
 from onlinespec.models.loading import load_target

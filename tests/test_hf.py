@@ -33,9 +33,9 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.headed import Batch
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import cross_entropy
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.hf import HFModel, check_architecture
 from onlinespec.models.loading import Target, load_target, read_model
 

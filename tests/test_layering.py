@@ -39,14 +39,6 @@ FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "
 
 # Not yet in their rooms, or arrows not yet cut.
 MOVING = {
-    "learn": "learning.update",
-    "replay": "learning.replay",
-    "cadence": "learning.schedule",
-    "methods": "learning.learner_spec",
-    "telemetry": "learning.telemetry",
-    "finite": "learning.finite",
-    "footprint": "learning.footprint",
-    "calibration": "learning.calibrate",
     "drafters.base": "drafters.contract",
     "drafters.shortlist": "drafters.draft_vocab",
     "drafters.formats": "drafters.checkpoints",

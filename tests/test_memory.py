@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
-from onlinespec.footprint import Beside, copies_of
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import learner_of, parse
+from onlinespec.learning.footprint import Beside, copies_of
+from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models import loading, memory
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import read_weights, tensor_shapes

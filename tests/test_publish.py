@@ -17,16 +17,16 @@ from toy import TableTarget
 
 from onlinespec import load_drafter
 from onlinespec.background import Recipe
-from onlinespec.cadence import ClockBudget
 from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
 from onlinespec.core import DrafterWeights, Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.eagle import Eagle
-from onlinespec.learn import InlineLearning
 from onlinespec.learners.losses import TargetRows, cross_entropy
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.schedule import ClockBudget
+from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel, uniforms
-from onlinespec.methods import parse
 from onlinespec.publish import Publisher
 from onlinespec.trial import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
 

@@ -9,8 +9,8 @@ from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.recording import Replaying, record
 from onlinespec.workloads import Prompt
 

@@ -23,8 +23,8 @@ from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, S
 from onlinespec.decode import ContextOverflow, DecodeLoop
 from onlinespec.distill import Distillation
 from onlinespec.drafters import load_drafter
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import learner_of, parse
+from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.workloads import load_workload
 

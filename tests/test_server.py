@@ -27,8 +27,8 @@ from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.server.app import create_app

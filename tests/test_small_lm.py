@@ -21,10 +21,10 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm import SmallLM
-from onlinespec.learn import InlineLearning
 from onlinespec.learners.losses import LOSSES, auto, soft_cross_entropy
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import Noise, StepNoise
-from onlinespec.methods import parse
 from onlinespec.models.linear import PlainLinear, plain_product
 from onlinespec.models.loading import load_target
 from onlinespec.registry import resolve

@@ -30,9 +30,9 @@ from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import DRAFTERS, formats, load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.inspection import describe, history_of
-from onlinespec.learn import InlineLearning
 from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
-from onlinespec.methods import parse
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.publish import Publisher
 from onlinespec.records import Event, Paired
 from onlinespec.states import flattened, rebuilt

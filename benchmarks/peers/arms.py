@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from onlinespec import demo
-from onlinespec.calibration import Costs, measure_costs
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
-from onlinespec.learn import InlineLearning
-from onlinespec.methods import parse
+from onlinespec.learning.calibrate import Costs, measure_costs
+from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target
 from onlinespec.registry import FROZEN, NONE

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from onlinespec.distill import Distillation, Distilling
     from onlinespec.drafters import DRAFTERS, load_drafter
     from onlinespec.drafters.base import Drafter
-    from onlinespec.learn import InlineLearning
     from onlinespec.learners import Learner, make_learner
     from onlinespec.learners.losses import LOSSES
-    from onlinespec.methods import parse
+    from onlinespec.learning.learner_spec import parse
+    from onlinespec.learning.update import InlineLearning
     from onlinespec.models.loading import Target, load_target
     from onlinespec.recording import Recorded, Replaying, record
     from onlinespec.registry import LEARNERS, PRESETS
@@ -32,10 +32,10 @@ _MODULES = {
     "distill": ("Distillation", "Distilling"),
     "drafters": ("DRAFTERS", "load_drafter"),
     "drafters.base": ("Drafter",),
-    "learn": ("InlineLearning",),
+    "learning.update": ("InlineLearning",),
     "learners": ("Learner", "make_learner"),
     "learners.losses": ("LOSSES",),
-    "methods": ("parse",),
+    "learning.learner_spec": ("parse",),
     "models.loading": ("Target", "load_target"),
     "recording": ("Recorded", "Replaying", "record"),
     "registry": ("LEARNERS", "PRESETS"),

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from onlinespec.cadence import ClockBudget
 from onlinespec.config import LearnConfig, PublishConfig, Tuning
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
+from onlinespec.learning.schedule import ClockBudget
 from onlinespec.models.head_only import Ends
 from onlinespec.models.loading import Target
 from onlinespec.trainer import Keeping, Trainer

@@ -19,20 +19,20 @@ from typing import Any
 import msgspec
 import torch
 
-from onlinespec.calibration import measure_costs
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop, Request, UnfitPrompt
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
-from onlinespec.learn import InlineLearning
 from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
+from onlinespec.learning.calibrate import measure_costs
+from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel
 from onlinespec.lossless.rejection import Rejection
 from onlinespec.lossless.sampling import process_step
 from onlinespec.lossless.verify import Coupled, Rule
-from onlinespec.methods import learner_of, parse
 from onlinespec.metrics import figures, telemetry, total, windows
 from onlinespec.models.loading import Target
 from onlinespec.provenance import provenance

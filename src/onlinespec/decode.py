@@ -37,7 +37,7 @@ _PREFILL_TOKENS = 512  # per target forward, so that a long prompt needs no long
 
 
 class Learning(Protocol):
-    """Where Feedback goes; `learn.py` has the inline one."""
+    """Where Feedback goes; `learning/update.py` has the inline one."""
 
     @property
     def diagnostic_seconds(self) -> float:

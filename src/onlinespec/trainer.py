@@ -16,11 +16,11 @@ from typing import Any
 
 import msgspec
 
-from onlinespec.cadence import ClockBudget
 from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.base import Drafter
-from onlinespec.learn import InlineLearning
+from onlinespec.learning.schedule import ClockBudget
+from onlinespec.learning.update import InlineLearning
 from onlinespec.publish import Publisher, started
 from onlinespec.records import Event
 from onlinespec.versions import NotSaved, Versions

@@ -27,9 +27,9 @@ from onlinespec.config import PublishConfig
 from onlinespec.core import Feedback, Params
 from onlinespec.drafters.base import Drafter
 from onlinespec.host import to_host
+from onlinespec.learning.replay import Stored, Unfinished, detached, run_around
 from onlinespec.metrics import student_quantile
 from onlinespec.records import Paired
-from onlinespec.replay import Stored, Unfinished, detached, run_around
 
 _LEAST_DIFFERENCE = 1e-3  # in drafts kept per step; less may be rounding, and is not worth a swap
 _COLLAPSED = 0.5  # of the acceptance that the weights should have ...

@@ -21,8 +21,8 @@ from onlinespec.core import DecodeStats, DrafterWeights
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.drafters.eagle import Eagle
-from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
+from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.lossless.rejection import Rejection
 

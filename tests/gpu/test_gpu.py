@@ -14,8 +14,8 @@ from onlinespec.compare import is_tie
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
-from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
 
 PATHS = {"llama": "own", "qwen3": "own", "gpt2": "transformers", "gemma3": "transformers"}

@@ -12,9 +12,9 @@ from onlinespec.compare import why_not_writable
 from onlinespec.config import LearnConfig
 from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import SIDE_FILE
-from onlinespec.footprint import Beside
 from onlinespec.learners.losses import LOSSES
-from onlinespec.methods import learner_of, parse
+from onlinespec.learning.footprint import Beside
+from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
 from onlinespec.registry import LEARNER_NAMES, NONE, resolve
 

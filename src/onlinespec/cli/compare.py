@@ -14,7 +14,7 @@ from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
 from onlinespec.compare import Comparing, Comparison, check_results_folder
-from onlinespec.footprint import Beside
+from onlinespec.learning.footprint import Beside
 from onlinespec.models.loading import Target
 from onlinespec.records import Report
 from onlinespec.registry import FROZEN, NONE

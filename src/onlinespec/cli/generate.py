@@ -10,9 +10,9 @@ from onlinespec.cli.terminal import err, interrupts_raised
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
-from onlinespec.footprint import Beside
-from onlinespec.learn import InlineLearning
 from onlinespec.learners.losses import told
+from onlinespec.learning.footprint import Beside
+from onlinespec.learning.update import InlineLearning
 from onlinespec.registry import FROZEN
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
-from onlinespec.calibration import measure_step_costs
 from onlinespec.cli.arguments import Serve
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err
@@ -25,8 +24,9 @@ from onlinespec.core import DrafterWeights
 from onlinespec.decode import DecodeLoop, Learning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.base import Drafter
-from onlinespec.footprint import Beside
-from onlinespec.learn import InlineLearning
+from onlinespec.learning.calibrate import measure_step_costs
+from onlinespec.learning.footprint import Beside
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.registry import FROZEN, NONE

@@ -11,7 +11,7 @@ from typing import Any
 
 from onlinespec.background import BackgroundLearning
 from onlinespec.control.chooser import Controller
-from onlinespec.learn import InlineLearning
+from onlinespec.learning.update import InlineLearning
 from onlinespec.scheduler import Flow
 from onlinespec.server.engine import Engine
 

@@ -17,20 +17,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from onlinespec.cadence import Budget, Cadence, ClockBudget
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.base import Drafter, Loss
-from onlinespec.finite import FiniteTexts
 from onlinespec.host import to_host
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.learners.losses import LOSSES, RowLoss
-from onlinespec.methods import full_loss_of, learner_of
+from onlinespec.learning.finite import FiniteTexts
+from onlinespec.learning.learner_spec import full_loss_of, learner_of
+from onlinespec.learning.replay import ReplayBuffer
+from onlinespec.learning.schedule import Budget, Cadence, ClockBudget
+from onlinespec.learning.telemetry import Telemetry
 from onlinespec.records import Round
 from onlinespec.registry import resolve
-from onlinespec.replay import ReplayBuffer
-from onlinespec.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from onlinespec.config import GenerationParams
 from onlinespec.core import Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.replay import ReplayBuffer
+from onlinespec.learning.replay import ReplayBuffer
 
 HIDDEN = 4
 ROW_BYTES = 4 * HIDDEN + 8  # a float32 state and a token id

@@ -9,7 +9,7 @@ import torch
 from onlinespec.core import Feedback, Trace
 from onlinespec.learners import Evaluation
 from onlinespec.learners.losses import TargetRows
-from onlinespec.telemetry import Telemetry
+from onlinespec.learning.telemetry import Telemetry
 
 TRACE = Trace([], torch.empty(0, 0))
 START = {"a": torch.zeros(2), "b": torch.zeros(1)}

@@ -20,7 +20,7 @@ from onlinespec.drafters.base import Drafter
 from onlinespec.drafters.formats import drafter_folder, read_format
 from onlinespec.drafters.shortlist import list_size
 from onlinespec.learners import Evaluation, Learner, Params
-from onlinespec.methods import learner_of
+from onlinespec.learning.learner_spec import learner_of
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.linear import draft_linear_for
 from onlinespec.models.memory import DrafterSize, Products, drafting_bytes, learning_bytes

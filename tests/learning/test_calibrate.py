@@ -8,8 +8,6 @@ import time
 import pytest
 import rigs
 
-from onlinespec import calibration
-from onlinespec.calibration import Costs, measure_costs, measure_step_costs
 from onlinespec.cli.arguments import Serve
 from onlinespec.cli.serve import _control
 from onlinespec.config import GenerationParams, LearnConfig
@@ -17,7 +15,9 @@ from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.replay import ReplayBuffer
+from onlinespec.learning import calibrate as calibration
+from onlinespec.learning.calibrate import Costs, measure_costs, measure_step_costs
+from onlinespec.learning.replay import ReplayBuffer
 from onlinespec.scheduler import Limits
 
 TARGET = rigs.random_target()

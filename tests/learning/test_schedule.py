@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import steady
 
-from onlinespec.cadence import Budget, Cadence
+from onlinespec.learning.schedule import Budget, Cadence
 
 LEAST = 0.02  # nats a round
 

@@ -13,8 +13,8 @@ from onlinespec.control.costs import StepCosts, profile
 from onlinespec.core import Feedback
 from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.base import Drafter
-from onlinespec.learn import InlineLearning
 from onlinespec.learners import make_learner
+from onlinespec.learning.update import InlineLearning
 from onlinespec.models.clock import Clock, HostClock, clock_for
 from onlinespec.models.loading import Target
 

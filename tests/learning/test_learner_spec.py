@@ -9,7 +9,7 @@ import torch
 from onlinespec.config import LearnConfig
 from onlinespec.learners import LEARNERS, Euclidean, Evaluation
 from onlinespec.learners.geometry import Diagonal, Preconditioned
-from onlinespec.methods import learner_of, parse
+from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.registry import LEARNER_NAMES, NONE, PRESETS, resolve
 
 LINES = [*LEARNERS, *PRESETS]
