@@ -23,7 +23,7 @@ from onlinespec.config import GenerationParams, LearnConfig, PublishConfig
 from onlinespec.core import DecodeStats, Feedback
 from onlinespec.decode import Learning
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import Budget
 from onlinespec.learning.update import InlineLearning

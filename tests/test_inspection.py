@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from onlinespec.config import Tuning
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.inspection import describe, folders_of
 from onlinespec.models.loading import load_target
 

@@ -39,15 +39,6 @@ FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "
 
 # Not yet in their rooms, or arrows not yet cut.
 MOVING = {
-    "drafters.base": "drafters.contract",
-    "drafters.shortlist": "drafters.draft_vocab",
-    "drafters.formats": "drafters.checkpoints",
-    "drafters.spans": "drafters.training_rows",
-    "drafters.headed": "drafters.autoregressive",
-    "agreement": "drafters.agreement",
-    "drafters.draft_model": "drafters.small_lm.draft_model",
-    "drafters.adapters": "drafters.small_lm.adapters",
-    "drafters.small_lm": "drafters.small_lm.drafter",
     "decode": "engine.step",
     "scheduler": "engine.scheduler",
     "text": "engine.detokenizer",

@@ -20,7 +20,7 @@ from onlinespec.background import Recipe
 from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
 from onlinespec.core import DrafterWeights, Feedback, Trace
 from onlinespec.decode import DecodeLoop
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.learners.losses import TargetRows, cross_entropy
 from onlinespec.learning.learner_spec import parse

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onlinespec.decode import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
     from onlinespec.distill import Distillation, Distilling
     from onlinespec.drafters import DRAFTERS, load_drafter
-    from onlinespec.drafters.base import Drafter
+    from onlinespec.drafters.contract import Drafter
     from onlinespec.learners import Learner, make_learner
     from onlinespec.learners.losses import LOSSES
     from onlinespec.learning.learner_spec import parse
@@ -31,7 +31,7 @@ _MODULES = {
     "decode": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),
     "distill": ("Distillation", "Distilling"),
     "drafters": ("DRAFTERS", "load_drafter"),
-    "drafters.base": ("Drafter",),
+    "drafters.contract": ("Drafter",),
     "learning.update": ("InlineLearning",),
     "learners": ("Learner", "make_learner"),
     "learners.losses": ("LOSSES",),

@@ -27,7 +27,7 @@ import torch
 from onlinespec.config import LearnConfig, PublishConfig, Tuning
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.models.head_only import Ends
 from onlinespec.models.loading import Target

@@ -23,7 +23,7 @@ from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tun
 from onlinespec.core import DecodeStats
 from onlinespec.decode import DecodeLoop, Request, UnfitPrompt
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.learning.calibrate import measure_costs

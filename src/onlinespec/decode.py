@@ -18,7 +18,7 @@ from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, TokenLogprobs, Trace, Verdict
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.host import to_device, to_host
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.lossless.sampling import Logprobs, logprobs_of, process_step, token_logprobs

@@ -31,8 +31,8 @@ from onlinespec.answers import Answers, told_if_full, written
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats, DrafterWeights, Params
 from onlinespec.drafters import DRAFTERS, load_drafter
-from onlinespec.drafters.base import Drafter
-from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.drafters.checkpoints import SIDE_FILE
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learners.losses import LOSSES, RowLoss
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.models.checkpoint import read_json

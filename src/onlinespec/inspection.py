@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from onlinespec import demo, versions
 from onlinespec.drafters import adapters
-from onlinespec.drafters.formats import (
+from onlinespec.drafters.checkpoints import (
     SIDE_FILE,
     looks_like_drafter,
     read_drafter_config,

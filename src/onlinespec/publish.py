@@ -14,7 +14,7 @@ import torch
 
 from onlinespec.config import PublishConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learners.geometry import is_finite
 from onlinespec.records import Event, EventKind, Paired
 from onlinespec.trial import Collapse, RequestOrder, Trial

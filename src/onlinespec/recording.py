@@ -17,7 +17,7 @@ from torch import Tensor
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats, Feedback, Trace
 from onlinespec.decode import DecodeLoop, Learning, UnfitPrompt, step_stats
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.host import to_host
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.models.loading import Target

@@ -18,7 +18,7 @@ import msgspec
 
 from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publish import Publisher, started

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-from onlinespec.agreement import agrees
 from onlinespec.config import PublishConfig
 from onlinespec.core import Feedback, Params
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.agreement import agrees
+from onlinespec.drafters.contract import Drafter
 from onlinespec.host import to_host
 from onlinespec.learning.replay import Stored, Unfinished, detached, run_around
 from onlinespec.metrics import student_quantile

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from onlinespec.core import DrafterWeights
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.models.checkpoint import read_tensors
 from onlinespec.records import Event, VersionRecord
 from onlinespec.states import flattened, rebuilt

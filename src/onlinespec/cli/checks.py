@@ -10,8 +10,8 @@ from onlinespec.cli.arguments import Learning, Machine
 from onlinespec.cli.terminal import err
 from onlinespec.compare import why_not_writable
 from onlinespec.config import LearnConfig
-from onlinespec.drafters.base import Drafter
-from onlinespec.drafters.formats import SIDE_FILE
+from onlinespec.drafters.checkpoints import SIDE_FILE
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learners.losses import LOSSES
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.learner_spec import learner_of, parse

@@ -23,7 +23,7 @@ from onlinespec.control.chooser import Controller
 from onlinespec.core import DrafterWeights
 from onlinespec.decode import DecodeLoop, Learning
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learning.calibrate import measure_step_costs
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.update import InlineLearning

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from onlinespec.demo.corpus import Corpus, Document, packed_rows
 from onlinespec.distill import Distillation, Distilling, schedule
-from onlinespec.drafters.formats import read_side, write_drafter
+from onlinespec.drafters.checkpoints import read_side, write_drafter
 from onlinespec.models.checkpoint import read_json, read_weights
 from onlinespec.models.linear import has_bfloat16_units
 from onlinespec.models.loading import load_target

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from onlinespec import demo
 from onlinespec.config import Tuning
-from onlinespec.drafters.base import Drafter
-from onlinespec.drafters.formats import drafter_folder, read_format, read_side
+from onlinespec.drafters.checkpoints import drafter_folder, read_format, read_side
+from onlinespec.drafters.contract import Drafter
 from onlinespec.models.loading import Target
 from onlinespec.registry import resolve
 
 DRAFTERS = {
     "ngram": "onlinespec.drafters.ngram:Ngram",
     "eagle": "onlinespec.drafters.eagle:Eagle",
-    "small_lm": "onlinespec.drafters.small_lm:SmallLM",
+    "small_lm": "onlinespec.drafters.small_lm.drafter:SmallLM",
 }
 
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onlinespec.core import DrafterWeights, Params
-from onlinespec.drafters.formats import read_drafter_config, read_side, write_drafter
-from onlinespec.drafters.headed import Headed
-from onlinespec.drafters.shortlist import Shortlist
-from onlinespec.drafters.spans import Layout
+from onlinespec.drafters.autoregressive import Headed
+from onlinespec.drafters.checkpoints import read_drafter_config, read_side, write_drafter
+from onlinespec.drafters.draft_vocab import Shortlist
+from onlinespec.drafters.training_rows import Layout
 from onlinespec.host import to_device
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import check_tensors, read_weights, tensor_shapes

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import Draft, DrafterWeights
-from onlinespec.drafters.base import Drafter
-from onlinespec.drafters.formats import read_drafter_config, write_drafter
+from onlinespec.drafters.checkpoints import read_drafter_config, write_drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.host import to_device
 from onlinespec.lossless.noise import StepNoise
 from onlinespec.models.loading import Target

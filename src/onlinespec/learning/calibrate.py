@@ -12,7 +12,7 @@ from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, S
 from onlinespec.control.costs import StepCosts, profile
 from onlinespec.core import Feedback
 from onlinespec.decode import DecodeLoop, Request
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learners import make_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.clock import Clock, HostClock, clock_for

@@ -16,9 +16,9 @@ from torch import Tensor
 from onlinespec import demo
 from onlinespec.config import LearnConfig
 from onlinespec.drafters import DRAFTERS
-from onlinespec.drafters.base import Drafter
-from onlinespec.drafters.formats import drafter_folder, read_format
-from onlinespec.drafters.shortlist import list_size
+from onlinespec.drafters.checkpoints import drafter_folder, read_format
+from onlinespec.drafters.contract import Drafter
+from onlinespec.drafters.draft_vocab import list_size
 from onlinespec.learners import Evaluation, Learner, Params
 from onlinespec.learning.learner_spec import learner_of
 from onlinespec.models.base import ModelConfig

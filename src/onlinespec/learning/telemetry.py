@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from onlinespec.core import Feedback, Params
-from onlinespec.drafters.base import Drafter
+from onlinespec.drafters.contract import Drafter
 from onlinespec.learners import Evaluate, Evaluation
 from onlinespec.learners.geometry import cosine, squared_distance, squared_norm
 from onlinespec.learners.losses import TargetRows, cross_entropy, kl, total_variation

@@ -19,7 +19,7 @@ import torch
 
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
-from onlinespec.drafters.base import Drafter, Loss
+from onlinespec.drafters.contract import Drafter, Loss
 from onlinespec.host import to_host
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinespec.agreement import agrees
 from onlinespec.config import MAX_DRAFT_TOKENS, SamplingParams
 from onlinespec.core import Draft, Feedback, Params
-from onlinespec.drafters.base import Drafter, Loss
-from onlinespec.drafters.shortlist import Listed, Shortlist
-from onlinespec.drafters.spans import Layout, Span, lay_out, spans_of
+from onlinespec.drafters.agreement import agrees
+from onlinespec.drafters.contract import Drafter, Loss
+from onlinespec.drafters.draft_vocab import Listed, Shortlist
+from onlinespec.drafters.training_rows import Layout, Span, lay_out, spans_of
 from onlinespec.host import to_device, to_host
 from onlinespec.learners.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.lossless.noise import StepNoise

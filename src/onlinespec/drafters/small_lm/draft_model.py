@@ -19,7 +19,7 @@ from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import Params
-from onlinespec.drafters.spans import Ints, Layout
+from onlinespec.drafters.training_rows import Ints, Layout
 from onlinespec.models.base import Cache, ModelConfig
 from onlinespec.models.decoder import Decoder, Past, plain_keys_values_by_layer, plain_states
 from onlinespec.models.families import published_weights

@@ -19,8 +19,8 @@ from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tun
 from onlinespec.core import DrafterWeights, Feedback, Trace
 from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.draft_model import OwnDraftModel
-from onlinespec.drafters.small_lm import SmallLM
+from onlinespec.drafters.small_lm.draft_model import OwnDraftModel
+from onlinespec.drafters.small_lm.drafter import SmallLM
 from onlinespec.learners.losses import LOSSES, auto, soft_cross_entropy
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning

@@ -6,7 +6,7 @@ from rigs import random_target
 from safetensors.torch import load_file, save_file
 
 from onlinespec.drafters import DRAFTERS, load_drafter
-from onlinespec.drafters.formats import read_format, read_side, write_drafter
+from onlinespec.drafters.checkpoints import read_format, read_side, write_drafter
 
 TARGET = random_target()
 
