@@ -28,8 +28,8 @@ import torch
 import tyro
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.decode import ContextOverflow, DecodeLoop, Request
 from onlinespec.drafters import load_drafter
+from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
 from onlinespec.provenance import provenance

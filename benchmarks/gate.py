@@ -21,9 +21,9 @@ import tyro
 
 from onlinespec.config import GenerationParams, LearnConfig, PublishConfig
 from onlinespec.core import DecodeStats, Feedback
-from onlinespec.decode import Learning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.step import Learning
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import Budget
 from onlinespec.learning.update import InlineLearning

@@ -23,10 +23,10 @@ import tyro
 from torch import Tensor
 
 from onlinespec.config import GenerationParams
-from onlinespec.decode import DecodeLoop
+from onlinespec.engine.prefix_cache import PrefixCache
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.base import Output
 from onlinespec.models.kv_cache import KVCache
-from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.provenance import provenance
 
 _CPU = torch.device("cpu")

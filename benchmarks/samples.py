@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from onlinespec.config import GenerationParams
-from onlinespec.decode import DecodeLoop
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.loading import load_target
 from onlinespec.workloads import load_workload
 

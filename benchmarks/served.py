@@ -21,7 +21,7 @@ import httpx
 import psutil
 
 from onlinespec.config import GenerationParams
-from onlinespec.decode import DecodeLoop
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.loading import load_target
 from onlinespec.provenance import provenance
 from onlinespec.workloads import load_workload

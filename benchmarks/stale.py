@@ -22,9 +22,9 @@ import tyro
 
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, DrafterWeights
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Draft, DrafterWeights, Feedback, Verdict
-from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.step import DecodeLoop, Request
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.decoder import Decoder
 from onlinespec.models.layer import LayerConfig

@@ -21,12 +21,12 @@ from onlinespec import load_drafter
 from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
 from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights
-from onlinespec.decode import DecodeLoop
+from onlinespec.engine.scheduler import Limits, Scheduler
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.head_only import Ends
-from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.trainer import Keeping, Trainer
 from onlinespec.versions import FolderTaken, Versions
 

@@ -26,8 +26,8 @@ from onlinespec import demo
 from onlinespec.cli import checks, compare, dispatch, distill, progress
 from onlinespec.compare import Comparing, Comparison, Progress
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.calibrate import Costs
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target

@@ -13,7 +13,7 @@ import onlinespec.compare
 import onlinespec.lossless.verify
 from onlinespec.compare import TIE_GAP, Comparing, Comparison, is_tie
 from onlinespec.config import GenerationParams, LearnConfig
-from onlinespec.decode import DecodeLoop
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.calibrate import Costs
 from onlinespec.models.loading import load_target
 from onlinespec.records import RequestRecord, Segment, Totals, Window, read_report

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from onlinespec import host
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import DRAFTERS, load_drafter
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import LEARNERS, make_learner
 from onlinespec.learning.update import InlineLearning
 
@@ -85,7 +85,9 @@ def test_a_step_on_cuda_mixes_no_devices_and_reads_them_once(device, name, kind,
     loop = DecodeLoop(target, drafter)
     requests = [loop.start(prompt, params(SAMPLING[kind], num_logprobs=2)) for prompt in PROMPTS]
     reads, read = [], host._numbers
-    monkeypatch.setattr("onlinespec.decode.to_host", lambda *tensors: reads.append(1) or [read(t) for t in tensors])
+    monkeypatch.setattr(
+        "onlinespec.engine.step.to_host", lambda *tensors: reads.append(1) or [read(t) for t in tensors]
+    )
     for _ in range(2):
         step = loop.step(requests)
         assert len(step.feedback) == 3

@@ -29,10 +29,10 @@ from transformers import (
 
 from onlinespec.compare import is_tie
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.autoregressive import Batch
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import cross_entropy
 from onlinespec.learning.update import InlineLearning

@@ -39,10 +39,6 @@ FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "
 
 # Not yet in their rooms, or arrows not yet cut.
 MOVING = {
-    "decode": "engine.step",
-    "scheduler": "engine.scheduler",
-    "text": "engine.detokenizer",
-    "models.prefix_cache": "engine.prefix_cache",
     "trainer": "publishing.trainer",
     "background": "publishing.workers",
     "publish": "publishing.gate",

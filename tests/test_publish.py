@@ -19,9 +19,9 @@ from onlinespec import load_drafter
 from onlinespec.background import Recipe
 from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
 from onlinespec.core import DrafterWeights, Feedback, Trace
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import TargetRows, cross_entropy
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import ClockBudget

@@ -6,9 +6,9 @@ import torch
 from rigs import SOFT
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.recording import Replaying, record

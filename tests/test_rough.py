@@ -20,9 +20,9 @@ from toy import steady
 
 from onlinespec.compare import Comparison
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams, Tuning
-from onlinespec.decode import ContextOverflow, DecodeLoop
 from onlinespec.distill import Distillation
 from onlinespec.drafters import load_drafter
+from onlinespec.engine.step import ContextOverflow, DecodeLoop
 from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target

@@ -24,13 +24,13 @@ from waiting import HANG_SECONDS, wait_until
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.prefix_cache import PrefixCache
+from onlinespec.engine.scheduler import Limits, Scheduler
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
-from onlinespec.models.prefix_cache import PrefixCache
-from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.server.app import create_app
 from onlinespec.server.engine import Engine
 from onlinespec.server.run import _Server, listening

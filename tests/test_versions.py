@@ -26,9 +26,9 @@ from onlinespec.cli.inspect import inspect
 from onlinespec.cli.terminal import out
 from onlinespec.config import GenerationParams, PublishConfig
 from onlinespec.core import DrafterWeights
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import DRAFTERS, formats, load_drafter
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.inspection import describe, history_of
 from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
 from onlinespec.learning.learner_spec import parse

@@ -8,8 +8,8 @@ from rigs import Recorder
 
 from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights, Feedback
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.wire import Batch, Blob, Forget, Incoming, Outgoing, Published, Report, Said, Setting, decode, encode
 
 TARGET = rigs.random_target()

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from onlinespec import demo
 from onlinespec.config import GenerationParams, LearnConfig
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.calibrate import Costs, measure_costs
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from onlinespec.compare import Comparing, Comparison
     from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
-    from onlinespec.decode import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
     from onlinespec.distill import Distillation, Distilling
     from onlinespec.drafters import DRAFTERS, load_drafter
     from onlinespec.drafters.contract import Drafter
+    from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
     from onlinespec.learners import Learner, make_learner
     from onlinespec.learners.losses import LOSSES
     from onlinespec.learning.learner_spec import parse
@@ -28,7 +28,7 @@ _MODULES = {
     "compare": ("Comparing", "Comparison"),
     "config": ("GenerationParams", "LearnConfig", "SamplingParams", "Tuning"),
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
-    "decode": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),
+    "engine.step": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),
     "distill": ("Distillation", "Distilling"),
     "drafters": ("DRAFTERS", "load_drafter"),
     "drafters.contract": ("Drafter",),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Feedback, Trace
-from onlinespec.decode import DecodeLoop, Request, UnfitPrompt
+from onlinespec.engine.step import DecodeLoop, Request, UnfitPrompt
 from onlinespec.models.loading import Target
 from onlinespec.recording import Recorded
 from onlinespec.workloads import Prompt

@@ -21,9 +21,9 @@ import torch
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats
-from onlinespec.decode import DecodeLoop, Request, UnfitPrompt
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.step import DecodeLoop, Request, UnfitPrompt
 from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.learning.calibrate import measure_costs

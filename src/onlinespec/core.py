@@ -52,7 +52,7 @@ class Trace:
     """The tokens of one request and the target's final hidden states for them, as verification left them.
 
     Rows 0..num_features-1 of hidden_states_SD are valid; the last committed token (the anchor) has none
-    yet. Grown in place by `decode.py`; Feedback points into it and never copies it.
+    yet. Grown in place by `engine/step.py`; Feedback points into it and never copies it.
     """
 
     token_ids: list[int]

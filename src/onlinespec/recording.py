@@ -16,8 +16,8 @@ from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats, Feedback, Trace
-from onlinespec.decode import DecodeLoop, Learning, UnfitPrompt, step_stats
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.step import DecodeLoop, Learning, UnfitPrompt, step_stats
 from onlinespec.host import to_host
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.models.loading import Target

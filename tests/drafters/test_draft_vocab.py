@@ -7,10 +7,10 @@ from rigs import SOFT, hidden_states, other_weights, plain
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Feedback, Trace
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import shortlist as shortlist_module
 from onlinespec.drafters.draft_vocab import Shortlist
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import soft_cross_entropy
 from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack_half
 

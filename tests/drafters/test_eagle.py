@@ -16,9 +16,9 @@ from toy import steady
 import onlinespec.drafters.eagle as eagle_module
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats, Feedback, Trace
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import auto, soft_cross_entropy
 from onlinespec.learning.update import InlineLearning

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
 from onlinespec.core import DrafterWeights, Feedback, Trace
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.small_lm.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm.drafter import SmallLM
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import LOSSES, auto, soft_cross_entropy
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning

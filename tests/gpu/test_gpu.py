@@ -12,8 +12,8 @@ from torch import Tensor
 
 from onlinespec.compare import is_tie
 from onlinespec.config import GenerationParams, LearnConfig
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target

@@ -12,13 +12,13 @@ from onlinespec.cli.arguments import Serve
 from onlinespec.cli.serve import _control
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.core import DecodeStats
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.scheduler import Limits
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning import calibrate as calibration
 from onlinespec.learning.calibrate import Costs, measure_costs, measure_step_costs
 from onlinespec.learning.replay import ReplayBuffer
-from onlinespec.scheduler import Limits
 
 TARGET = rigs.random_target()
 PARAMS = GenerationParams(num_draft_tokens=2)

@@ -12,8 +12,8 @@ from toy import chi_square_p, steady
 
 from onlinespec.config import GenerationParams
 from onlinespec.core import Feedback, Trace
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.replay import ReplayBuffer
 
 HIDDEN = 4

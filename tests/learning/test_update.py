@@ -14,10 +14,10 @@ from toy import steady
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats, DrafterWeights, Feedback, Trace
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.drafters.small_lm.drafter import SmallLM
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import LEARNERS, make_learner
 from onlinespec.learners.losses import LOSSES
 from onlinespec.learners.step_sizes import step_size_for

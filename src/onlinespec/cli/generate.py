@@ -8,8 +8,8 @@ from onlinespec.cli.arguments import Generate
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err, interrupts_raised
 from onlinespec.core import DecodeStats
-from onlinespec.decode import DecodeLoop
 from onlinespec.drafters import load_drafter
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import told
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.update import InlineLearning

@@ -21,16 +21,16 @@ from onlinespec.cli.terminal import err
 from onlinespec.config import LearnConfig
 from onlinespec.control.chooser import Controller
 from onlinespec.core import DrafterWeights
-from onlinespec.decode import DecodeLoop, Learning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.prefix_cache import PrefixCache
+from onlinespec.engine.scheduler import Limits, Scheduler
+from onlinespec.engine.step import DecodeLoop, Learning
 from onlinespec.learning.calibrate import measure_step_costs
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target
-from onlinespec.models.prefix_cache import PrefixCache
 from onlinespec.registry import FROZEN, NONE
-from onlinespec.scheduler import Limits, Scheduler
 from onlinespec.versions import Versions
 
 try:

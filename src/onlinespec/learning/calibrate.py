@@ -11,8 +11,8 @@ from typing import NamedTuple
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams
 from onlinespec.control.costs import StepCosts, profile
 from onlinespec.core import Feedback
-from onlinespec.decode import DecodeLoop, Request
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.step import DecodeLoop, Request
 from onlinespec.learners import make_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.clock import Clock, HostClock, clock_for

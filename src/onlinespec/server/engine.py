@@ -18,8 +18,8 @@ import torch
 
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, TokenLogprobs
-from onlinespec.decode import ERROR, Request
-from onlinespec.scheduler import Scheduler
+from onlinespec.engine.scheduler import Scheduler
+from onlinespec.engine.step import ERROR, Request
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from onlinespec.background import BackgroundLearning
 from onlinespec.control.chooser import Controller
+from onlinespec.engine.scheduler import Flow
 from onlinespec.learning.update import InlineLearning
-from onlinespec.scheduler import Flow
 from onlinespec.server.engine import Engine
 
 SECONDS = 2.0  # between two samples

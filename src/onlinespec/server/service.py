@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from onlinespec.config import GenerationParams
-from onlinespec.decode import ERROR
-from onlinespec.scheduler import CANCELLED, Busy
+from onlinespec.engine.scheduler import CANCELLED, Busy
+from onlinespec.engine.step import ERROR
 from onlinespec.server.engine import Answer, Closed, Engine, Piece
 from onlinespec.server.errors import ApiError, from_asking, parsed, to_json
 from onlinespec.server.metrics import Metrics

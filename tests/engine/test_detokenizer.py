@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from toy import steady
 from transformers import PreTrainedTokenizerFast
 
-from onlinespec.text import TextStream
+from onlinespec.engine.detokenizer import TextStream
 
 BYTES = byte_tokenizer()
 

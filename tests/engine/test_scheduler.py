@@ -10,10 +10,10 @@ from rigs import Script, plain
 
 from onlinespec import load_drafter
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.decode import ContextOverflow, DecodeLoop
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.models.prefix_cache import PrefixCache
-from onlinespec.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler, TooLarge
+from onlinespec.engine.prefix_cache import PrefixCache
+from onlinespec.engine.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler, TooLarge
+from onlinespec.engine.step import ContextOverflow, DecodeLoop
 
 TARGET = rigs.random_target()
 MEGABYTES = 16 * 10**6

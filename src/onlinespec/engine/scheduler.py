@@ -20,7 +20,7 @@ from typing import Protocol
 
 from onlinespec.config import check_that, check_types
 from onlinespec.control.chooser import StepRecord
-from onlinespec.decode import ERROR, DecodeLoop, Learning, Request, Step
+from onlinespec.engine.step import ERROR, DecodeLoop, Learning, Request, Step
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams
 from onlinespec.core import DecodeStats, Draft, Feedback, TokenLogprobs, Trace, Verdict
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.detokenizer import TextStream
+from onlinespec.engine.prefix_cache import PrefixCache, PromptText
 from onlinespec.host import to_device, to_host
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.lossless.sampling import Logprobs, logprobs_of, process_step, token_logprobs
@@ -27,8 +29,6 @@ from onlinespec.models.base import Output
 from onlinespec.models.clock import clock_for
 from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.loading import Target
-from onlinespec.models.prefix_cache import PrefixCache, PromptText
-from onlinespec.text import TextStream
 
 log = logging.getLogger(__name__)
 

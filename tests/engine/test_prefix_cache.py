@@ -9,9 +9,9 @@ import rigs
 import torch
 
 from onlinespec.config import GenerationParams
-from onlinespec.decode import DecodeLoop
+from onlinespec.engine.prefix_cache import PrefixCache, PromptText
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.kv_cache import PAD, KVCache
-from onlinespec.models.prefix_cache import PrefixCache, PromptText
 
 TARGET = rigs.table_target(context=5000)  # no layers: reading a prompt is little but bookkeeping
 HIDDEN = TARGET.decoder.config.layer.hidden_size

@@ -12,8 +12,8 @@ from toy import steady
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
-from onlinespec.decode import ContextOverflow, DecodeLoop
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.step import ContextOverflow, DecodeLoop
 
 TARGET = rigs.random_target()
 PROMPT = [5, 9, 200, 31, 77, 14, 9]

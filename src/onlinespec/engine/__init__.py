@@ -1,0 +1,1 @@
+"""The life of a request: prefill, steps, scheduling, text."""
