@@ -29,8 +29,8 @@ from onlinespec.learning.schedule import Budget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.provenance import provenance
+from onlinespec.publishing.trainer import Trainer
 from onlinespec.recording import Replaying, record
-from onlinespec.trainer import Trainer
 from onlinespec.workloads import load_workload
 
 

@@ -31,9 +31,9 @@ from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.calibrate import Costs
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target
+from onlinespec.publishing.store import Versions
 from onlinespec.records import read_report
 from onlinespec.registry import LEARNER_NAMES
-from onlinespec.versions import Versions
 
 PROMPT = "naïve 日本 🎌 a b a b"
 CONTEXT = 1024
@@ -923,7 +923,7 @@ def test_a_server_that_is_killed_goes_on_from_the_newest_version(tmp_path, run, 
 
 
 def test_a_folder_that_can_not_take_versions_is_refused_before_anything_is_loaded(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
+    monkeypatch.setattr("onlinespec.publishing.store._HANDOVER_SECONDS", 0.0)
     monkeypatch.setattr(checks, "load_target", lambda *_, **__: pytest.fail("a target was loaded before the refusal"))
     (tmp_path / "file").touch()
     code, _, err = run("serve", "target", "--port", "0", "--versions", tmp_path / "file")

@@ -39,14 +39,6 @@ FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "
 
 # Not yet in their rooms, or arrows not yet cut.
 MOVING = {
-    "trainer": "publishing.trainer",
-    "background": "publishing.workers",
-    "publish": "publishing.gate",
-    "trial": "publishing.paired",
-    "versions": "publishing.store",
-    "states": "publishing.state_io",
-    "wire": "publishing.protocol",
-    "models.head_only": "publishing.label_head",
     "distill": "offline.distill",
     "answers": "offline.target_answers",
     "recording": "offline.replay_stream",

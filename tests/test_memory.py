@@ -26,11 +26,11 @@ from onlinespec.models import loading, memory
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import read_weights, tensor_shapes
 from onlinespec.models.decoder import Decoder
-from onlinespec.models.head_only import Ends
 from onlinespec.models.layer import LayerConfig
 from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack_half
 from onlinespec.models.loading import load_target
 from onlinespec.models.rope import Rope
+from onlinespec.publishing.label_head import Ends
 
 GIB = 1 << 30
 

@@ -16,12 +16,12 @@ import uvicorn
 from simulator import Machine
 from waiting import HANG_SECONDS
 
-from onlinespec.background import Recipe, ThreadLearning
 from onlinespec.control.chooser import Controller, StepRecord
 from onlinespec.core import Feedback, Trace
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.step import DecodeLoop, Step
+from onlinespec.publishing.workers import Recipe, ThreadLearning
 from onlinespec.server.app import create_app
 from onlinespec.server.engine import Engine
 from onlinespec.server.live import Live

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from onlinespec import demo, versions
+from onlinespec import demo
 from onlinespec.drafters import adapters
 from onlinespec.drafters.checkpoints import (
     SIDE_FILE,
@@ -21,6 +21,7 @@ from onlinespec.drafters.checkpoints import (
 from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, weight_files
 from onlinespec.models.families import ARCHITECTURES
 from onlinespec.models.loading import path_of
+from onlinespec.publishing import store as versions
 from onlinespec.records import Event
 
 _SHAPE_KEYS = (

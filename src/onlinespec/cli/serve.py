@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
 from onlinespec.cli.arguments import Serve
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.terminal import err
@@ -30,8 +29,9 @@ from onlinespec.learning.calibrate import measure_step_costs
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target
+from onlinespec.publishing.store import Versions
+from onlinespec.publishing.workers import ProcessLearning, Recipe, ThreadLearning
 from onlinespec.registry import FROZEN, NONE
-from onlinespec.versions import Versions
 
 try:
     from onlinespec.server.app import create_app

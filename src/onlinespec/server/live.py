@@ -9,10 +9,10 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from onlinespec.background import BackgroundLearning
 from onlinespec.control.chooser import Controller
 from onlinespec.engine.scheduler import Flow
 from onlinespec.learning.update import InlineLearning
+from onlinespec.publishing.workers import BackgroundLearning
 from onlinespec.server.engine import Engine
 
 SECONDS = 2.0  # between two samples

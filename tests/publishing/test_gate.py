@@ -16,7 +16,6 @@ from rigs import Recorder, run_together
 from toy import TableTarget
 
 from onlinespec import load_drafter
-from onlinespec.background import Recipe
 from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
 from onlinespec.core import DrafterWeights, Feedback, Trace
 from onlinespec.drafters.contract import Drafter
@@ -27,8 +26,9 @@ from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel, uniforms
-from onlinespec.publish import Publisher
-from onlinespec.trial import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
+from onlinespec.publishing.gate import Publisher
+from onlinespec.publishing.paired import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
+from onlinespec.publishing.workers import Recipe
 
 VOCAB = 6
 TARGET = TableTarget(VOCAB, seed=0)
@@ -239,7 +239,7 @@ def drawn_trials(monkeypatch, gain, num_streams):
     better = worse = 0
     for seed in range(num_streams):
         rng = Random(f"{seed}/{gain}")
-        monkeypatch.setattr("onlinespec.trial.lengths_of", lambda *asked, rng=rng: drawn_lengths(rng, gain))
+        monkeypatch.setattr("onlinespec.publishing.paired.lengths_of", lambda *asked, rng=rng: drawn_lengths(rng, gain))
         each, figures = trial(TARGET.logits, TARGET.logits), None
         while not each.is_over and not (figures and (figures.is_other_better or figures.is_served_better)):
             each.offer(request("", [0, 1]))  # one step; its lengths are drawn

@@ -29,11 +29,22 @@ from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.learning.schedule import ClockBudget
-from onlinespec.models.head_only import Ends
 from onlinespec.models.loading import Target
-from onlinespec.trainer import Keeping, Trainer
-from onlinespec.versions import Versions
-from onlinespec.wire import Batch, Incoming, Message, Outgoing, Published, Report, Said, Setting, decode, encode
+from onlinespec.publishing.label_head import Ends
+from onlinespec.publishing.protocol import (
+    Batch,
+    Incoming,
+    Message,
+    Outgoing,
+    Published,
+    Report,
+    Said,
+    Setting,
+    decode,
+    encode,
+)
+from onlinespec.publishing.store import Versions
+from onlinespec.publishing.trainer import Keeping, Trainer
 
 log = logging.getLogger(__name__)
 

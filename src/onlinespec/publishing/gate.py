@@ -1,6 +1,6 @@
 """Which weights are served: a candidate must draft better than they do, and is taken back if it turns out not to.
 
-How two sets of weights are compared: `trial.py`. Single-threaded.
+How two sets of weights are compared: `publishing/paired.py`. Single-threaded.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from onlinespec.config import PublishConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.contract import Drafter
 from onlinespec.learners.geometry import is_finite
+from onlinespec.publishing.paired import Collapse, RequestOrder, Trial
 from onlinespec.records import Event, EventKind, Paired
-from onlinespec.trial import Collapse, RequestOrder, Trial
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,19 @@ from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.wire import Batch, Blob, Forget, Incoming, Outgoing, Published, Report, Said, Setting, decode, encode
+from onlinespec.publishing.protocol import (
+    Batch,
+    Blob,
+    Forget,
+    Incoming,
+    Outgoing,
+    Published,
+    Report,
+    Said,
+    Setting,
+    decode,
+    encode,
+)
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200, 31, 5, 9], [7], [31, 77, 14, 9] * 20]

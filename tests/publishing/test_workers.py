@@ -18,7 +18,6 @@ from rigs import plain
 from waiting import HANG_SECONDS, wait_until
 
 from onlinespec import load_drafter
-from onlinespec.background import ProcessLearning, Recipe, ThreadLearning
 from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights
 from onlinespec.engine.scheduler import Limits, Scheduler
@@ -26,9 +25,10 @@ from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
-from onlinespec.models.head_only import Ends
-from onlinespec.trainer import Keeping, Trainer
-from onlinespec.versions import FolderTaken, Versions
+from onlinespec.publishing.label_head import Ends
+from onlinespec.publishing.store import FolderTaken, Versions
+from onlinespec.publishing.trainer import Keeping, Trainer
+from onlinespec.publishing.workers import ProcessLearning, Recipe, ThreadLearning
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200 + i, 31] for i in range(4)]
@@ -407,7 +407,7 @@ def test_a_full_disk_costs_a_version_on_disk_and_nothing_else(tmp_path, traffic,
     def no_room(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("onlinespec.versions.save_file", no_room)
+    monkeypatch.setattr("onlinespec.publishing.store.save_file", no_room)
     trainer, published = trained(tmp_path, traffic)
     assert published
     assert trainer.num_unsaved == len(published) + 1
@@ -481,7 +481,7 @@ def unsaveable(error):
     return fail
 
 
-STATE, WEIGHTS = "onlinespec.versions.flattened", "onlinespec.drafters.eagle.Eagle.save"
+STATE, WEIGHTS = "onlinespec.publishing.store.flattened", "onlinespec.drafters.eagle.Eagle.save"
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_a_process_that_can_not_begin_says_why(tmp_path, caplog):
 
 @pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=full)])
 def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(way, tmp_path, monkeypatch):
-    monkeypatch.setattr("onlinespec.versions._HANDOVER_SECONDS", 0.0)
+    monkeypatch.setattr("onlinespec.publishing.store._HANDOVER_SECONDS", 0.0)
     recipe, drafter = replace(EAGER, versions=str(tmp_path)), load_drafter("eagle", TARGET)
     with Versions(tmp_path) as first:
         first.hold()

@@ -20,7 +20,6 @@ import torch
 from rigs import other_weights
 from safetensors.torch import load_file, save_file
 
-from onlinespec import versions
 from onlinespec.cli.arguments import Inspect
 from onlinespec.cli.inspect import inspect
 from onlinespec.cli.terminal import out
@@ -33,10 +32,11 @@ from onlinespec.inspection import describe, history_of
 from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
-from onlinespec.publish import Publisher
+from onlinespec.publishing import store as versions
+from onlinespec.publishing.gate import Publisher
+from onlinespec.publishing.state_io import flattened, rebuilt
+from onlinespec.publishing.store import FolderTaken, NotSaved, Versions
 from onlinespec.records import Event, Paired
-from onlinespec.states import flattened, rebuilt
-from onlinespec.versions import FolderTaken, NotSaved, Versions
 
 TARGET = rigs.random_target()
 NAME = TARGET.fingerprint

@@ -37,8 +37,8 @@ from safetensors.torch import save_file
 from onlinespec.core import DrafterWeights
 from onlinespec.drafters.contract import Drafter
 from onlinespec.models.checkpoint import read_tensors
+from onlinespec.publishing.state_io import flattened, rebuilt
 from onlinespec.records import Event, VersionRecord
-from onlinespec.states import flattened, rebuilt
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from onlinespec.models.base import Model, ModelConfig, Output
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.loading import Target
 from onlinespec.models.rope import Rope
-from onlinespec.wire import Blob
+from onlinespec.publishing.protocol import Blob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """The learning end: records of Feedback in, weights worth serving out. Knows neither who serves nor where it runs.
 
 Learning moves a drafter of its own and goes on whatever is served. Every so often its weights are proposed; what is
-better on requests that came afterwards is published, watched, and taken back if it disappoints (`publish.py`).
+better on requests that came afterwards is published, watched, and taken back if it disappoints (`publishing/gate.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.contract import Drafter
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
-from onlinespec.publish import Publisher, started
+from onlinespec.publishing.gate import Publisher, started
+from onlinespec.publishing.store import NotSaved, Versions
 from onlinespec.records import Event
-from onlinespec.versions import NotSaved, Versions
 
 log = logging.getLogger(__name__)
 
