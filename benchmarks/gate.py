@@ -2,7 +2,7 @@
 
     python benchmarks/gate.py [--show] [--looks 4 8 16 32]
 
-The target answers a shifting stream once; then drafters draft along its answers (`recording.py`). `frozen` never
+The target answers a shifting stream once; then drafters draft along its answers (`offline/replay_stream.py`). `frozen` never
 learns, `inline` plays what each round leaves, `gated` serves what a `Trainer` publishes, as a server does. Budgets are
 counted in steps. The gap between the last two is what judging costs, and what it saves where old traffic comes back.
 """
@@ -28,9 +28,9 @@ from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import Budget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
+from onlinespec.offline.replay_stream import Replaying, record
 from onlinespec.provenance import provenance
 from onlinespec.publishing.trainer import Trainer
-from onlinespec.recording import Replaying, record
 from onlinespec.workloads import load_workload
 
 

@@ -5,7 +5,7 @@
     python benchmarks/learners.py tables learners.jsonl                   # results/learners.md, in the end
 
 Acceptance doesn't hang on time, so the target's answers are recorded and only drafting and learning run
-(`onlinespec.recording`). Both first commands go on where they were stopped. Without --data the built-in sql, arithmetic
+(`onlinespec.offline.replay_stream`). Both first commands go on where they were stopped. Without --data the built-in sql, arithmetic
 and code stand in for Spider, GSM8K and CodeSearchNet. Net speed is another matter: `onlinespec compare`, interleaved.
 """
 
@@ -35,8 +35,8 @@ from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.metrics import telemetry, total
 from onlinespec.models.loading import load_target
+from onlinespec.offline.replay_stream import Recorded, Replaying, record
 from onlinespec.provenance import provenance
-from onlinespec.recording import Recorded, Replaying, record
 from onlinespec.workloads import load_workload
 
 NUM_DRAFT_TOKENS = 2

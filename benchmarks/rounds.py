@@ -27,8 +27,8 @@ from onlinespec.drafters import load_drafter
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
+from onlinespec.offline.replay_stream import Replaying, record
 from onlinespec.provenance import provenance
-from onlinespec.recording import Replaying, record
 from onlinespec.workloads import load_workload
 
 METHODS = (

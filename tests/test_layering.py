@@ -39,10 +39,6 @@ FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "
 
 # Not yet in their rooms, or arrows not yet cut.
 MOVING = {
-    "distill": "offline.distill",
-    "answers": "offline.target_answers",
-    "recording": "offline.replay_stream",
-    "inspection": "offline.inspection",
     "compare": "experiments.compare",
     "metrics": "experiments.metrics",
     "records": "experiments.report_schema",

@@ -20,12 +20,12 @@ from toy import steady
 
 from onlinespec.compare import Comparison
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams, Tuning
-from onlinespec.distill import Distillation
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.step import ContextOverflow, DecodeLoop
 from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
+from onlinespec.offline.distill import Distillation
 from onlinespec.workloads import load_workload
 
 TARGET = rigs.random_target(context=16_384)

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from onlinespec.compare import Comparing, Comparison
     from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
-    from onlinespec.distill import Distillation, Distilling
     from onlinespec.drafters import DRAFTERS, load_drafter
     from onlinespec.drafters.contract import Drafter
     from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from onlinespec.learning.learner_spec import parse
     from onlinespec.learning.update import InlineLearning
     from onlinespec.models.loading import Target, load_target
-    from onlinespec.recording import Recorded, Replaying, record
+    from onlinespec.offline.distill import Distillation, Distilling
+    from onlinespec.offline.replay_stream import Recorded, Replaying, record
     from onlinespec.registry import LEARNERS, PRESETS
     from onlinespec.workloads import WORKLOADS, load_workload
 
@@ -29,7 +29,7 @@ _MODULES = {
     "config": ("GenerationParams", "LearnConfig", "SamplingParams", "Tuning"),
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
     "engine.step": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),
-    "distill": ("Distillation", "Distilling"),
+    "offline.distill": ("Distillation", "Distilling"),
     "drafters": ("DRAFTERS", "load_drafter"),
     "drafters.contract": ("Drafter",),
     "learning.update": ("InlineLearning",),
@@ -37,7 +37,7 @@ _MODULES = {
     "learners.losses": ("LOSSES",),
     "learning.learner_spec": ("parse",),
     "models.loading": ("Target", "load_target"),
-    "recording": ("Recorded", "Replaying", "record"),
+    "offline.replay_stream": ("Recorded", "Replaying", "record"),
     "registry": ("LEARNERS", "PRESETS"),
     "workloads": ("WORKLOADS", "load_workload"),
 }

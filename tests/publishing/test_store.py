@@ -28,10 +28,10 @@ from onlinespec.core import DrafterWeights
 from onlinespec.drafters import DRAFTERS, formats, load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.inspection import describe, history_of
 from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
+from onlinespec.offline.inspection import describe, history_of
 from onlinespec.publishing import store as versions
 from onlinespec.publishing.gate import Publisher
 from onlinespec.publishing.state_io import flattened, rebuilt

@@ -15,8 +15,8 @@ from onlinespec.cli.arguments import Distill
 from onlinespec.cli.checks import check_parent, load, use
 from onlinespec.cli.terminal import err, interrupts_raised, out
 from onlinespec.config import LearnConfig, Tuning
-from onlinespec.distill import Distillation, Distilling, Outcome, Progress, Score
 from onlinespec.learning.footprint import Beside
+from onlinespec.offline.distill import Distillation, Distilling, Outcome, Progress, Score
 
 _SECONDS_BETWEEN_LINES = 15.0
 _ENDS = {

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from onlinespec.cli.arguments import Inspect
 from onlinespec.cli.terminal import escaped, out
-from onlinespec.inspection import describe, folders_of, history_of
+from onlinespec.offline.inspection import describe, folders_of, history_of
 from onlinespec.records import Event
 
 _NEWEST = 20  # events that are shown

@@ -28,11 +28,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from onlinespec.demo.corpus import Corpus, Document, packed_rows
-from onlinespec.distill import Distillation, Distilling, schedule
 from onlinespec.drafters.checkpoints import read_side, write_drafter
 from onlinespec.models.checkpoint import read_json, read_weights
 from onlinespec.models.linear import has_bfloat16_units
 from onlinespec.models.loading import load_target
+from onlinespec.offline.distill import Distillation, Distilling, schedule
 
 log = logging.getLogger("onlinespec.recipe")
 

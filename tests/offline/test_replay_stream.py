@@ -11,7 +11,7 @@ from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
-from onlinespec.recording import Replaying, record
+from onlinespec.offline.replay_stream import Replaying, record
 from onlinespec.workloads import Prompt
 
 TARGET = rigs.random_target(end_token_ids=range(0, 250, 9))

@@ -27,7 +27,7 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Feedback, Trace
 from onlinespec.engine.step import DecodeLoop, Request, UnfitPrompt
 from onlinespec.models.loading import Target
-from onlinespec.recording import Recorded
+from onlinespec.offline.replay_stream import Recorded
 from onlinespec.workloads import Prompt
 
 _AT_ONCE = 8  # answers of a shard: they run as one batch

@@ -1,6 +1,6 @@
 """A first drafter, trained offline on the text that its target produces.
 
-Two phases: the target answers prompts (`answers.py`), then the drafter learns the answers, epoch by epoch, from the
+Two phases: the target answers prompts (`offline/target_answers.py`), then the drafter learns the answers, epoch by epoch, from the
 states of that one pass. Some prompts are left out, and say after every epoch how long runs the drafter would have had
 accepted; the weights that did best are saved. Everything goes through a work folder beside the drafter's, so that the
 same command goes on after Ctrl-C or a kill, and ends with the weights of a run that no one disturbed.
@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinespec.answers import Answers, told_if_full, written
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats, DrafterWeights, Params
 from onlinespec.drafters import DRAFTERS, load_drafter
@@ -37,7 +36,8 @@ from onlinespec.learners.losses import LOSSES, RowLoss
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
-from onlinespec.recording import Replaying
+from onlinespec.offline.replay_stream import Replaying
+from onlinespec.offline.target_answers import Answers, told_if_full, written
 from onlinespec.registry import resolve
 from onlinespec.workloads import Prompt, load_workload
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from onlinespec.config import Tuning
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.checkpoints import SIDE_FILE
-from onlinespec.inspection import describe, folders_of
 from onlinespec.models.loading import load_target
+from onlinespec.offline.inspection import describe, folders_of
 
 
 @pytest.fixture(scope="module")

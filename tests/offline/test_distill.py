@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from waiting import HANG_SECONDS, wait_until
 
-import onlinespec.answers
-from onlinespec import distill as module
-from onlinespec.answers import Answers
+import onlinespec.offline.target_answers
 from onlinespec.config import GenerationParams, SamplingParams, Tuning
-from onlinespec.distill import Distillation, Distilling, Score, schedule
 from onlinespec.drafters import DRAFTERS, load_drafter
 from onlinespec.models.loading import load_target
+from onlinespec.offline import distill as module
+from onlinespec.offline.distill import Distillation, Distilling, Score, schedule
+from onlinespec.offline.target_answers import Answers
 from onlinespec.workloads import Prompt
 
 TRAINABLE = ("eagle", "small_lm")
@@ -306,7 +306,7 @@ def test_stopped_while_clearing_up_it_is_finished(target, data, tmp_path, monkey
 @pytest.mark.parametrize("writer", ["save_file", pytest.param("save", marks=full)], ids=["answers", "checkpoint"])
 def test_a_full_disk_loses_nothing_that_was_written(writer, whole, target, tmp_path, monkeypatch):
     settings, undisturbed = whole
-    place = onlinespec.answers if writer == "save_file" else torch
+    place = onlinespec.offline.target_answers if writer == "save_file" else torch
     write, count = getattr(place, writer), []
 
     def full(content, path, **more):
@@ -333,7 +333,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 STOPPED = """
 import sys, time, torch
 from pathlib import Path
-from onlinespec import distill as module
+from onlinespec.offline import distill as module
 from onlinespec.cli import main
 torch.set_num_threads(1)
 module._CHECKPOINT_SECONDS, module._CHECKPOINT_SHARE = 0.0, 1e9
