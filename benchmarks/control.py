@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from simulator import DRAFTERS, GOOD, HOPELESS, MAX_DRAFT_TOKENS, Fixed, Machine, Prob, Run, always, simulate
 
 from onlinespec.control.chooser import Controller, StepRecord
-from onlinespec.provenance import provenance
+from onlinespec.experiments.provenance import provenance
 
 MACHINES = {"exact": Machine(), "noisy": Machine(noise=0.1, hiccup=0.01)}
 TIMES = (1, 5, 10, 25, 50, 75, 100)  # hundredths of the tokens

@@ -30,9 +30,9 @@ import tyro
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request
+from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
-from onlinespec.provenance import provenance
 from onlinespec.workloads import WORKLOADS, load_workload
 
 EVERY = 100  # requests between two looks at memory

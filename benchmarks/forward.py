@@ -29,10 +29,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
+from onlinespec.experiments.provenance import provenance
 from onlinespec.models.decoder import Decoder
 from onlinespec.models.families import decoder_config
 from onlinespec.models.linear import can_pack
-from onlinespec.provenance import provenance
 
 # hidden size, layers, heads, key-value heads, intermediate size, vocabulary; head and embedding are one tensor
 SIZES = {

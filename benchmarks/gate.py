@@ -24,12 +24,12 @@ from onlinespec.core import DecodeStats, Feedback
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.engine.step import Learning
+from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import Budget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Replaying, record
-from onlinespec.provenance import provenance
 from onlinespec.publishing.trainer import Trainer
 from onlinespec.workloads import load_workload
 

@@ -31,12 +31,12 @@ from tyro.conf import Positional
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.drafters import load_drafter
+from onlinespec.experiments.metrics import telemetry, total
+from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
-from onlinespec.metrics import telemetry, total
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Recorded, Replaying, record
-from onlinespec.provenance import provenance
 from onlinespec.workloads import load_workload
 
 NUM_DRAFT_TOKENS = 2

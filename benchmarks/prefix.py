@@ -25,9 +25,9 @@ from torch import Tensor
 from onlinespec.config import GenerationParams
 from onlinespec.engine.prefix_cache import PrefixCache
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.experiments.provenance import provenance
 from onlinespec.models.base import Output
 from onlinespec.models.kv_cache import KVCache
-from onlinespec.provenance import provenance
 
 _CPU = torch.device("cpu")
 _HIDDEN = 2  # as little to copy as can be

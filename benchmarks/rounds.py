@@ -24,11 +24,11 @@ import tyro
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.core import Feedback
 from onlinespec.drafters import load_drafter
+from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Replaying, record
-from onlinespec.provenance import provenance
 from onlinespec.workloads import load_workload
 
 METHODS = (

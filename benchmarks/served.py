@@ -22,8 +22,8 @@ import psutil
 
 from onlinespec.config import GenerationParams
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.experiments.provenance import provenance
 from onlinespec.models.loading import load_target
-from onlinespec.provenance import provenance
 from onlinespec.workloads import load_workload
 
 PIN = ["taskset", "-c", "0"]

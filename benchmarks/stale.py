@@ -25,10 +25,10 @@ from onlinespec.core import DecodeStats, DrafterWeights
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
-from onlinespec.provenance import provenance
 from onlinespec.workloads import load_workload
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from onlinespec.core import DecodeStats
-from onlinespec.metrics import speedup, total
-from onlinespec.records import Report, RequestRecord, read_report
+from onlinespec.experiments.metrics import speedup, total
+from onlinespec.experiments.report_schema import Report, RequestRecord, read_report
 
 HEADER = (
     "segment", "learner", "length", "last third", "over `frozen`'s", "over where it was left",

@@ -24,15 +24,15 @@ from waiting import HANG_SECONDS, wait_until
 import onlinespec.lossless.verify
 from onlinespec import demo
 from onlinespec.cli import checks, compare, dispatch, distill, progress
-from onlinespec.compare import Comparing, Comparison, Progress
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.experiments.compare import Comparing, Comparison, Progress
+from onlinespec.experiments.report_schema import read_report
 from onlinespec.learning.calibrate import Costs
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target
 from onlinespec.publishing.store import Versions
-from onlinespec.records import read_report
 from onlinespec.registry import LEARNER_NAMES
 
 PROMPT = "naïve 日本 🎌 a b a b"
@@ -75,7 +75,7 @@ def in_files(files, monkeypatch):
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch):
     """Comparisons in this process measure no costs of learning, which takes far longer than what they then do."""
-    monkeypatch.setattr("onlinespec.compare.measure_costs", lambda *_: Costs(0.5, 0.02))
+    monkeypatch.setattr("onlinespec.experiments.compare.measure_costs", lambda *_: Costs(0.5, 0.02))
 
 
 @pytest.fixture
@@ -495,7 +495,7 @@ def test_answers_that_differ_from_plain_decoding_fail_the_command(run, tmp_path,
 
 def test_where_speculation_lost_it_is_said_with_what_to_try(run, tmp_path, monkeypatch):
     for ratio, is_said in ((0.9, True), (1.1, False)):
-        monkeypatch.setattr("onlinespec.metrics.speedup", lambda stats, control, ratio=ratio: ratio)
+        monkeypatch.setattr("onlinespec.experiments.metrics.speedup", lambda stats, control, ratio=ratio: ratio)
         options = ("--out", tmp_path / str(ratio), "--max-new-tokens", "4", "--num-requests", "1")
         _, _, err = run(*COMPARE, *options)
         assert ("no drafter was faster than plain decoding here" in err.replace("\n", " ")) is is_said

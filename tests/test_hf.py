@@ -27,12 +27,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from onlinespec.compare import is_tie
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.drafters.autoregressive import Batch
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.experiments.compare import is_tie
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import cross_entropy
 from onlinespec.learning.update import InlineLearning

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from rigs import plain, run_together
 from toy import steady
 
-from onlinespec.compare import Comparison
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams, Tuning
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.step import ContextOverflow, DecodeLoop
+from onlinespec.experiments.compare import Comparison
 from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target

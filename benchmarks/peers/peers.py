@@ -28,11 +28,11 @@ from arms import ARMS, NONE, Answer, Arm, Models, Pair, folder_of, read_models
 from ratios import Tables, run_tables
 from rich.progress import track
 
-from onlinespec.compare import TIE_GAP
 from onlinespec.config import GenerationParams
+from onlinespec.experiments.compare import TIE_GAP
+from onlinespec.experiments.provenance import provenance
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target, load_target
-from onlinespec.provenance import provenance
 from onlinespec.workloads import load_workload
 
 BUILT_IN = ("builtin:prose", "builtin:sql", "builtin:arithmetic", "builtin:code")

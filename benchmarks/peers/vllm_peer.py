@@ -176,7 +176,7 @@ def answers(
 
 
 def provenance(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the figures come from, in the words of `onlinespec.provenance`."""
+    """Where the figures come from, in the words of `onlinespec.experiments.provenance`."""
     import torch
     import transformers
     import vllm

@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 # transformers take seconds, and the command line answers without them where it can.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from onlinespec.compare import Comparing, Comparison
     from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
     from onlinespec.drafters import DRAFTERS, load_drafter
     from onlinespec.drafters.contract import Drafter
     from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
+    from onlinespec.experiments.compare import Comparing, Comparison
     from onlinespec.learners import Learner, make_learner
     from onlinespec.learners.losses import LOSSES
     from onlinespec.learning.learner_spec import parse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onlinespec.workloads import WORKLOADS, load_workload
 
 _MODULES = {
-    "compare": ("Comparing", "Comparison"),
+    "experiments.compare": ("Comparing", "Comparison"),
     "config": ("GenerationParams", "LearnConfig", "SamplingParams", "Tuning"),
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
     "engine.step": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),

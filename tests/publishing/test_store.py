@@ -28,6 +28,7 @@ from onlinespec.core import DrafterWeights
 from onlinespec.drafters import DRAFTERS, formats, load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.experiments.report_schema import Event, Paired
 from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
@@ -36,7 +37,6 @@ from onlinespec.publishing import store as versions
 from onlinespec.publishing.gate import Publisher
 from onlinespec.publishing.state_io import flattened, rebuilt
 from onlinespec.publishing.store import FolderTaken, NotSaved, Versions
-from onlinespec.records import Event, Paired
 
 TARGET = rigs.random_target()
 NAME = TARGET.fingerprint

@@ -8,10 +8,10 @@ import torch
 
 from onlinespec.cli.arguments import Learning, Machine
 from onlinespec.cli.terminal import err
-from onlinespec.compare import why_not_writable
 from onlinespec.config import LearnConfig
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
+from onlinespec.experiments.compare import why_not_writable
 from onlinespec.learners.losses import LOSSES
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.learner_spec import learner_of, parse

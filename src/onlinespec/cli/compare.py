@@ -13,12 +13,12 @@ from onlinespec.cli.arguments import Compare, Demo
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
-from onlinespec.compare import Comparing, Comparison, check_results_folder
+from onlinespec.experiments.compare import Comparing, Comparison, check_results_folder
+from onlinespec.experiments.report.page import summary_table, write_html
+from onlinespec.experiments.report_schema import Report
 from onlinespec.learning.footprint import Beside
 from onlinespec.models.loading import Target
-from onlinespec.records import Report
 from onlinespec.registry import FROZEN, NONE
-from onlinespec.report import summary_table, write_html
 
 DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmetic", "builtin:prose")
 

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 from onlinespec.cli.terminal import err, escaped
-from onlinespec.compare import Progress
+from onlinespec.experiments.compare import Progress
 from onlinespec.registry import NONE
 
 

@@ -20,6 +20,7 @@ import torch
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.contract import Drafter, Loss
+from onlinespec.experiments.report_schema import Round
 from onlinespec.host import to_host
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
@@ -29,7 +30,6 @@ from onlinespec.learning.learner_spec import full_loss_of, learner_of
 from onlinespec.learning.replay import ReplayBuffer
 from onlinespec.learning.schedule import Budget, Cadence, ClockBudget
 from onlinespec.learning.telemetry import Telemetry
-from onlinespec.records import Round
 from onlinespec.registry import resolve
 
 log = logging.getLogger(__name__)

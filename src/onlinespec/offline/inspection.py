@@ -18,11 +18,11 @@ from onlinespec.drafters.checkpoints import (
     read_side,
     tensor_names,
 )
+from onlinespec.experiments.report_schema import Event
 from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, weight_files
 from onlinespec.models.families import ARCHITECTURES
 from onlinespec.models.loading import path_of
 from onlinespec.publishing import store as versions
-from onlinespec.records import Event
 
 _SHAPE_KEYS = (
     "hidden_size",

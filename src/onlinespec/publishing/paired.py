@@ -26,10 +26,10 @@ from onlinespec.config import PublishConfig
 from onlinespec.core import Feedback, Params
 from onlinespec.drafters.agreement import agrees
 from onlinespec.drafters.contract import Drafter
+from onlinespec.experiments.metrics import student_quantile
+from onlinespec.experiments.report_schema import Paired
 from onlinespec.host import to_host
 from onlinespec.learning.replay import Stored, Unfinished, detached, run_around
-from onlinespec.metrics import student_quantile
-from onlinespec.records import Paired
 
 _LEAST_DIFFERENCE = 1e-3  # in drafts kept per step; less may be rounding, and is not worth a swap
 _COLLAPSED = 0.5  # of the acceptance that the weights should have ...

@@ -36,9 +36,9 @@ from safetensors.torch import save_file
 
 from onlinespec.core import DrafterWeights
 from onlinespec.drafters.contract import Drafter
+from onlinespec.experiments.report_schema import Event, VersionRecord
 from onlinespec.models.checkpoint import read_tensors
 from onlinespec.publishing.state_io import flattened, rebuilt
-from onlinespec.records import Event, VersionRecord
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ import msgspec
 from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.contract import Drafter
+from onlinespec.experiments.report_schema import Event
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.gate import Publisher, started
 from onlinespec.publishing.store import NotSaved, Versions
-from onlinespec.records import Event
 
 log = logging.getLogger(__name__)
 

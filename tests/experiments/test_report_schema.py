@@ -4,7 +4,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from onlinespec.records import Report, RequestRecord, Run, Segment, Totals, Window, read_report, write_report
+from onlinespec.experiments.report_schema import (
+    Report,
+    RequestRecord,
+    Run,
+    Segment,
+    Totals,
+    Window,
+    read_report,
+    write_report,
+)
 
 TOTALS_KEYS = {
     *("requests", "skipped", "tokens", "steps", "acceptance_length", "acceptance_rate", "acceptance_by_position"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy import steady
 
 from onlinespec.core import DecodeStats
-from onlinespec.metrics import (
+from onlinespec.experiments.metrics import (
     acceptance_length_at,
     coupled_distance,
     distance_bound,
@@ -20,7 +20,7 @@ from onlinespec.metrics import (
     total,
     windows,
 )
-from onlinespec.records import Round, Totals
+from onlinespec.experiments.report_schema import Round, Totals
 
 ONE = DecodeStats(
     requests=1, tokens=6, steps=2, drafted=8, accepted=4, accepted_by_position=(2, 1, 1, 0), decode_seconds=2.0

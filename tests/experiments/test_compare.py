@@ -9,14 +9,14 @@ import torch
 from checkpoints import add_tokens, save_tiny
 from rigs import AcceptsEverything
 
-import onlinespec.compare
+import onlinespec.experiments.compare
 import onlinespec.lossless.verify
-from onlinespec.compare import TIE_GAP, Comparing, Comparison, is_tie
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.experiments.compare import TIE_GAP, Comparing, Comparison, is_tie
+from onlinespec.experiments.report_schema import RequestRecord, Segment, Totals, Window, read_report
 from onlinespec.learning.calibrate import Costs
 from onlinespec.models.loading import load_target
-from onlinespec.records import RequestRecord, Segment, Totals, Window, read_report
 
 LEARNERS = ("none", "frozen", "online_gradient")
 PROMPTS = ("what is a b a b a b?", "one two one two", "sum 1 + 1, 2 + 2", "a a a a a a", "the end of the end")
@@ -138,7 +138,7 @@ def test_costs_are_measured_as_requests_decode_at_each_temperature(target, data,
         asked.append(params.sampling.temperature)
         return Costs(1.0, 0.01 * len(asked))
 
-    monkeypatch.setattr("onlinespec.compare.measure_costs", measured)
+    monkeypatch.setattr("onlinespec.experiments.compare.measure_costs", measured)
     report = run(target, data(), measures_costs=True, temperatures=(0.0, 0.8), repeats=2, num_requests=(1,))
     assert asked == [0.0, 0.8]
     told = [(costs["temperature"], costs["row_cost"]) for costs in report.provenance["learn_costs"]]
@@ -272,7 +272,7 @@ def test_a_difference_is_counted_in_its_segment_only(target, data, monkeypatch):
 
 def test_differences_at_near_ties_are_counted_apart(target, data, tmp_path, monkeypatch):
     monkeypatch.setattr(onlinespec.lossless.verify.Coupled, "judge", AcceptsEverything.judge)
-    monkeypatch.setattr(onlinespec.compare, "is_tie", lambda target, answer, plain: True)
+    monkeypatch.setattr(onlinespec.experiments.compare, "is_tie", lambda target, answer, plain: True)
     frozen = run_of(run(target, data(), out=tmp_path), "frozen").totals
     assert (frozen.identical_to_plain, frozen.ties) == (True, len(PROMPTS))
 
@@ -325,7 +325,7 @@ def test_a_tie_is_judged_by_the_positions_that_decoding_had(tmp_path, monkeypatc
     other = int(target.decoder.head(state)[0].topk(2)[1][1])
     answer = answer_of(plain.trace.token_ids[: plain.num_prompt_tokens], [*plain.output_ids[:3], other])
     for share, is_near in ((1.01, True), (0.99, False)):
-        monkeypatch.setattr(onlinespec.compare, "TIE_GAP", share * (best - second))
+        monkeypatch.setattr(onlinespec.experiments.compare, "TIE_GAP", share * (best - second))
         assert is_tie(target, answer, plain) is is_near
 
 

@@ -24,6 +24,9 @@ from onlinespec.core import DecodeStats
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.engine.step import DecodeLoop, Request, UnfitPrompt
+from onlinespec.experiments.metrics import figures, telemetry, total, windows
+from onlinespec.experiments.provenance import provenance
+from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
 from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.learning.calibrate import measure_costs
@@ -33,10 +36,7 @@ from onlinespec.lossless.noise import gumbel
 from onlinespec.lossless.rejection import Rejection
 from onlinespec.lossless.sampling import process_step
 from onlinespec.lossless.verify import Coupled, Rule
-from onlinespec.metrics import figures, telemetry, total, windows
 from onlinespec.models.loading import Target
-from onlinespec.provenance import provenance
-from onlinespec.records import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
 from onlinespec.registry import FROZEN, NONE
 from onlinespec.workloads import Prompt, Workload, load_workload
 

@@ -12,13 +12,13 @@ import pytest
 from markupsafe import Markup
 from rich.console import Console
 
-from onlinespec import plots
-from onlinespec.charts import MOST_POINTS, SMOOTHING, Track, over_runs, positions, themes_of
-from onlinespec.metrics import telemetry
-from onlinespec.plots import COLOURS, MARKERS, styles_of
-from onlinespec.records import Report, Round, Run, Segment, Totals, Window
-from onlinespec.report import render_html, summary_table, write_html
-from onlinespec.summaries import METRICS, groups_of, learner_names
+from onlinespec.experiments.metrics import telemetry
+from onlinespec.experiments.report import plots
+from onlinespec.experiments.report.charts import MOST_POINTS, SMOOTHING, Track, over_runs, positions, themes_of
+from onlinespec.experiments.report.page import render_html, summary_table, write_html
+from onlinespec.experiments.report.plots import COLOURS, MARKERS, styles_of
+from onlinespec.experiments.report.summaries import METRICS, groups_of, learner_names
+from onlinespec.experiments.report_schema import Report, Round, Run, Segment, Totals, Window
 
 VOID_TAGS = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
@@ -821,5 +821,5 @@ def test_runs_of_different_length_are_drawn_as_far_as_they_got():
 
 
 def test_the_table_of_the_terminal_needs_no_drawing():
-    code = "import sys, onlinespec.report; print(sorted({'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"
+    code = "import sys, onlinespec.experiments.report.page; print(sorted({'matplotlib', 'numpy', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

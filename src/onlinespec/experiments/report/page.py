@@ -17,8 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from onlinespec.records import Report, write_atomically
-from onlinespec.summaries import (
+from onlinespec.experiments.report.summaries import (
     FROZEN,
     METRICS,
     PLAIN,
@@ -28,6 +27,7 @@ from onlinespec.summaries import (
     learner_names,
     number,
 )
+from onlinespec.experiments.report_schema import Report, write_atomically
 
 # --- for the terminal ---
 
@@ -75,7 +75,10 @@ def write_html(report: Report, path: str | PathLike[str]) -> None:
 
 def render_html(report: Report) -> str:
     """The page itself. The same report gives the same text."""
-    from onlinespec import charts, plots  # here, because drawing takes a second to import and the table needs none
+    from onlinespec.experiments.report import (
+        charts,
+        plots,  # here, because drawing takes a second to import and the table needs none
+    )
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {

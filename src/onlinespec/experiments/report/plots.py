@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from onlinespec.summaries import FROZEN, PLAIN, Place, Points
+from onlinespec.experiments.report.summaries import FROZEN, PLAIN, Place, Points
 
 # name: (in light mode, in dark mode). The light ones are also how a colour is found again in an SVG: no two alike.
 COLOURS = {

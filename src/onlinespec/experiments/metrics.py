@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from onlinespec.core import DecodeStats
-from onlinespec.records import Round, Telemetry, Window
+from onlinespec.experiments.report_schema import Round, Telemetry, Window
 
 
 def total(stats: Sequence[DecodeStats]) -> DecodeStats:

@@ -14,9 +14,18 @@ from itertools import accumulate
 from math import fsum, isfinite, isnan, nan
 from typing import Any, NamedTuple
 
-from onlinespec.plots import Chart, Curve, Style, styles_of
-from onlinespec.records import Round, Run
-from onlinespec.summaries import FROZEN, METRICS, Group, LearnerSummary, Metric, Points, rounds_of, spread_of
+from onlinespec.experiments.report.plots import Chart, Curve, Style, styles_of
+from onlinespec.experiments.report.summaries import (
+    FROZEN,
+    METRICS,
+    Group,
+    LearnerSummary,
+    Metric,
+    Points,
+    rounds_of,
+    spread_of,
+)
+from onlinespec.experiments.report_schema import Round, Run
 
 SMOOTHING = (
     256  # rows of a moving mean, the last round whole: eight rounds, where every 16 steps of two tokens have one

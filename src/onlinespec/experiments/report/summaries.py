@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from onlinespec import registry
-from onlinespec.records import Report, Round, Run, Segment, Totals, Window
+from onlinespec.experiments.report_schema import Report, Round, Run, Segment, Totals, Window
 
 PLAIN, FROZEN = registry.NONE, registry.FROZEN  # the controls: plain decoding, and a drafter that does not learn
 _CONTROL_RANK = {FROZEN: 1, PLAIN: 2}

@@ -1,0 +1,1 @@
+"""Comparisons of learners over a stream, and what they leave on disk."""

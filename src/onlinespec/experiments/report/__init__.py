@@ -1,0 +1,1 @@
+"""The page of a comparison: figures, sentences and plots from report.json."""
