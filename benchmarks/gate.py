@@ -2,9 +2,9 @@
 
     python benchmarks/gate.py [--show] [--looks 4 8 16 32]
 
-The target answers a shifting stream once; then drafters draft along its answers (`offline/replay_stream.py`). `frozen` never
-learns, `inline` plays what each round leaves, `gated` serves what a `Trainer` publishes, as a server does. Budgets are
-counted in steps. The gap between the last two is what judging costs, and what it saves where old traffic comes back.
+The target answers a shifting stream once; then drafters draft along its answers. `frozen` never learns, `inline` plays
+what each round leaves, `gated` serves what a `Trainer` publishes, as a server does. Budgets are counted in steps. The
+gap between the last two is what judging costs, and what it saves where old traffic comes back.
 """
 
 from __future__ import annotations

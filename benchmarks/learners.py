@@ -5,8 +5,9 @@
     python benchmarks/learners.py tables learners.jsonl                   # results/learners.md, in the end
 
 Acceptance doesn't hang on time, so the target's answers are recorded and only drafting and learning run
-(`onlinespec.offline.replay_stream`). Both first commands go on where they were stopped. Without --data the built-in sql, arithmetic
-and code stand in for Spider, GSM8K and CodeSearchNet. Net speed is another matter: `onlinespec compare`, interleaved.
+(`offline/replay_stream.py`). Both first commands go on where they were stopped. Without --data the built-in sql,
+arithmetic and code stand in for Spider, GSM8K and CodeSearchNet. Net speed is another matter: `onlinespec compare`,
+interleaved.
 """
 
 from __future__ import annotations

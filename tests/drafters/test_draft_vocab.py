@@ -7,7 +7,7 @@ from rigs import SOFT, hidden_states, other_weights, plain
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Feedback, Trace
-from onlinespec.drafters import shortlist as shortlist_module
+from onlinespec.drafters import draft_vocab as shortlist_module
 from onlinespec.drafters.draft_vocab import Shortlist
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop

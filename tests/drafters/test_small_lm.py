@@ -143,9 +143,9 @@ def remade(drafter, weights, target, make_linear=None):
 @pytest.fixture
 def plain_products(monkeypatch):
     """Drafts and learning in the float32 of transformers."""
-    for module in ("small_lm", "draft_model"):
-        monkeypatch.setattr(f"onlinespec.drafters.{module}.draft_linear_for", lambda *_: PlainLinear)
-        monkeypatch.setattr(f"onlinespec.drafters.{module}.learn_product_for", lambda *_: plain_product)
+    for module in ("drafter", "draft_model"):
+        monkeypatch.setattr(f"onlinespec.drafters.small_lm.{module}.draft_linear_for", lambda *_: PlainLinear)
+        monkeypatch.setattr(f"onlinespec.drafters.small_lm.{module}.learn_product_for", lambda *_: plain_product)
 
 
 def make(tuning="layers", seed=3, target=TARGET):

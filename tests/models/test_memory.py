@@ -245,7 +245,12 @@ def products(request, monkeypatch):
     kind = request.param
     if kind is HalfLinear and not can_pack_half():
         pytest.skip("bfloat16 can't be packed here")
-    for module in ("drafters.eagle", "drafters.small_lm", "drafters.draft_model", "footprint"):
+    for module in (
+        "drafters.eagle",
+        "drafters.small_lm.drafter",
+        "drafters.small_lm.draft_model",
+        "learning.footprint",
+    ):
         monkeypatch.setattr(f"onlinespec.{module}.draft_linear_for", lambda *_: kind)
     return kind
 

@@ -25,7 +25,7 @@ from onlinespec.cli.inspect import inspect
 from onlinespec.cli.terminal import out
 from onlinespec.config import GenerationParams, PublishConfig
 from onlinespec.core import DrafterWeights
-from onlinespec.drafters import DRAFTERS, formats, load_drafter
+from onlinespec.drafters import DRAFTERS, checkpoints, load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.report_schema import Event, Paired
@@ -552,7 +552,7 @@ class Steps:
         self.folder, self.n, self.act, self.times, self.num_done = str(folder), n, act, times, 0
         fsync = os.fsync
         os.fsync = lambda descriptor: (self.tick(), fsync(descriptor))
-        for module in (versions, formats):
+        for module in (versions, checkpoints):
             module.save_file = self.halfway(module.save_file)
         sys.addaudithook(self.hear)
 

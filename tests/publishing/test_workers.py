@@ -170,13 +170,14 @@ def test_a_process_outlives_the_signals_for_who_serves_and_one_that_is_killed_is
 @full
 def test_who_forgets_to_stop_a_process_can_still_end():
     script = (
-        "import sys, test_background as here\n"
+        "import sys, test_workers as here\n"
         "if __name__ == '__main__':\n"
         "    loop, learning = here.make('process')\n"
         "    here.until(lambda: learning.figures().get('rounds'), loop)\n"
         "    sys.exit(3)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, timeout=HANG_SECONDS, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, timeout=HANG_SECONDS, check=False)
     assert ended.returncode == 3
 
 

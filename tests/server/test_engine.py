@@ -215,7 +215,10 @@ print(*set(seen))
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds OpenMP by the process's files")
 def test_the_number_of_threads_holds_in_the_engines_own_thread_too():
-    environment = os.environ | {"OMP_NUM_THREADS": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "3",
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)]),
+    }
     done = subprocess.run(
         [sys.executable, "-c", NUM_THREADS], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
     )

@@ -17,9 +17,9 @@ import openai
 import pytest
 import rigs
 import uvicorn
+from chats import CHATS, PROMPTS
 from checkpoints import CHAT_TEMPLATE, END_TOKEN_ID, byte_tokenizer
 from rigs import Recorder, Script, plain
-from test_chat import CHATS, PROMPTS
 from waiting import HANG_SECONDS, wait_until
 
 from onlinespec.config import GenerationParams, SamplingParams

@@ -1,9 +1,9 @@
 """A first drafter, trained offline on the text that its target produces.
 
-Two phases: the target answers prompts (`offline/target_answers.py`), then the drafter learns the answers, epoch by epoch, from the
-states of that one pass. Some prompts are left out, and say after every epoch how long runs the drafter would have had
-accepted; the weights that did best are saved. Everything goes through a work folder beside the drafter's, so that the
-same command goes on after Ctrl-C or a kill, and ends with the weights of a run that no one disturbed.
+Two phases: the target answers prompts (`target_answers.py`), then the drafter learns the answers, epoch by epoch, from
+the states of that one pass. Some prompts are left out, and say after every epoch how long runs the drafter would have
+had accepted; the weights that did best are saved. Everything goes through a work folder beside the drafter's, so that
+the same command goes on after Ctrl-C or a kill, and ends with the weights of a run that no one disturbed.
 
 Reference: text of the target itself as training text, as in Online Speculative Decoding, arXiv:2310.07177 (section 3).
 """

@@ -9,7 +9,6 @@ from typing import Any
 from safetensors import safe_open
 
 from onlinespec import demo
-from onlinespec.drafters import adapters
 from onlinespec.drafters.checkpoints import (
     SIDE_FILE,
     looks_like_drafter,
@@ -18,6 +17,7 @@ from onlinespec.drafters.checkpoints import (
     read_side,
     tensor_names,
 )
+from onlinespec.drafters.small_lm import adapters
 from onlinespec.experiments.report_schema import Event
 from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, weight_files
 from onlinespec.models.families import ARCHITECTURES

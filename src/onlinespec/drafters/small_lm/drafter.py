@@ -23,10 +23,10 @@ from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, Tuning
 from onlinespec.core import DrafterWeights, Feedback, Params
-from onlinespec.drafters import adapters
 from onlinespec.drafters.autoregressive import Head, Headed, draft_dtype_for
 from onlinespec.drafters.checkpoints import read_side, write_drafter
 from onlinespec.drafters.draft_vocab import Listed, Shortlist
+from onlinespec.drafters.small_lm import adapters
 from onlinespec.drafters.small_lm.draft_model import DraftModel, HFDraftModel, OwnDraftModel
 from onlinespec.drafters.training_rows import Layout, Span, spans_of
 from onlinespec.host import to_device

@@ -87,7 +87,7 @@ def render_html(report: Report) -> str:
         "share": _share_text,
         "spread": _spread_markup,
     }
-    template = environment.from_string(files("onlinespec").joinpath("report.html.jinja").read_text("utf-8"))
+    template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
     groups = [group for group in groups_of(report) if group.measured]
     return template.render(
         report=report,
