@@ -33,7 +33,8 @@ from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
-from onlinespec.workloads import WORKLOADS, load_workload
+from onlinespec.registry import WORKLOADS
+from onlinespec.workloads import load_workload
 
 EVERY = 100  # requests between two looks at memory
 WARM_UP = 400  # requests: buffer, tables and the allocator's pools are full

@@ -32,9 +32,10 @@ from tyro.conf import Positional
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.drafters import load_drafter
-from onlinespec.experiments.metrics import telemetry, total
+from onlinespec.experiments.metrics import total
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.rounds import summarise
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Recorded, Replaying, record
@@ -251,7 +252,7 @@ def _answers(work: Path, places: Sequence[tuple[str, int]], temperature: float, 
 
 
 def _figures(stats: Sequence[DecodeStats], domains: Sequence[str], learning: InlineLearning) -> dict[str, Any]:
-    whole, seen = total(stats), telemetry(learning.measured())
+    whole, seen = total(stats), summarise(learning.measured())
     visits = _visits(domains)
     figures: dict[str, Any] = {
         "acceptance_length": whole.acceptance_length,

@@ -28,9 +28,9 @@ import tyro
 from peers.servers import GenerateBatch, vllm
 from served import Common, Rows, Server, Told, ask_all, interval, plain_texts, quantile, served, texts
 
-from onlinespec import demo
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target, load_target
+from onlinespec.registry import SHIPPED_DRAFTERS
 
 # --- net tokens per second along a stream -----------------------------------------------------------------------------
 
@@ -295,7 +295,7 @@ def peers(command: Peers) -> None:
     """Paired by block: tokens per second over those of `generate_batch`, and how many answers are `none`'s."""
     rows = Rows(command, command)
     target = load_target(command.target)
-    folder, small = Path(find_folder(command.target)), Path(demo.DRAFTERS["demo/small_lm"])
+    folder, small = Path(find_folder(command.target)), Path(SHIPPED_DRAFTERS["demo/small_lm"])
     most = max(command.streams)
 
     def over_http(server: Server, prompts: Sequence[Sequence[int]], streams: int) -> tuple[list[str], int, float]:
@@ -313,7 +313,7 @@ def peers(command: Peers) -> None:
         arms: dict[str, Ask] = {}
         worker = stack.enter_context(closing(GenerateBatch(folder, sorted(target.end_token_ids))))
         arms[PLAIN] = partial(by_pipe, worker)
-        methods = {"": None, "eagle": Path(demo.DRAFTERS["demo"]), "draft_model": small} if command.vllm else {}
+        methods = {"": None, "eagle": Path(SHIPPED_DRAFTERS["demo"]), "draft_model": small} if command.vllm else {}
         for method, model in methods.items():
             name = f"vllm/{method or 'plain'}"
             started = vllm(command.vllm, folder, most, method, model, command.num_draft_tokens)

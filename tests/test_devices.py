@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from onlinespec import host
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.drafters import DRAFTERS, load_drafter
+from onlinespec.drafters import load_drafter
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learners import LEARNERS, make_learner
+from onlinespec.learners import make_learner
 from onlinespec.learning.update import InlineLearning
+from onlinespec.registry import DRAFTERS, LEARNERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 

@@ -37,27 +37,6 @@ PRINTS = {"cli"}
 # Packages that planted sources may import from.
 FOUNDATION = {"": "", "learners": "", "drafters": "", "drafters.contract": "", "demo": "", "engine": "", "cli": ""}
 
-# Not yet in their rooms, or arrows not yet cut.
-MOVING = {}
-UNCUT = {
-    ("cli.arguments", "demo"),
-    ("drafters", "demo"),
-    ("learning.calibrate", "engine.step"),
-    ("learning.footprint", "demo"),
-    ("learning.telemetry", "experiments.metrics"),
-    ("learning.telemetry", "experiments.report_schema"),
-    ("learning.update", "experiments.report_schema"),
-    ("models.checkpoint", "demo"),
-    ("offline.inspection", "demo"),
-    ("offline.inspection", "experiments.report_schema"),
-    ("offline.inspection", "publishing.store"),
-    ("publishing.gate", "experiments.report_schema"),
-    ("publishing.paired", "experiments.metrics"),
-    ("publishing.paired", "experiments.report_schema"),
-    ("publishing.store", "experiments.report_schema"),
-    ("publishing.trainer", "experiments.report_schema"),
-}
-
 
 def read_house() -> dict[str, str]:
     """Source by module, named from below onlinespec: `models.loading`, a package by its folder."""
@@ -70,7 +49,7 @@ def read_house() -> dict[str, str]:
 
 def room_of(module: str) -> str:
     """The first part of a module's name."""
-    return MOVING.get(module, module).split(".")[0]
+    return module.split(".")[0]
 
 
 def imports(module: str, source: str, is_package: bool) -> Iterator[tuple[int, str, str | None]]:
@@ -124,9 +103,9 @@ def arrow_faults(module: str, target: str, name: str | None) -> list[str]:
     room, target_room = room_of(module), room_of(target)
     if target_room not in ROW_OF:
         return [f"imports {target}, which has no place in ROWS"]
-    if room == target_room or (MOVING.get(module, module), MOVING.get(target, target)) in UNCUT:
+    if room == target_room:
         return []
-    if room == "learners" and target != "host" and (module, MOVING.get(target, target)) != ("learners", "registry"):
+    if room == "learners" and target != "host" and (module, target) != ("learners", "registry"):
         return [f"imports {target}; learners import nothing of ours"]  # `host`: the one function that reads a device
     if ROW_OF[target_room] >= ROW_OF[room] and not {room, target_room} <= CORRIDOR:
         return [f"imports {target}, which is not below {room}"]

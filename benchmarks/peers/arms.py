@@ -15,16 +15,16 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from onlinespec import demo
 from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.drafters import load_drafter
+from onlinespec.engine.profile import steps_to_learn_from
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learning.calibrate import Costs, measure_costs
 from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.round_costs import RoundCosts, measure_round_costs
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target
-from onlinespec.registry import FROZEN, NONE
+from onlinespec.registry import FROZEN, NONE, SHIPPED_DRAFTERS
 
 LEARNER = "online_gradient"
 PLAIN = "transformers"  # its plain `generate`: the control that every user has
@@ -77,7 +77,7 @@ class Pair:
 
 def folder_of(path_or_hub_id: str) -> Path:
     """The Hugging Face folder behind a name, those of the models that ship with the package included."""
-    return Path(demo.DRAFTERS.get(path_or_hub_id) or find_folder(path_or_hub_id))
+    return Path(SHIPPED_DRAFTERS.get(path_or_hub_id) or find_folder(path_or_hub_id))
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Models:
 
     pair: Pair
     model: PreTrainedModel  # the target as transformers runs it
-    costs: Mapping[str, Costs]  # of learning on this machine, by drafter
+    costs: Mapping[str, RoundCosts]  # of learning on this machine, by drafter
 
 
 ARMS: dict[str, Callable[[Models], Arm]] = {
@@ -222,7 +222,7 @@ def read_models(pair: Pair, arms: Sequence[str]) -> Models:
     for arm in arms:
         name, _, learner = arm.partition("/")
         if learner == LEARNER:
-            costs[name] = measure_costs(
-                pair.target, load_drafter(pair.drafter(name), pair.target), LearnConfig(), pair.params
-            )
+            drafter = load_drafter(pair.drafter(name), pair.target)
+            steps = steps_to_learn_from(pair.target, drafter, pair.params)
+            costs[name] = measure_round_costs(drafter, LearnConfig(), steps)
     return Models(pair, read_transformers(find_folder(pair.target.name)), costs)

@@ -10,19 +10,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
-    from onlinespec.drafters import DRAFTERS, load_drafter
+    from onlinespec.drafters import load_drafter
     from onlinespec.drafters.contract import Drafter
     from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
     from onlinespec.experiments.compare import Comparing, Comparison
     from onlinespec.learners import Learner, make_learner
-    from onlinespec.learners.losses import LOSSES
     from onlinespec.learning.learner_spec import parse
     from onlinespec.learning.update import InlineLearning
     from onlinespec.models.loading import Target, load_target
     from onlinespec.offline.distill import Distillation, Distilling
     from onlinespec.offline.replay_stream import Recorded, Replaying, record
-    from onlinespec.registry import LEARNERS, PRESETS
-    from onlinespec.workloads import WORKLOADS, load_workload
+    from onlinespec.registry import DRAFTERS, LEARNERS, LOSSES, PRESETS, WORKLOADS
+    from onlinespec.workloads import load_workload
 
 _MODULES = {
     "experiments.compare": ("Comparing", "Comparison"),
@@ -30,16 +29,15 @@ _MODULES = {
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
     "engine.step": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),
     "offline.distill": ("Distillation", "Distilling"),
-    "drafters": ("DRAFTERS", "load_drafter"),
+    "drafters": ("load_drafter",),
     "drafters.contract": ("Drafter",),
     "learning.update": ("InlineLearning",),
     "learners": ("Learner", "make_learner"),
-    "learners.losses": ("LOSSES",),
     "learning.learner_spec": ("parse",),
     "models.loading": ("Target", "load_target"),
     "offline.replay_stream": ("Recorded", "Replaying", "record"),
-    "registry": ("LEARNERS", "PRESETS"),
-    "workloads": ("WORKLOADS", "load_workload"),
+    "registry": ("DRAFTERS", "LEARNERS", "LOSSES", "PRESETS", "WORKLOADS"),
+    "workloads": ("load_workload",),
 }
 
 __all__ = [

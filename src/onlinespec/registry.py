@@ -1,10 +1,12 @@
-"""Literal tables of lazy paths: a name stands for "package.module:Class", imported when it is asked for.
+"""Names for what there is several of: drafters, learners, losses, geometries, workloads, and the models that ship.
 
-The table of learners is here, and not beside them, because the command line names them without importing torch.
+A name stands for "package.module:Class", imported when it is asked for, so that the command line can list them all
+without importing torch. A new variant is one file and one line here.
 """
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 NONE, FROZEN = "none", "frozen"  # the controls: plain decoding, and a drafter that does not learn
@@ -18,6 +20,39 @@ LEARNERS = {
     "momentum": "onlinespec.learners.momentum:Momentum",
     "reset_to_merged": "onlinespec.learners.reset_to_merged:ResetToMerged",
 }
+
+DRAFTERS = {
+    "ngram": "onlinespec.drafters.ngram:Ngram",
+    "eagle": "onlinespec.drafters.eagle:Eagle",
+    "small_lm": "onlinespec.drafters.small_lm.drafter:SmallLM",
+}
+
+LOSSES = {
+    "auto": "onlinespec.learners.losses:auto",
+    "soft_cross_entropy": "onlinespec.learners.losses:soft_cross_entropy",
+    "cross_entropy": "onlinespec.learners.losses:cross_entropy",
+    "mix": "onlinespec.learners.losses:mix",
+    "reverse_kl": "onlinespec.learners.losses:reverse_kl",
+    "jsd": "onlinespec.learners.losses:jsd",
+    "total_variation": "onlinespec.learners.losses:total_variation",
+}
+
+GEOMETRIES = {
+    "diagonal": "onlinespec.learners.geometry:Diagonal",
+    "euclidean": "onlinespec.learners.geometry:Euclidean",
+    "preconditioned": "onlinespec.learners.geometry:Preconditioned",
+}
+
+WORKLOADS = {
+    "prose": "onlinespec.workloads.prose:Prose",
+    "code": "onlinespec.workloads.code:Code",
+    "sql": "onlinespec.workloads.sql:Sql",
+    "arithmetic": "onlinespec.workloads.arithmetic:Arithmetic",
+}
+
+_SHIPPED = Path(__file__).parent / "demo"
+SHIPPED_TARGETS = {"demo": _SHIPPED / "target"}
+SHIPPED_DRAFTERS = {"demo": _SHIPPED / "drafter", "demo/small_lm": _SHIPPED / "small_lm"}
 
 # Names for whole settings, as the lines they stand for; see `methods.parse`.
 PRESETS = {

@@ -22,14 +22,14 @@ from rigs import AcceptsEverything
 from waiting import HANG_SECONDS, wait_until
 
 import onlinespec.lossless.verify
-from onlinespec import demo
+from onlinespec import registry
 from onlinespec.cli import checks, compare, dispatch, distill, progress
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.compare import Comparing, Comparison, Progress
 from onlinespec.experiments.report_schema import read_report
-from onlinespec.learning.calibrate import Costs
+from onlinespec.learning.round_costs import RoundCosts
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target
 from onlinespec.publishing.store import Versions
@@ -75,7 +75,7 @@ def in_files(files, monkeypatch):
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch):
     """Comparisons in this process measure no costs of learning, which takes far longer than what they then do."""
-    monkeypatch.setattr("onlinespec.experiments.compare.measure_costs", lambda *_: Costs(0.5, 0.02))
+    monkeypatch.setattr("onlinespec.experiments.compare.measure_round_costs", lambda *_: RoundCosts(0.5, 0.02))
 
 
 @pytest.fixture
@@ -256,8 +256,8 @@ def test_mistakes_in_flags_exit_with_the_same_status(run, argv, words):
 
 @pytest.mark.parametrize("argv", [("demo",), ("generate", "demo", "-p", "hi"), (*COMPARE, "--drafter", "demo")])
 def test_a_demo_pair_that_is_not_there_is_said_to_be_missing(run, files, monkeypatch, argv):
-    monkeypatch.setitem(demo.TARGETS, "demo", files / "no_target")
-    monkeypatch.setitem(demo.DRAFTERS, "demo", files / "no_drafter")
+    monkeypatch.setitem(registry.SHIPPED_TARGETS, "demo", files / "no_target")
+    monkeypatch.setitem(registry.SHIPPED_DRAFTERS, "demo", files / "no_drafter")
     assert_refused(run(*argv), "demo pair did not come with this installation", "TARGET and --drafter")
 
 

@@ -18,13 +18,14 @@ from toy import chi_square_p, enumerate_law, sequence_counts, steady
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.core import DecodeStats, DrafterWeights
-from onlinespec.drafters import DRAFTERS, load_drafter
+from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.lossless.rejection import Rejection
+from onlinespec.registry import DRAFTERS
 
 GREEDY = SamplingParams()
 

@@ -10,10 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from toy import steady
 
-from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
+from onlinespec.learners import Evaluation, make_learner
 from onlinespec.learners.ensemble import Ensemble, Hedge
 from onlinespec.learners.geometry import Diagonal, Point, Preconditioned, averaged, clip_by_norm, is_finite
 from onlinespec.learners.optimistic import OptimisticGradient
+from onlinespec.registry import GEOMETRIES, LEARNERS
 
 DOES_NOT_LEARN = {"frozen": "the control: it tracks nothing, on purpose"}
 LEARNING = [name for name in LEARNERS if name not in DOES_NOT_LEARN]

@@ -21,13 +21,13 @@ from onlinespec.drafters import load_drafter
 from onlinespec.drafters.small_lm.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm.drafter import SmallLM
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learners.losses import LOSSES, auto, soft_cross_entropy
+from onlinespec.learners.losses import auto, soft_cross_entropy
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.models.linear import PlainLinear, plain_product
 from onlinespec.models.loading import load_target
-from onlinespec.registry import resolve
+from onlinespec.registry import LOSSES, resolve
 
 TARGET = rigs.random_target()
 TUNINGS = {"layers": Tuning("layers"), "all": Tuning("all"), "adapters": Tuning("adapters", rank=3, alpha=5.0)}

@@ -15,7 +15,7 @@ from onlinespec.config import GenerationParams, LearnConfig
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.compare import TIE_GAP, Comparing, Comparison, is_tie
 from onlinespec.experiments.report_schema import RequestRecord, Segment, Totals, Window, read_report
-from onlinespec.learning.calibrate import Costs
+from onlinespec.learning.round_costs import RoundCosts
 from onlinespec.models.loading import load_target
 
 LEARNERS = ("none", "frozen", "online_gradient")
@@ -134,11 +134,14 @@ def test_what_learning_costs_is_measured_if_asked_and_told(target, data, usual):
 def test_costs_are_measured_as_requests_decode_at_each_temperature(target, data, monkeypatch):
     asked = []
 
-    def measured(target, drafter, config, params):
-        asked.append(params.sampling.temperature)
-        return Costs(1.0, 0.01 * len(asked))
+    def measured(*_):
+        return RoundCosts(1.0, 0.01 * len(asked))
 
-    monkeypatch.setattr("onlinespec.experiments.compare.measure_costs", measured)
+    monkeypatch.setattr("onlinespec.experiments.compare.measure_round_costs", measured)
+    monkeypatch.setattr(
+        "onlinespec.experiments.compare.steps_to_learn_from",
+        lambda target, drafter, params: asked.append(params.sampling.temperature),
+    )
     report = run(target, data(), measures_costs=True, temperatures=(0.0, 0.8), repeats=2, num_requests=(1,))
     assert asked == [0.0, 0.8]
     told = [(costs["temperature"], costs["row_cost"]) for costs in report.provenance["learn_costs"]]

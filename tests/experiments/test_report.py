@@ -12,13 +12,13 @@ import pytest
 from markupsafe import Markup
 from rich.console import Console
 
-from onlinespec.experiments.metrics import telemetry
 from onlinespec.experiments.report import plots
 from onlinespec.experiments.report.charts import MOST_POINTS, SMOOTHING, Track, over_runs, positions, themes_of
 from onlinespec.experiments.report.page import render_html, summary_table, write_html
 from onlinespec.experiments.report.plots import COLOURS, MARKERS, styles_of
 from onlinespec.experiments.report.summaries import METRICS, groups_of, learner_names
-from onlinespec.experiments.report_schema import Report, Round, Run, Segment, Totals, Window
+from onlinespec.experiments.report_schema import Report, Run, Segment, Totals, Window
+from onlinespec.learning.rounds import Round, summarise
 
 VOID_TAGS = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 
@@ -387,7 +387,7 @@ def make_round(request=0, kl=1.0, frozen_kl=1.5, **more):
 
 def watch(run, rounds, seconds=2.0):
     totals = msgspec.structs.replace(run.totals, diagnostic_seconds=seconds)
-    return msgspec.structs.replace(run, totals=totals, telemetry=telemetry(rounds))
+    return msgspec.structs.replace(run, totals=totals, telemetry=summarise(rounds))
 
 
 def with_learner(run, learner):

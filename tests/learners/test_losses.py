@@ -11,7 +11,6 @@ from toy import steady
 
 from onlinespec.learners.losses import (
     GREEDY_TOKEN_SHARE,
-    LOSSES,
     TargetRows,
     auto,
     cross_entropy,
@@ -22,7 +21,7 @@ from onlinespec.learners.losses import (
     soft_cross_entropy,
     total_variation,
 )
-from onlinespec.registry import resolve
+from onlinespec.registry import LOSSES, resolve
 
 
 @pytest.fixture(params=LOSSES)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from onlinespec.config import LearnConfig
-from onlinespec.learners import LEARNERS, Euclidean, Evaluation
+from onlinespec.learners import Euclidean, Evaluation
 from onlinespec.learners.geometry import Diagonal, Preconditioned
 from onlinespec.learning.learner_spec import learner_of, parse
-from onlinespec.registry import LEARNER_NAMES, NONE, PRESETS, resolve
+from onlinespec.registry import LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
 
 LINES = [*LEARNERS, *PRESETS]
 

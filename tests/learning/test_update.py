@@ -18,11 +18,11 @@ from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.drafters.small_lm.drafter import SmallLM
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learners import LEARNERS, make_learner
-from onlinespec.learners.losses import LOSSES
+from onlinespec.learners import make_learner
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.learning.learner_spec import PRESETS, learner_of, parse
 from onlinespec.learning.update import InlineLearning, newest_rows
+from onlinespec.registry import LEARNERS, LOSSES
 
 TARGET = rigs.random_target()
 PROMPT = [5, 9, 200, 31, 77, 14, 9]

@@ -18,11 +18,12 @@ from waiting import HANG_SECONDS, wait_until
 
 import onlinespec.offline.target_answers
 from onlinespec.config import GenerationParams, SamplingParams, Tuning
-from onlinespec.drafters import DRAFTERS, load_drafter
+from onlinespec.drafters import load_drafter
 from onlinespec.models.loading import load_target
 from onlinespec.offline import distill as module
 from onlinespec.offline.distill import Distillation, Distilling, Score, schedule
 from onlinespec.offline.target_answers import Answers
+from onlinespec.registry import DRAFTERS
 from onlinespec.workloads import Prompt
 
 TRAINABLE = ("eagle", "small_lm")

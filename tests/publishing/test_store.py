@@ -25,18 +25,19 @@ from onlinespec.cli.inspect import inspect
 from onlinespec.cli.terminal import out
 from onlinespec.config import GenerationParams, PublishConfig
 from onlinespec.core import DrafterWeights
-from onlinespec.drafters import DRAFTERS, checkpoints, load_drafter
+from onlinespec.drafters import checkpoints, load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.report_schema import Event, Paired
-from onlinespec.learners import GEOMETRIES, LEARNERS, Evaluation, make_learner
+from onlinespec.learners import Evaluation, make_learner
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.offline.inspection import describe, history_of
 from onlinespec.publishing import store as versions
 from onlinespec.publishing.gate import Publisher
+from onlinespec.publishing.protocol import Event, Paired
 from onlinespec.publishing.state_io import flattened, rebuilt
 from onlinespec.publishing.store import FolderTaken, NotSaved, Versions
+from onlinespec.registry import DRAFTERS, GEOMETRIES, LEARNERS
 
 TARGET = rigs.random_target()
 NAME = TARGET.fingerprint

@@ -15,7 +15,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from onlinespec.workloads import WORKLOADS, Prompt, Split, load_workload, split_of
+from onlinespec.registry import WORKLOADS
+from onlinespec.workloads import Prompt, Split, load_workload, split_of
 from onlinespec.workloads.arithmetic import TEMPLATES, mark, shown
 from onlinespec.workloads.prose import NUM_WORDS
 from onlinespec.workloads.prose_lexicon import PLACES, TRADES

@@ -14,9 +14,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from onlinespec import demo
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_that
-from onlinespec.registry import FROZEN, LEARNER_NAMES, NONE
+from onlinespec.registry import FROZEN, LEARNER_NAMES, NONE, SHIPPED_DRAFTERS, SHIPPED_TARGETS
 from onlinespec.workloads import load_workload
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
@@ -428,7 +427,7 @@ def check(command: Command) -> None:
 
 
 def _check_demo(target: str, drafter: str) -> None:
-    for folder in (demo.TARGETS.get(target), demo.DRAFTERS.get(drafter)):
+    for folder in (SHIPPED_TARGETS.get(target), SHIPPED_DRAFTERS.get(drafter)):
         if folder and not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"the demo pair did not come with this installation ({folder} is missing); "

@@ -12,11 +12,10 @@ from onlinespec.config import LearnConfig
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
 from onlinespec.experiments.compare import why_not_writable
-from onlinespec.learners.losses import LOSSES
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
-from onlinespec.registry import LEARNER_NAMES, NONE, resolve
+from onlinespec.registry import LEARNER_NAMES, LOSSES, NONE, resolve
 
 
 def use(machine: Machine) -> None:

@@ -6,8 +6,8 @@ from rich.table import Table
 
 from onlinespec.cli.arguments import Inspect
 from onlinespec.cli.terminal import escaped, out
-from onlinespec.experiments.report_schema import Event
 from onlinespec.offline.inspection import describe, folders_of, history_of
+from onlinespec.publishing.protocol import Event
 
 _NEWEST = 20  # events that are shown
 

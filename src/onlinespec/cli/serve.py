@@ -23,9 +23,9 @@ from onlinespec.core import DrafterWeights
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.engine.prefix_cache import PrefixCache
+from onlinespec.engine.profile import measure_step_costs
 from onlinespec.engine.scheduler import Limits, Scheduler
 from onlinespec.engine.step import DecodeLoop, Learning
-from onlinespec.learning.calibrate import measure_step_costs
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onlinespec.workloads import WORKLOADS, load_workload
+from onlinespec.registry import WORKLOADS
+from onlinespec.workloads import load_workload
 
 # Share of each source among the training documents' tokens; sources that were not given drop out.
 MIX = {

@@ -1,21 +1,14 @@
-"""Drafters by name. A new one is a file and a line here."""
+"""Drafters by name. A new one is a file here and a line in `registry.DRAFTERS`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from onlinespec import demo
 from onlinespec.config import Tuning
 from onlinespec.drafters.checkpoints import drafter_folder, read_format, read_side
 from onlinespec.drafters.contract import Drafter
 from onlinespec.models.loading import Target
-from onlinespec.registry import resolve
-
-DRAFTERS = {
-    "ngram": "onlinespec.drafters.ngram:Ngram",
-    "eagle": "onlinespec.drafters.eagle:Eagle",
-    "small_lm": "onlinespec.drafters.small_lm.drafter:SmallLM",
-}
+from onlinespec.registry import DRAFTERS, SHIPPED_DRAFTERS, resolve
 
 
 def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning: Tuning | None = None) -> Drafter:
@@ -34,7 +27,7 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
     if name in DRAFTERS or (":" in name and not Path(name).exists()):
         drafter: Drafter = resolve(DRAFTERS, name, "drafter").fresh(target, seed)
     else:
-        folder = demo.DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
+        folder = SHIPPED_DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
         drafter = resolve(DRAFTERS, read_format(folder), "drafter").load(folder, target)
         drafter.notes = read_side(folder).get("notes", {})
     if tuning:

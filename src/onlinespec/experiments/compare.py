@@ -23,19 +23,22 @@ from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tun
 from onlinespec.core import DecodeStats
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.engine.profile import steps_to_learn_from
 from onlinespec.engine.step import DecodeLoop, Request, UnfitPrompt
-from onlinespec.experiments.metrics import figures, telemetry, total, windows
+from onlinespec.experiments.metrics import figures, total, windows
 from onlinespec.experiments.provenance import provenance
-from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Segment, Telemetry, Totals, write_report
+from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Segment, Totals, write_report
 from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.learning.calibrate import measure_costs
 from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.round_costs import measure_round_costs
+from onlinespec.learning.rounds import TelemetrySummary, summarise
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel
 from onlinespec.lossless.rejection import Rejection
 from onlinespec.lossless.sampling import process_step
 from onlinespec.lossless.verify import Coupled, Rule
+from onlinespec.models.clock import clock_for
 from onlinespec.models.loading import Target
 from onlinespec.registry import FROZEN, NONE
 from onlinespec.workloads import Prompt, Workload, load_workload
@@ -339,7 +342,12 @@ class Comparing:
             return
         drafter = self._load_drafter()
         params = replace(self.comparison.generation, sampling=self._sampling())
-        self._costs[temperature] = measure_costs(self.target, drafter, self.comparison.learn, params)._asdict()
+        self._costs[temperature] = measure_round_costs(
+            drafter,
+            self.comparison.learn,
+            steps_to_learn_from(self.target, drafter, params),
+            clock_for(self.target.decoder.device),
+        )._asdict()
         told_so_far = self._provenance.setdefault("learn_costs", [])
         told_so_far.append({"temperature": temperature, **self._costs[temperature]})
 
@@ -388,8 +396,8 @@ class Comparing:
             telemetry=self._telemetry_of(runner),
         )
 
-    def _telemetry_of(self, runner: _Runner) -> Telemetry | None:
-        return telemetry(runner.learning.measured()) if runner.learning else None
+    def _telemetry_of(self, runner: _Runner) -> TelemetrySummary | None:
+        return summarise(runner.learning.measured()) if runner.learning else None
 
     def _write(self) -> Report:
         report = self.report()

@@ -1,4 +1,4 @@
-"""What runs leave on disk: the types of report.json and of the lines of requests.jsonl. Nothing of ours imported."""
+"""What runs leave on disk: the types of report.json and of the lines of requests.jsonl."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+
+from onlinespec.learning.rounds import TelemetrySummary
 
 
 class Window(Struct, frozen=True, kw_only=True):
@@ -51,54 +53,6 @@ class Segment(Totals, frozen=True, kw_only=True):
     windows: tuple[Window, ...]
 
 
-class Round(Struct, frozen=True, kw_only=True):
-    """One update of the drafter, as telemetry saw it: on all rows served since the one before, with the weights that
-    drafted them."""
-
-    step: int  # decoded so far
-    request: int  # finished so far
-    data: str
-    interval: float  # steps to the next round, as the cadence has it
-    loss: float | None  # the one that is trained, on the round's fresh rows, before the update; None without one
-    kl: float  # KL(target || draft) of raw rows, nats
-    token_loss: float  # cross-entropy of the committed tokens, nats
-    acceptance_prob: float  # 1 - total variation of raw rows
-    frozen_kl: float  # the same of the drafter as it started
-    frozen_acceptance_prob: float
-    acceptance_length_bound: float  # what the losses at all drafting depths guarantee, see metrics.py
-    distance: float  # of the weights from the start
-    num_rows: int = 0  # that it stands for; 0 in files that are older than this count
-    is_update: bool = True  # False: at the end of a run, the rows for which no update came any more
-    gradient_cosine: float | None = None  # of what was descended and what the round before descended
-    moved: float | None = None  # of the weights, since some rounds ago
-    function_moved: float | None = None  # mean total variation on fixed rows, since some rounds ago
-    agreement: float | None = None  # share of the fresh rows whose first draft would have been the committed token
-    is_undoing: bool = False  # whether it took back the round before, whose weights scored worse than those before it
-    learner: dict[str, Any] = {}  # what the learner itself reports: hint errors, meta weights
-
-
-class Telemetry(Struct, frozen=True, kw_only=True):
-    """How a drafter learned, over a run. Regrets are in nats.
-
-    Sums over rounds are what the theory bounds; they grow with the number of rounds, so learners that had different
-    numbers of them compare by the figures per row alone: means over the rounds, each by its `num_rows`.
-    """
-
-    regret_upper: float  # against any comparator: the sum of kl
-    regret_vs_frozen: float
-    regret_vs_best_expert: float | None = None  # in the loss that is trained
-    num_rows: int = 0  # that the rounds stand for
-    token_loss_per_row: float | None = None  # None where no rows were counted
-    kl_per_row: float | None = None  # regret_upper by the row
-    regret_vs_frozen_per_row: float | None = None
-    regret_vs_best_expert_per_row: float | None = None  # the best by the row
-    hint_error_ratio: float | None = None  # below 1, the hints were better than none
-    direction_hint_error_ratio: float | None = None  # the same in the learner's geometry
-    gradient_cosine: float | None = None  # mean over the rounds that have one
-    acceptance_length_bound: float | None  # mean over the steps; None where none were counted
-    rounds: tuple[Round, ...]
-
-
 class Run(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One learner over the whole stream, once."""
 
@@ -108,70 +62,7 @@ class Run(Struct, frozen=True, kw_only=True, omit_defaults=True):
     repeat: int
     totals: Totals
     segments: tuple[Segment, ...]
-    telemetry: Telemetry | None = None  # if it was asked for
-
-
-class Paired(Struct, frozen=True, kw_only=True):
-    """Two sets of weights on the same rows of the same requests, by the drafts that a step would keep.
-
-    Acceptance lengths are means over all positions of the texts, not over the steps that were served: they compare
-    with each other, and with no other figure.
-    """
-
-    num_requests: int
-    num_anchors: int  # positions from which both drafted
-    served_length: float  # acceptance_length of the weights that serve ...
-    other_length: float  # ... and of those they are compared with: a candidate, or the version before
-    served_acceptance_prob: float  # of the first draft alone
-    other_acceptance_prob: float
-    difference: float  # other - served
-    standard_error: float  # of the difference, requests being independent
-    level: float  # chance at which the difference was judged
-    is_other_better: bool  # the difference is above 0 by more than that chance explains
-    is_served_better: bool  # below 0
-
-
-EventKind = Literal["started", "promoted", "refused", "confirmed", "rolled back", "returned", "reset"]
-
-
-class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of history.jsonl: what became of a version, or of a candidate for one."""
-
-    kind: EventKind
-    at: str  # UTC
-    version: int  # served from here on
-    parent: int | None = None  # served until then; None where nothing changed
-    restores: int | None = None  # whose weights these are, after a rollback or a return
-    reason: str = ""
-    paired: Paired | None = None  # what it was judged by
-
-    @property
-    def told(self) -> str:
-        """In one line, for a log."""
-        what = {
-            "started": f"version {self.version} is served",
-            "promoted": f"version {self.version} is served, promoted after version {self.parent}",
-            "refused": f"a candidate was refused; version {self.version} stays",
-            "confirmed": f"version {self.version} is confirmed",
-            "rolled back": f"version {self.parent} is rolled back: its successor {self.version} is version "
-            f"{self.restores} again",
-            "returned": f"version {self.parent} makes way for version {self.restores}, which learning began with, "
-            f"now {self.version}",
-            "reset": "back to the beginning",
-        }[self.kind]
-        return f"{what}: {self.reason}" if self.reason else what
-
-
-class VersionRecord(Struct, frozen=True, kw_only=True):
-    """All of a version's version.json."""
-
-    schema: Literal[1] = 1
-    version: int
-    created: str  # UTC
-    target_fingerprint: str
-    learner: str = ""  # the line that learned it, as `methods.parse` reads it
-    event: Event  # how it came to be served
-    files: dict[str, str]  # sha256 of every other file
+    telemetry: TelemetrySummary | None = None  # if it was asked for
 
 
 class Report(Struct, frozen=True, kw_only=True):

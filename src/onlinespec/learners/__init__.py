@@ -3,8 +3,8 @@
 from typing import Any
 
 from onlinespec.learners.base import Evaluate, Evaluation, Learner, Params
-from onlinespec.learners.geometry import GEOMETRIES, Diagonal, Euclidean, Geometry
-from onlinespec.registry import LEARNERS, resolve
+from onlinespec.learners.geometry import Diagonal, Euclidean, Geometry
+from onlinespec.registry import GEOMETRIES, LEARNERS, resolve
 
 
 def make_learner(

@@ -188,10 +188,3 @@ def is_finite(params: Params) -> bool:
 
 
 _SUMMED_AS = {torch.float16: torch.float32}  # where a sum of finite numbers may leave the dtype's range
-
-
-GEOMETRIES = {
-    "diagonal": "onlinespec.learners.geometry:Diagonal",
-    "euclidean": "onlinespec.learners.geometry:Euclidean",
-    "preconditioned": "onlinespec.learners.geometry:Preconditioned",
-}

@@ -117,17 +117,6 @@ def _log(probs: Tensor) -> Tensor:
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-LOSSES = {
-    "auto": "onlinespec.learners.losses:auto",
-    "soft_cross_entropy": "onlinespec.learners.losses:soft_cross_entropy",
-    "cross_entropy": "onlinespec.learners.losses:cross_entropy",
-    "mix": "onlinespec.learners.losses:mix",
-    "reverse_kl": "onlinespec.learners.losses:reverse_kl",
-    "jsd": "onlinespec.learners.losses:jsd",
-    "total_variation": "onlinespec.learners.losses:total_variation",
-}
-
-
 def told(name: str, temperature: float) -> str:
     """A loss in words, for requests that decode at a temperature: what `auto` has chosen.
 

@@ -18,9 +18,9 @@ import msgspec
 
 from onlinespec.config import LearnConfig
 from onlinespec.core import Params
-from onlinespec.learners import GEOMETRIES, Learner, make_learner
+from onlinespec.learners import Learner, make_learner
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.registry import LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
+from onlinespec.registry import GEOMETRIES, LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
 
 _CROSS_ENTROPIES = ("auto", "soft_cross_entropy", "cross_entropy", "mix")
 _FULL_LOSS = 4.0  # nats, both drafting depths together

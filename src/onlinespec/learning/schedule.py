@@ -227,7 +227,7 @@ class Budget:
     Args:
         share: Of decoding time, learning may take this much; inf for no limit.
         round_cost: What a round costs, in steps, whatever its rows ...
-        row_cost: ... and what each row adds; `calibration.measure_costs` tells both for a machine and a pair.
+        row_cost: ... and what each row adds; `measure_round_costs` tells both for a machine and a pair.
     """
 
     _MOST_SAVED = 16  # rounds

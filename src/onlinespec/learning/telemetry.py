@@ -20,11 +20,11 @@ from torch import Tensor
 
 from onlinespec.core import Feedback, Params
 from onlinespec.drafters.contract import Drafter
-from onlinespec.experiments.metrics import acceptance_length_at, coupled_distance, distance_bound, greedy_distance_bound
-from onlinespec.experiments.report_schema import Round
 from onlinespec.learners import Evaluate, Evaluation
 from onlinespec.learners.geometry import cosine, squared_distance, squared_norm
 from onlinespec.learners.losses import TargetRows, cross_entropy, kl, total_variation
+from onlinespec.learning.bounds import acceptance_length_at, coupled_distance, distance_bound, greedy_distance_bound
+from onlinespec.learning.rounds import Round
 
 log = logging.getLogger(__name__)
 

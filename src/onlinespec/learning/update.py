@@ -20,17 +20,17 @@ import torch
 from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.contract import Drafter, Loss
-from onlinespec.experiments.report_schema import Round
 from onlinespec.host import to_host
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
-from onlinespec.learners.losses import LOSSES, RowLoss
+from onlinespec.learners.losses import RowLoss
 from onlinespec.learning.finite import FiniteTexts
 from onlinespec.learning.learner_spec import full_loss_of, learner_of
 from onlinespec.learning.replay import ReplayBuffer
+from onlinespec.learning.rounds import Round
 from onlinespec.learning.schedule import Budget, Cadence, ClockBudget
 from onlinespec.learning.telemetry import Telemetry
-from onlinespec.registry import resolve
+from onlinespec.registry import LOSSES, resolve
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from onlinespec import demo
+from onlinespec.registry import SHIPPED_DRAFTERS, SHIPPED_TARGETS
 
 _FINGERPRINT_BYTES = 1 << 20
 
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
     """The local directory of a checkpoint, downloaded from the Hub if it is none here."""
-    if shipped := (demo.DRAFTERS | demo.TARGETS).get(str(path_or_hub_id)):
+    if shipped := (SHIPPED_DRAFTERS | SHIPPED_TARGETS).get(str(path_or_hub_id)):
         return shipped
     if not str(path_or_hub_id):
         raise ValueError("the name is empty; give a directory, a Hub id, or demo")

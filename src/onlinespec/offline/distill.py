@@ -29,16 +29,16 @@ from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats, DrafterWeights, Params
-from onlinespec.drafters import DRAFTERS, load_drafter
+from onlinespec.drafters import load_drafter
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
-from onlinespec.learners.losses import LOSSES, RowLoss
+from onlinespec.learners.losses import RowLoss
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
 from onlinespec.offline.replay_stream import Replaying
 from onlinespec.offline.target_answers import Answers, told_if_full, written
-from onlinespec.registry import resolve
+from onlinespec.registry import DRAFTERS, LOSSES, resolve
 from onlinespec.workloads import Prompt, load_workload
 
 _LEAST_HELD_OUT = 8

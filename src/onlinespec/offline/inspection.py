@@ -8,7 +8,6 @@ from typing import Any
 
 from safetensors import safe_open
 
-from onlinespec import demo
 from onlinespec.drafters.checkpoints import (
     SIDE_FILE,
     looks_like_drafter,
@@ -18,11 +17,12 @@ from onlinespec.drafters.checkpoints import (
     tensor_names,
 )
 from onlinespec.drafters.small_lm import adapters
-from onlinespec.experiments.report_schema import Event
 from onlinespec.models.checkpoint import architecture_of, find_folder, fingerprint, read_json, weight_files
 from onlinespec.models.families import ARCHITECTURES
 from onlinespec.models.loading import path_of
 from onlinespec.publishing import store as versions
+from onlinespec.publishing.protocol import Event
+from onlinespec.registry import SHIPPED_DRAFTERS, SHIPPED_TARGETS
 
 _SHAPE_KEYS = (
     "hidden_size",
@@ -44,7 +44,7 @@ _SHAPE_KEYS = (
 
 def folders_of(name: str) -> tuple[Path, ...]:
     """The directories a path or Hub id stands for: one, but `demo` is a target and a drafter."""
-    return (demo.TARGET, demo.DRAFTER) if name == "demo" else (find_folder(name),)
+    return (SHIPPED_TARGETS[name], SHIPPED_DRAFTERS[name]) if name == "demo" else (find_folder(name),)
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from onlinespec.config import PublishConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.contract import Drafter
-from onlinespec.experiments.report_schema import Event, EventKind, Paired
 from onlinespec.learners.geometry import is_finite
 from onlinespec.publishing.paired import Collapse, RequestOrder, Trial
+from onlinespec.publishing.protocol import Event, EventKind, Paired
 
 log = logging.getLogger(__name__)
 

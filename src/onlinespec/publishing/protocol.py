@@ -13,7 +13,7 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -210,3 +210,66 @@ def _checksum(params: dict[str, Blob]) -> int:
     for name in sorted(params):
         total = zlib.crc32(params[name].data, zlib.crc32(name.encode(), total))
     return total
+
+
+class Paired(Struct, frozen=True, kw_only=True):
+    """Two sets of weights on the same rows of the same requests, by the drafts that a step would keep.
+
+    Acceptance lengths are means over all positions of the texts, not over the steps that were served: they compare
+    with each other, and with no other figure.
+    """
+
+    num_requests: int
+    num_anchors: int  # positions from which both drafted
+    served_length: float  # acceptance_length of the weights that serve ...
+    other_length: float  # ... and of those they are compared with: a candidate, or the version before
+    served_acceptance_prob: float  # of the first draft alone
+    other_acceptance_prob: float
+    difference: float  # other - served
+    standard_error: float  # of the difference, requests being independent
+    level: float  # chance at which the difference was judged
+    is_other_better: bool  # the difference is above 0 by more than that chance explains
+    is_served_better: bool  # below 0
+
+
+EventKind = Literal["started", "promoted", "refused", "confirmed", "rolled back", "returned", "reset"]
+
+
+class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of history.jsonl: what became of a version, or of a candidate for one."""
+
+    kind: EventKind
+    at: str  # UTC
+    version: int  # served from here on
+    parent: int | None = None  # served until then; None where nothing changed
+    restores: int | None = None  # whose weights these are, after a rollback or a return
+    reason: str = ""
+    paired: Paired | None = None  # what it was judged by
+
+    @property
+    def told(self) -> str:
+        """In one line, for a log."""
+        what = {
+            "started": f"version {self.version} is served",
+            "promoted": f"version {self.version} is served, promoted after version {self.parent}",
+            "refused": f"a candidate was refused; version {self.version} stays",
+            "confirmed": f"version {self.version} is confirmed",
+            "rolled back": f"version {self.parent} is rolled back: its successor {self.version} is version "
+            f"{self.restores} again",
+            "returned": f"version {self.parent} makes way for version {self.restores}, which learning began with, "
+            f"now {self.version}",
+            "reset": "back to the beginning",
+        }[self.kind]
+        return f"{what}: {self.reason}" if self.reason else what
+
+
+class VersionRecord(Struct, frozen=True, kw_only=True):
+    """All of a version's version.json."""
+
+    schema: Literal[1] = 1
+    version: int
+    created: str  # UTC
+    target_fingerprint: str
+    learner: str = ""  # the line that learned it, as `methods.parse` reads it
+    event: Event  # how it came to be served
+    files: dict[str, str]  # sha256 of every other file

@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 
 from onlinespec.core import DrafterWeights
 from onlinespec.drafters.contract import Drafter
-from onlinespec.experiments.report_schema import Event, VersionRecord
 from onlinespec.models.checkpoint import read_tensors
+from onlinespec.publishing.protocol import Event, VersionRecord
 from onlinespec.publishing.state_io import flattened, rebuilt
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ import msgspec
 from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.contract import Drafter
-from onlinespec.experiments.report_schema import Event
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.gate import Publisher, started
+from onlinespec.publishing.protocol import Event
 from onlinespec.publishing.store import NotSaved, Versions
 
 log = logging.getLogger(__name__)

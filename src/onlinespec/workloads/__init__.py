@@ -2,15 +2,8 @@
 
 from typing import cast
 
-from onlinespec.registry import resolve
+from onlinespec.registry import WORKLOADS, resolve
 from onlinespec.workloads.base import Prompt, Split, Workload, split_of
-
-WORKLOADS = {
-    "prose": "onlinespec.workloads.prose:Prose",
-    "code": "onlinespec.workloads.code:Code",
-    "sql": "onlinespec.workloads.sql:Sql",
-    "arithmetic": "onlinespec.workloads.arithmetic:Arithmetic",
-}
 
 __all__ = ["WORKLOADS", "Prompt", "Split", "Workload", "load_workload", "split_of"]
 

@@ -25,7 +25,8 @@ from onlinespec.experiments.report.summaries import (
     rounds_of,
     spread_of,
 )
-from onlinespec.experiments.report_schema import Round, Run
+from onlinespec.experiments.report_schema import Run
+from onlinespec.learning.rounds import Round
 
 SMOOTHING = (
     256  # rows of a moving mean, the last round whole: eight rounds, where every 16 steps of two tokens have one

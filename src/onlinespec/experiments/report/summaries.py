@@ -10,7 +10,8 @@ from statistics import median
 from typing import NamedTuple
 
 from onlinespec import registry
-from onlinespec.experiments.report_schema import Report, Round, Run, Segment, Totals, Window
+from onlinespec.experiments.report_schema import Report, Run, Segment, Totals, Window
+from onlinespec.learning.rounds import Round
 
 PLAIN, FROZEN = registry.NONE, registry.FROZEN  # the controls: plain decoding, and a drafter that does not learn
 _CONTROL_RANK = {FROZEN: 1, PLAIN: 2}
