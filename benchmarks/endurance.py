@@ -29,7 +29,8 @@ import tyro
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
 from onlinespec.drafters import load_drafter
-from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request
+from onlinespec.engine.request import ContextOverflow, Request
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target

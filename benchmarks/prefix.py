@@ -92,7 +92,7 @@ def measured(command: Prefix, num_tokens: int) -> list[dict[str, Any]]:
             loop.admit(request)
         began = time.process_time()
         while unread := [request for request in requests if not request.is_ready]:
-            loop.read(unread, command.piece)
+            loop.prefill(unread, command.piece)
         rows.append({"num_tokens": num_tokens, "case": case, "seconds": time.process_time() - began})
         for request in requests:
             loop.finish(request)

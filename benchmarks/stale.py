@@ -125,9 +125,8 @@ def _behind(
             drafter.swap(new)
             if way == "anew":
                 trace = request.trace
-                drafter.release(request.slot)
-                states = trace.hidden_states_SD[: trace.num_features]
-                drafter.start(request.slot, trace.token_ids, states, request.max_tokens)
+                drafter.release(request.slot, is_finished=False)
+                drafter.start(request.slot, request.info, trace.token_ids, trace.features[: trace.num_features])
         loop.step([request])
     loop.finish(request)
     if counted is None:

@@ -13,9 +13,10 @@ from checkpoints import byte_tokenizer
 from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.core import Draft, DrafterWeights, Feedback, Verdict
+from onlinespec.core import Draft, DrafterWeights, Features, Feedback, Verdict
 from onlinespec.drafters.contract import Drafter
-from onlinespec.engine.step import DecodeLoop, Request
+from onlinespec.engine.request import Request
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.decoder import Decoder
 from onlinespec.models.layer import LayerConfig
@@ -103,7 +104,12 @@ def hidden_states(target: Target, token_ids: Iterable[int]) -> Tensor:
     ids = torch.tensor(list(token_ids))
     cache = target.decoder.new_cache()
     cache.take(0, len(ids))
-    return target.decoder.forward(ids, [0], [len(ids)], cache).hidden_states_ND.clone()
+    return target.decoder.forward(ids, [0], [len(ids)], cache).features.final_SD.clone()
+
+
+def features_of(target: Target, token_ids: Sequence[int]) -> Features:
+    """What a drafter without aux layers is told of a text."""
+    return Features(hidden_states(target, token_ids))
 
 
 def plain(target: Target, prompt_ids: Sequence[int], params: GenerationParams) -> Request:
@@ -210,8 +216,8 @@ class Script(Drafter):
     def save(self, folder):
         raise NotImplementedError
 
-    def start(self, slot, token_ids, features_SD, capacity):
-        assert len(features_SD) == len(token_ids) - 1
+    def start(self, slot, info, token_ids, features):
+        assert len(features) == len(token_ids) - 1
         self.lengths[slot] = len(token_ids)
 
     def propose(self, slots, anchors, num_draft_tokens_B, sampling, noise):
@@ -221,7 +227,7 @@ class Script(Drafter):
             rows.append([(self.text_ids[i] + (i in self.wrong_at)) % self.vocab for i in places])
         width = max(num_draft_tokens_B)
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
-        return Draft(padded, torch.tensor([len(ids) for ids in rows]), None, self.weights.version)
+        return Draft.by_one(padded, torch.tensor([len(ids) for ids in rows]), self.weights.version)
 
     def observe(self, slots, token_ids, features):
         for slot, committed, rows in zip(slots, token_ids, features, strict=True):
@@ -229,5 +235,5 @@ class Script(Drafter):
             self.observed.append(committed)
             self.lengths[slot] += len(committed)
 
-    def release(self, slot):
+    def release(self, slot, is_finished):
         del self.lengths[slot]

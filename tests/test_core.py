@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import steady
 
-from onlinespec.core import DecodeStats, DrafterWeights, Feedback, Trace
+from onlinespec.core import DecodeStats, DrafterWeights, Features, Feedback, Trace
+
+NO_FEATURES = Features(torch.empty(0))
 
 counts = st.integers(0, 1000)
 stats = st.builds(
@@ -63,7 +65,14 @@ def test_before_the_first_step_every_ratio_is_zero():
     [
         DecodeStats(),
         DrafterWeights({}, 0),
-        Feedback(Trace([], torch.empty(0)), start=0, num_rows=1, num_draft_tokens=0, num_accepted=0, weights_version=0),
+        Feedback(
+            Trace([], Features(torch.empty(0))),
+            start=0,
+            num_rows=1,
+            num_draft_tokens=0,
+            num_accepted=0,
+            weights_version=0,
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -94,7 +94,7 @@ def test_a_step_on_cuda_mixes_no_devices_and_reads_them_once(device, name, kind,
         assert len(step.feedback) == 3
     assert len(reads) == 2
     assert all(len(request.output_ids) >= 2 for request in requests)
-    assert all(request.trace.hidden_states_SD.device.type == device for request in requests)
+    assert all(request.trace.features.final_SD.device.type == device for request in requests)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "eagle" else pytest.mark.full) for n in DRAFTERS])

@@ -20,7 +20,8 @@ from toy import steady
 
 from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams, Tuning
 from onlinespec.drafters import load_drafter
-from onlinespec.engine.step import ContextOverflow, DecodeLoop
+from onlinespec.engine.request import ContextOverflow
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.compare import Comparison
 from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.learning.update import InlineLearning

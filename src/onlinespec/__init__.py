@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
     from onlinespec.drafters import load_drafter
     from onlinespec.drafters.contract import Drafter
-    from onlinespec.engine.step import ContextOverflow, DecodeLoop, Request, UnfitPrompt, UnknownToken
+    from onlinespec.engine.request import ContextOverflow, Request, UnfitPrompt, UnknownToken
+    from onlinespec.engine.step import DecodeLoop
     from onlinespec.experiments.compare import Comparing, Comparison
     from onlinespec.learners import Learner, make_learner
     from onlinespec.learning.learner_spec import parse
@@ -27,7 +28,8 @@ _MODULES = {
     "experiments.compare": ("Comparing", "Comparison"),
     "config": ("GenerationParams", "LearnConfig", "SamplingParams", "Tuning"),
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
-    "engine.step": ("ContextOverflow", "DecodeLoop", "Request", "UnfitPrompt", "UnknownToken"),
+    "engine.request": ("ContextOverflow", "Request", "UnfitPrompt", "UnknownToken"),
+    "engine.step": ("DecodeLoop",),
     "offline.distill": ("Distillation", "Distilling"),
     "drafters": ("load_drafter",),
     "drafters.contract": ("Drafter",),

@@ -1,17 +1,99 @@
 """The nouns everyone passes: what a step drafts, what the target decides, what is left to learn from.
 
-Frozen, no I/O, nothing of ours imported. Axis letters: B requests in a batch, K drafted tokens,
+Frozen, no I/O. Axis letters: B requests in a batch, K drafted tokens,
 L = K + 1 rows the target scored, V vocabulary, D hidden size, S positions of a request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from onlinespec.config import SamplingParams
+
 Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The target's hidden states at consecutive positions of a text, a row for each.
+
+    Carried as one from the target's forward to whoever drafts and learns, whichever layers are in it. Which ones a
+    drafter reads it says itself (`Drafter.aux_layer_ids`).
+    """
+
+    final_SD: Tensor  # after the final norm: the target's head turns a row into its logits
+    aux: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # [S, D] by layer id: the state after so many layers; 0 is the embedding
+
+    @classmethod
+    def empty(
+        cls, num_rows: int, hidden_size: int, aux_layer_ids: Collection[int], dtype: torch.dtype, device: torch.device
+    ) -> Features:
+        """Room for so many rows, whose numbers are yet to be written."""
+
+        def room() -> Tensor:
+            return torch.empty(num_rows, hidden_size, dtype=dtype, device=device)
+
+        return cls(room(), {layer: room() for layer in aux_layer_ids})
+
+    @classmethod
+    def cat(cls, parts: Sequence[Features]) -> Features:
+        """The rows of all parts, one after the other; all have the layers of the first."""
+        aux = {layer: torch.cat([part.aux[layer] for part in parts]) for layer in parts[0].aux}
+        return cls(torch.cat([part.final_SD for part in parts]), aux)
+
+    def __len__(self) -> int:
+        return len(self.final_SD)
+
+    def __getitem__(self, at: slice) -> Features:
+        """Some of the rows, in the same memory."""
+        return self.map(lambda rows_SD: rows_SD[at])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """The same of every layer's rows."""
+        return Features(change(self.final_SD), {layer: change(rows_SD) for layer, rows_SD in self.aux.items()})
+
+    def split(self, counts: Sequence[int]) -> list[Features]:
+        """Consecutive parts of so many rows each, in the same memory."""
+        ends = list(accumulate(counts))
+        return [self[end - count : end] for count, end in zip(counts, ends, strict=True)]
+
+    def write(self, start: int, rows: Features) -> None:
+        """Copies rows to the positions from `start` on."""
+        at = slice(start, start + len(rows))
+        self.final_SD[at] = rows.final_SD
+        for layer, rows_SD in self.aux.items():
+            rows_SD[at] = rows.aux[layer]
+
+    @property
+    def layers(self) -> list[Tensor]:
+        """The rows of every layer, the final ones first."""
+        return [self.final_SD, *self.aux.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(rows_SD.numel() * rows_SD.element_size() for rows_SD in self.layers)
+
+
+@dataclass(frozen=True)
+class RequestInfo:
+    """What is known of a request when it starts: what a drafter is told, and what its Feedback says."""
+
+    request_id: str = ""
+    tenant: str = ""
+    domain: str = ""
+    may_learn: bool = True  # whether anything of it may be learned from, or remembered
+    capacity: int = 0  # most tokens it can come to have, the prompt's among them
+    sampling: SamplingParams = SamplingParams()
+    seed: int = 0  # with `choice`, of the noise that its tokens are chosen with
+    choice: int = 0
 
 
 class Draft(NamedTuple):
@@ -19,8 +101,19 @@ class Draft(NamedTuple):
 
     token_ids_BK: Tensor  # int64, on the target's device; a row's tail beyond its num_draft_tokens is padding
     num_draft_tokens_B: Tensor  # int64, on the same device, 0..K: how many of the row's tokens are meant
-    probs_BKV: Tensor | None  # under the rejection rule alone: what each token was drawn from; None says a point mass
-    weights_version: int  # of the weights that drafted
+    member_B: tuple[int, ...]  # which drafter of several drafted the row; 0 where there is one
+    weights_version_B: tuple[int, ...]  # of the weights that drafted the row
+    probs_BKV: Tensor | None = (
+        None  # under the rejection rule alone: what each token was drawn from; None: a point mass
+    )
+
+    @classmethod
+    def by_one(
+        cls, token_ids_BK: Tensor, num_draft_tokens_B: Tensor, weights_version: int, probs_BKV: Tensor | None = None
+    ) -> Draft:
+        """A draft of a single drafter, with the same weights for all requests."""
+        B = len(token_ids_BK)
+        return cls(token_ids_BK, num_draft_tokens_B, (0,) * B, (weights_version,) * B, probs_BKV)
 
 
 class Verdict(NamedTuple):
@@ -49,16 +142,21 @@ class DrafterWeights:
 
 @dataclass
 class Trace:
-    """The tokens of one request and the target's final hidden states for them, as verification left them.
+    """The tokens of one request and the target's features for them, as verification left them.
 
-    Rows 0..num_features-1 of hidden_states_SD are valid; the last committed token (the anchor) has none
-    yet. Grown in place by `engine/step.py`; Feedback points into it and never copies it.
+    Rows 0..num_features-1 of `features` are valid; the last committed token (the anchor) has none yet. Grown in place
+    by the engine; Feedback points into it and never copies it.
     """
 
     token_ids: list[int]
-    hidden_states_SD: Tensor
+    features: Features
     num_features: int = 0
     max_tokens: int = 0  # the request can come to have; 0 for a text that is complete
+
+    def append(self, rows: Features) -> None:
+        """Writes rows behind the last valid one."""
+        self.features.write(self.num_features, rows)
+        self.num_features += len(rows)
 
 
 @dataclass(frozen=True)
@@ -76,12 +174,13 @@ class Feedback:
     num_draft_tokens: int
     num_accepted: int  # as verified, before any stop
     weights_version: int
+    member: int = 0  # which drafter of several drafted; 0 where there is one
     request_id: str = ""
     domain: str = ""
     tenant: str = ""
     target_fingerprint: str = ""
     temperature: float = 0.0
-    seed: int = 0  # with `choice`, of the noise that the request's tokens were chosen with: see `randomness`
+    seed: int = 0  # with `choice`, of the noise that the request's tokens were chosen with: see `lossless/noise.py`
     choice: int = 0
     is_last: bool = False  # the request ended with this step
 

@@ -17,7 +17,7 @@ from rigs import SOFT, Recorder, hidden_states, other_weights, plain, run_togeth
 from toy import chi_square_p, enumerate_law, sequence_counts, steady
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.core import DecodeStats, DrafterWeights
+from onlinespec.core import DecodeStats, DrafterWeights, Features, RequestInfo
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
@@ -345,7 +345,7 @@ def test_the_law_test_catches_an_argmax_passed_off_as_a_draw(law_target):
 
 
 def start(drafter, target, slot, token_ids, capacity=400):
-    drafter.start(slot, token_ids, hidden_states(target, token_ids)[:-1], capacity)
+    drafter.start(slot, RequestInfo(capacity=capacity), token_ids, Features(hidden_states(target, token_ids)[:-1]))
 
 
 def propose(drafter, texts, sampling=SOFT, num_draft_tokens=5, slots=None, seed=0):
@@ -385,7 +385,8 @@ def started(drafter, target):
 def test_drafted_tokens_come_from_rows_that_sum_to_one(started, target, sampling):
     started.gives_probs = True
     draft = propose(started, TEXTS, sampling)
-    assert draft.weights_version == started.weights.version
+    assert draft.weights_version_B == (started.weights.version,) * len(TEXTS)
+    assert draft.member_B == (0,) * len(TEXTS)
     assert draft.num_draft_tokens_B.sum() > 0
     assert all(0 <= i < target.decoder.config.vocab_size for ids in drafted_ids(draft) for i in ids)
     assert (draft.probs_BKV is None) == (not started.is_trainable or sampling.is_greedy)
@@ -431,11 +432,11 @@ def test_state_after_any_history_equals_state_from_scratch(name, history, num_pr
     for is_drafted, num_accepted, last_id in history:
         kept = drafted_ids(propose(drafter, {0: text}))[0][:num_accepted] if is_drafted else []
         committed = [*kept, last_id]
-        features = hidden_states(target, text + kept)[-len(committed) :]
+        features = Features(hidden_states(target, text + kept))[-len(committed) :]
         drafter.observe([0], [committed], [features])
         text = text + committed
     after_history = propose(drafter, {0: text})
-    drafter.release(0)
+    drafter.release(0, is_finished=True)
     start(drafter, target, 0, text)
     assert_same_draft(after_history, propose(drafter, {0: text}))
 

@@ -6,10 +6,11 @@ import torch
 from rigs import SOFT, hidden_states, other_weights, plain
 
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.core import Feedback, Trace
-from onlinespec.drafters import draft_vocab as shortlist_module
-from onlinespec.drafters.draft_vocab import Shortlist
+from onlinespec.core import Features, Feedback, RequestInfo, Trace
+from onlinespec.drafters import draft_vocab as draft_vocab_module
+from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.training_rows import TrainingRows
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import soft_cross_entropy
 from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack_half
@@ -27,48 +28,48 @@ def plain_answers(max_new_tokens):
     return [plain(TARGET, prompt, GenerationParams(max_new_tokens)).output_ids for prompt in PROMPTS]
 
 
-def shortlist(size=None, head=HEAD, make_linear=PlainLinear):
-    return Shortlist(head, make_linear, size)
+def vocab(tokens=None, head=HEAD, make_linear=PlainLinear):
+    return DraftVocab(head, make_linear, tokens)
 
 
 def listed(some):
-    return some.now.token_ids_S.tolist()
+    return some.now.draft_to_target.tolist()
 
 
 def see(some, *requests):
     for token_ids in requests:
-        some.begin(token_ids)
+        some.begin_request(token_ids)
 
 
 def test_the_head_has_the_rows_of_the_listed_tokens():
-    some = shortlist(size=4)
+    some = vocab(4)
     see(some, [53, 50, 52, 51])
     torch.testing.assert_close(some.now.head(STATES), (STATES @ HEAD.T)[:, [50, 51, 52, 53]])
 
 
 @pytest.mark.parametrize("size", [VOCAB, 10 * VOCAB, None])
 def test_a_list_as_long_as_the_vocabulary_is_the_vocabulary(size):
-    some = shortlist(size)
+    some = vocab(size)
     see(some, [3, 4, 5])
     assert listed(some) == list(range(VOCAB))
 
 
 def test_a_large_vocabulary_has_a_longer_list():
-    assert len(listed(shortlist(head=torch.zeros(32_000, 2)))) == 2_000
+    assert len(listed(vocab(head=torch.zeros(32_000, 2)))) == 2_000
 
 
 def test_before_anything_is_seen_low_ids_are_listed():
-    assert listed(shortlist(size=8)) == list(range(8))
+    assert listed(vocab(8)) == list(range(8))
 
 
 def test_a_prompts_tokens_are_listed_as_its_request_begins():
-    some = shortlist(size=8)
+    some = vocab(8)
     see(some, [60, 61, 60, 62])
     assert listed(some) == [0, 1, 2, 3, 4, 60, 61, 62]
 
 
 def test_the_list_follows_the_stream_and_keeps_what_stays_frequent():
-    some = shortlist(size=4)
+    some = vocab(4)
     see(some, *[[10, 11, 12, 13]] * 50)
     assert listed(some) == [10, 11, 12, 13]
     see(some, *[[10, 20, 21, 22]] * 20)
@@ -76,13 +77,13 @@ def test_the_list_follows_the_stream_and_keeps_what_stays_frequent():
 
 
 def test_one_long_ago_yields_to_one_just_now():
-    some = shortlist(size=1)
+    some = vocab(1)
     see(some, [7], [8])
     assert listed(some) == [8]
 
 
 def test_the_head_is_copied_only_when_the_list_changes():
-    some = shortlist(4)
+    some = vocab(4)
     before = some.now
     see(some, [1, 2], [2, 3], [0])  # all listed from the start
     assert some.now is before
@@ -91,22 +92,22 @@ def test_the_head_is_copied_only_when_the_list_changes():
 
 
 def test_a_list_without_a_token_is_refused():
-    with pytest.raises(ValueError, match="a shortlist of 0 tokens"):
-        shortlist(0)
+    with pytest.raises(ValueError, match="a draft vocabulary of 0 tokens"):
+        vocab(0)
 
 
 def test_nothing_is_chosen_before_someone_asks():
-    some = shortlist(4, make_linear=None)
+    some = vocab(4, make_linear=None)
     see(some, [1], [50], [51])
     with pytest.raises(TypeError):
         some.now  # noqa: B018 - the first who asks makes the product
 
 
 def test_a_list_can_be_had_that_holds_some_tokens_and_leaves_the_one_to_draft_from():
-    some = shortlist(size=4)
+    some = vocab(4)
     see(some, [50, 51, 51, 52, 52, 53, 53])
     assert some.holding([51, 51, 52]) is some.now
-    assert some.holding([7, 7, 9]).token_ids_S.tolist() in (
+    assert some.holding([7, 7, 9]).draft_to_target.tolist() in (
         [7, 9, 51, 52],
         [7, 9, 52, 53],
         [7, 9, 51, 53],
@@ -115,11 +116,11 @@ def test_a_list_can_be_had_that_holds_some_tokens_and_leaves_the_one_to_draft_fr
 
 
 def test_columns_are_places_in_the_list_and_none_if_one_is_missing():
-    some = shortlist(size=4)
+    some = vocab(4)
     see(some, [50, 51, 52, 53])
-    assert some.now.columns([53, 50, 50]).tolist() == [3, 0, 0]
+    assert some.now.target_to_draft([53, 50, 50]).tolist() == [3, 0, 0]
     for other in (0, 49, 54, 63):
-        assert some.now.columns([53, other]) is None
+        assert some.now.target_to_draft([53, other]) is None
 
 
 # In a drafter
@@ -129,7 +130,7 @@ def eagle(size):
     """Random weights, drafting from a list of the given size."""
     fresh = Eagle.fresh(TARGET)
     params = other_weights(fresh.weights, seed=1, scale=0.2).params
-    return Eagle(TARGET, fresh.config, params, make_linear=PlainLinear, shortlist=size)
+    return Eagle(TARGET, fresh.config, params, make_linear=PlainLinear, draft_tokens=size)
 
 
 @pytest.mark.parametrize("size", [1, 8, 40])
@@ -156,7 +157,7 @@ def proposals(size, sampling, prompts=PROMPTS):
 
 
 def test_greedy_drafts_are_of_listed_tokens_only(monkeypatch):
-    monkeypatch.setattr(shortlist_module, "_COLD", 0)
+    monkeypatch.setattr(draft_vocab_module, "_COLD", 0)
     drafts = proposals(len(PROMPTS[0]) + 1, GREEDY)
     first = {i for draft in drafts[:5] for i in draft.token_ids_BK.flatten().tolist()}
     assert first <= {*PROMPTS[0], 0, 1}  # its distinct tokens, and unseen ones from below
@@ -171,10 +172,10 @@ def test_while_little_was_seen_greedy_drafts_are_of_all_tokens():
 
 
 def test_a_list_is_cold_until_twice_as_many_tokens_were_seen_as_it_holds():
-    some = shortlist(4)
+    some = vocab(4)
     see(some, [1, 2, 3], [4, 5, 6, 7])
     assert some.is_cold
-    some.note([8])
+    some.observe_tokens([8])
     assert not some.is_cold
 
 
@@ -184,7 +185,7 @@ def test_sampled_drafts_are_of_all_tokens():
 
 
 def test_no_list_changes_the_tokens_of_a_seed(monkeypatch):
-    monkeypatch.setattr(shortlist_module, "_COLD", 0)
+    monkeypatch.setattr(draft_vocab_module, "_COLD", 0)
     answers = []
     for size in (4, None):
         drafter = eagle(size)
@@ -200,7 +201,9 @@ def record(temperature=0.0, num_rows=6, seed=0):
     """A request of random tokens from all over the vocabulary, its last rows to be learned from."""
     ids = torch.randint(256, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
     states = hidden_states(TARGET, ids[:-1])
-    return Feedback(Trace(ids, states, len(states)), 19 - num_rows, num_rows, 2, 0, 0, temperature=temperature)
+    return Feedback(
+        Trace(ids, Features(states), len(states)), 19 - num_rows, num_rows, 2, 0, 0, temperature=temperature
+    )
 
 
 def scored(drafter, *records):
@@ -218,17 +221,17 @@ def scored(drafter, *records):
 def test_greedy_rows_learn_over_a_list_that_holds_their_tokens():
     drafter, greedy = eagle(40), record()
     width, target = scored(drafter, greedy)
-    listed_ids = drafter.batch([greedy]).listed.token_ids_S
+    listed_ids = drafter.batch([greedy]).tokens.draft_to_target_S
     assert width == len(listed_ids) == 40
     assert listed_ids[target.token_ids_N].tolist() == greedy.trace.token_ids[14:]
-    whole = TARGET.decoder.head(greedy.trace.hidden_states_SD[13:19])
+    whole = TARGET.decoder.head(greedy.trace.features.final_SD[13:19])
     torch.testing.assert_close(target.probs_NV, whole[:, listed_ids].softmax(-1))
 
 
 @pytest.mark.skipif(not can_pack_half(), reason="this processor has no prepacked products in bfloat16")
 def test_labels_are_the_targets_own_however_roughly_drafts_are_made():
     drafter = Eagle.fresh(TARGET)
-    rough = Eagle(TARGET, drafter.config, drafter.weights.params, make_linear=HalfLinear, shortlist=40)
+    rough = Eagle(TARGET, drafter.config, drafter.weights.params, make_linear=HalfLinear, draft_tokens=40)
     _, exact = scored(eagle(40), record())
     _, same = scored(rough, record())
     torch.testing.assert_close(same.probs_NV, exact.probs_NV)
@@ -247,8 +250,8 @@ def test_rows_with_more_tokens_than_the_list_holds_learn_over_the_vocabulary():
 
 def test_replayed_tokens_are_listed_with_the_fresh_ones():
     fresh, old = record(), record(seed=1)
-    listed = eagle(40).batch([fresh], [old]).listed
-    assert listed.columns(fresh.trace.token_ids[14:] + old.trace.token_ids[14:]) is not None
+    listed = eagle(40).batch([fresh], [old]).tokens
+    assert listed.target_to_draft(fresh.trace.token_ids[14:] + old.trace.token_ids[14:]) is not None
 
 
 def test_the_loss_of_a_batch_is_its_own_whatever_is_seen_after_it():
@@ -257,31 +260,33 @@ def test_the_loss_of_a_batch_is_its_own_whatever_is_seen_after_it():
     before = drafter.loss(drafter.weights.params, batch).total
     drafter.batch([record(seed=1)])
     for seed in range(5):
-        drafter.start(seed, record(seed=seed).trace.token_ids, torch.zeros(19, 32), 30)
+        drafter.start(seed, RequestInfo(capacity=30), record(seed=seed).trace.token_ids, Features(torch.zeros(19, 32)))
     assert torch.equal(drafter.loss(drafter.weights.params, batch).total, before)
 
 
 def test_learning_does_not_change_what_is_drafted_from():
     drafter = eagle(40)
-    drafter.start(0, [1, 2, 3], torch.zeros(2, 32), 30)
-    before = drafter._shortlist.now
+    drafter.start(0, RequestInfo(capacity=30), [1, 2, 3], Features(torch.zeros(2, 32)))
+    before = drafter.draft_vocab.now
     drafter.batch([record()])
-    assert drafter._shortlist.now is before
+    assert drafter.draft_vocab.now is before
 
 
 def test_rows_that_are_only_measured_do_not_choose_what_is_drafted_from():
     """While the list has seen little it is not drafted from yet, and is chosen by what comes until then."""
     measured, other = eagle(40), eagle(40)
     for drafter in (measured, other):
-        drafter.hear([1, 2, 3], is_start=True)
+        drafter.draft_vocab.begin_request([1, 2, 3])
         if drafter is measured:
             drafter.rows([drafter.weights.params], drafter.batch([record()]))
-        drafter.hear(list(range(100, 240)), is_start=False)
-    assert torch.equal(measured._shortlist.now.token_ids_S, other._shortlist.now.token_ids_S)
+        drafter.draft_vocab.observe_tokens(list(range(100, 240)))
+    assert torch.equal(measured.draft_vocab.now.draft_to_target_S, other.draft_vocab.now.draft_to_target_S)
 
 
 def test_over_a_list_that_holds_everything_the_loss_is_the_whole_ones():
     drafter = eagle(None)
     batch = drafter.batch([record()])
-    losses = [drafter.loss(drafter.weights.params, spans).total for spans in (batch, list(batch))]
+    losses = [
+        drafter.loss(drafter.weights.params, spans).total for spans in (batch, TrainingRows(batch, drafter._label))
+    ]
     torch.testing.assert_close(*losses)

@@ -15,9 +15,10 @@ from toy import steady
 
 import onlinespec.drafters.eagle as eagle_module
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.core import DecodeStats, Feedback, Trace
+from onlinespec.core import DecodeStats, Features, Feedback, RequestInfo, Trace
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.training_rows import TrainingRows
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import auto, soft_cross_entropy
@@ -68,7 +69,7 @@ def leaves(drafter):
 def trace_of(token_ids, target=TARGET):
     """All but the last token with their true states."""
     states = hidden_states(target, token_ids[:-1])
-    return Trace(list(token_ids), states, len(states))
+    return Trace(list(token_ids), Features(states), len(states))
 
 
 def record(trace, start, num_rows):
@@ -88,10 +89,11 @@ def forced_rows(drafter, text, position, depth, max_tokens=None):
     """The drafter's rows at drafting depths 0..depth behind text[: position + 1], the text's own tokens being drawn."""
     drafter.gives_probs = True
     known = text[: position + 1]
-    drafter.start(0, known, hidden_states(TARGET, known)[:-1], max_tokens or len(text))
+    info = RequestInfo(capacity=max_tokens or len(text))
+    drafter.start(0, info, known, Features(hidden_states(TARGET, known)[:-1]))
     forced = rigs.ForcedNoise(text[position + 1 : position + 1 + depth])
     draft = drafter.propose([0], [text[position]], [depth + 1], [FLAT], forced)
-    drafter.release(0)
+    drafter.release(0, is_finished=True)
     assert draft.token_ids_BK[0, :depth].tolist() == text[position + 1 : position + 1 + depth]
     return draft.probs_BKV[0]
 
@@ -159,7 +161,7 @@ def test_exactly_the_verified_rows_receive_gradient(eagle, scored, chosen):
     eagle.unroll = 1
     eagle.loss(leaves(eagle), eagle.batch(feedback)).total.backward()
     positions = [position for expected, _ in steps for position in expected]
-    states = steps[0][1].trace.hidden_states_SD[positions]
+    states = steps[0][1].trace.features.final_SD[positions]
     labels = torch.cat([target_probs for _, target_probs in scored])
     gradients = torch.cat([logits.grad for logits, _ in scored])
     torch.testing.assert_close(labels, TARGET.decoder.head(states).softmax(-1))
@@ -184,7 +186,7 @@ def test_what_lies_behind_the_verified_rows_changes_nothing(first, num_rows):
     for is_changed in (False, True):
         trace = trace_of(text)
         if is_changed:
-            trace.hidden_states_SD[first + num_rows :] += 1
+            trace.features.final_SD[first + num_rows :] += 1
             trace.token_ids[first + num_rows + 1 :] = [3] * (20 - first - num_rows - 1)
         losses.append(drafter.loss(drafter.weights.params, drafter.batch([record(trace, first, num_rows)])).total)
     assert losses[0] == losses[1]
@@ -209,7 +211,7 @@ def test_context_rows_lend_keys_but_get_no_gradient(eagle):
     first, num_rows = 8, 3
     (span,) = eagle.batch([record(trace_of(random_text(16)), first, num_rows)])
     features = span.features_SD.clone().requires_grad_()
-    eagle.loss(leaves(eagle), [span._replace(features_SD=features)]).total.backward()
+    eagle.loss(leaves(eagle), TrainingRows([span._replace(features_SD=features)], eagle._label)).total.backward()
     assert (features.grad[: first - 1] == 0).all()
     assert (features.grad[first - 1 :].abs().amax(-1) > 0).all()
 
@@ -232,7 +234,7 @@ def test_the_first_token_of_a_text_has_no_state_to_learn_from(eagle):
 
 def test_a_batch_without_rows_has_no_loss(eagle):
     with pytest.raises(ValueError, match="without verified rows"):
-        eagle.loss(eagle.weights.params, [])
+        eagle.loss(eagle.weights.params, eagle.batch([]))
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_rows(eagle):
@@ -345,10 +347,11 @@ class LabelsOneOff(Eagle):
 
     def batch(self, *feedback, **choice):
         spans = super().batch(*feedback, **choice)
-        return [
+        rolled = [
             span._replace(target_states_ND=span.target_states_ND.roll(1, 0), token_ids_N=span.token_ids_N.roll(1, 0))
             for span in spans
         ]
+        return TrainingRows(rolled, self._label)
 
 
 def acceptance_after_counting(cls):

@@ -8,16 +8,17 @@ from rigs import random_target
 from toy import steady
 
 from onlinespec.config import SamplingParams
+from onlinespec.core import Features, RequestInfo
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.lossless.noise import StepNoise
 
-NO_FEATURES = torch.empty(0, 32)
+NO_FEATURES, INFO = Features(torch.empty(0, 32)), RequestInfo(capacity=100)
 
 
 def draft(text, num_draft_tokens=4, max_ngram=3, drafter=None):
     drafter = drafter or Ngram(max_ngram)
-    drafter.start(0, text, NO_FEATURES, 100)
+    drafter.start(0, INFO, text, NO_FEATURES)
     return proposed(drafter, text, num_draft_tokens)
 
 
@@ -64,7 +65,7 @@ def test_the_table_finds_what_a_search_through_the_text_finds(text, count, max_n
 )
 def test_committed_tokens_are_found_like_those_of_the_prompt(text, steps):
     drafter = Ngram()
-    drafter.start(0, text, NO_FEATURES, 100)
+    drafter.start(0, INFO, text, NO_FEATURES)
     for committed in steps:
         drafter.observe([0], [committed], [NO_FEATURES])
         text = text + committed
@@ -73,9 +74,9 @@ def test_committed_tokens_are_found_like_those_of_the_prompt(text, steps):
 
 def test_requests_of_a_batch_look_into_their_own_text_only():
     drafter = Ngram()
-    drafter.start(0, [1, 2, 1], NO_FEATURES, 100)
-    drafter.start(1, [1, 5, 1], NO_FEATURES, 100)
-    drafter.start(2, [1], NO_FEATURES, 100)
+    drafter.start(0, INFO, [1, 2, 1], NO_FEATURES)
+    drafter.start(1, INFO, [1, 5, 1], NO_FEATURES)
+    drafter.start(2, INFO, [1], NO_FEATURES)
     found = drafter.propose([2, 0, 1], [1, 1, 1], [2, 2, 1], [SamplingParams()] * 3, StepNoise([None] * 3, [3] * 3))
     assert found.num_draft_tokens_B.tolist() == [0, 2, 1]
     assert found.token_ids_BK.tolist() == [[0, 0], [2, 1], [5, 0]]

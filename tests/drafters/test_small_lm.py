@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
-from onlinespec.core import DrafterWeights, Feedback, Trace
+from onlinespec.core import DrafterWeights, Features, Feedback, RequestInfo, Trace
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.small_lm.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm.drafter import SmallLM
+from onlinespec.drafters.training_rows import TrainingRows
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import auto, soft_cross_entropy
 from onlinespec.learning.learner_spec import parse
@@ -41,7 +42,7 @@ def random_text(count, seed=0):
 def trace_of(token_ids, target=TARGET):
     """All but the last token with their true states."""
     states = hidden_states(target, token_ids[:-1])
-    return Trace(list(token_ids), states, len(states))
+    return Trace(list(token_ids), Features(states), len(states))
 
 
 def record(trace, start, num_rows, num_accepted=None):
@@ -72,11 +73,12 @@ def plain_model(folder):
 
 def drafted_rows(drafter, text, sampling=FLAT, num_draft_tokens=1, max_tokens=None):
     """The rows [K, V] that tokens behind the text are drafted from, and the tokens."""
-    drafter.start(0, text, torch.empty(len(text) - 1, 0), max_tokens or len(text) + 16)
+    info = RequestInfo(capacity=max_tokens or len(text) + 16)
+    drafter.start(0, info, text, Features(torch.empty(len(text) - 1, 0)))
     drafter.gives_probs = True
     noise = StepNoise([None if sampling.is_greedy else Noise(0, 0, 288)], [len(text)])
     draft = drafter.propose([0], [text[-1]], [num_draft_tokens], [sampling], noise)
-    drafter.release(0)
+    drafter.release(0, is_finished=True)
     return draft.probs_BKV[0], draft.token_ids_BK[0].tolist()
 
 
@@ -225,7 +227,7 @@ def test_a_label_is_the_targets_row_and_the_token_that_came_next():
     drafter, text = make(), random_text(14)
     trace = trace_of(text)
     ((_, rows),) = drafter.rows([drafter.weights.params], drafter.batch([record(trace, 0, 5)]))
-    torch.testing.assert_close(rows.probs_NV, TARGET.decoder.head(trace.hidden_states_SD[:5]).softmax(-1))
+    torch.testing.assert_close(rows.probs_NV, TARGET.decoder.head(trace.features.final_SD[:5]).softmax(-1))
     assert rows.token_ids_N.tolist() == text[1:6], "the first token of a text has a row too"
 
 
@@ -254,7 +256,8 @@ def test_gradients_are_those_of_autograd_through_transformers(tuning, folders, t
     drafter = load_drafter(folders / "qwen2", target)
     drafter.tune(TUNINGS[tuning])
     text = random_text(12)
-    batch = list(drafter.batch([record(trace_of(text, target), 0, 11)]))  # over the whole vocabulary
+    rows = drafter.batch([record(trace_of(text, target), 0, 11)])
+    batch = TrainingRows(rows, drafter._label)  # over the whole vocabulary
     params = {n: p.clone().requires_grad_() for n, p in drafter.weights.params.items()}
     drafter.loss(params, batch).total.backward()
 
@@ -472,7 +475,7 @@ def tempting_padding(folder, known):
 SIZES = {"narrow": 260, "wide": 320}
 
 
-def drafted_while_serving(drafter, target, monkeypatch, sampling, learns=True):
+def drafted_while_serving(drafter, target, monkeypatch, sampling, may_learn=True):
     """All token ids that were drafted in some answers."""
     drafted, propose = [], drafter.propose
 
@@ -484,7 +487,7 @@ def drafted_while_serving(drafter, target, monkeypatch, sampling, learns=True):
 
     monkeypatch.setattr(drafter, "propose", noting)
     config = parse("online_gradient/min_interval=4/max_interval=4/budget=inf/step_size=0.01")
-    learning = InlineLearning(drafter, config=config) if learns else None
+    learning = InlineLearning(drafter, config=config) if may_learn else None
     loop = DecodeLoop(target, drafter, learning)
     for seed in range(3):
         loop.complete(random_text(9, seed), GenerationParams(16, 3, sampling, seed=seed, ignore_end_tokens=True))
@@ -507,7 +510,7 @@ DRAWN = {"greedy": SamplingParams(), "sampled": SamplingParams(1.0), "flat": FLA
 def test_no_id_is_drafted_that_drafter_and_target_do_not_both_know(tmp_path, target, monkeypatch, name, tuning, drawn):
     folder = tempting_padding(save_tiny(tmp_path / name, vocab_size=SIZES[name]), known=min(SIZES[name], 288))
     drafter = load_drafter(folder, target, tuning=TUNINGS.get(tuning))
-    drafted = drafted_while_serving(drafter, target, monkeypatch, DRAWN[drawn], learns=tuning is not None)
+    drafted = drafted_while_serving(drafter, target, monkeypatch, DRAWN[drawn], may_learn=tuning is not None)
     assert drafted
     assert max(drafted) < min(SIZES[name], 288)
 
@@ -579,7 +582,8 @@ def test_any_family_answers_in_batches_as_plain_decoding_does(other, target):
 @pytest.mark.parametrize("what", ["layers", "all"])
 def test_any_family_learns_by_the_gradients_of_its_own_code(other, target, what, plain_products):
     drafter, text = load_drafter(other, target, tuning=Tuning(what)), random_text(20)
-    batch = list(drafter.batch([record(trace_of(text, target), 8, 5), record(trace_of(text[:9], target), 0, 8)]))
+    rows = drafter.batch([record(trace_of(text, target), 8, 5), record(trace_of(text[:9], target), 0, 8)])
+    batch = TrainingRows(rows, drafter._label)
     params = {n: p.clone().requires_grad_() for n, p in drafter.weights.params.items()}
     loss = drafter.loss(params, batch)
     loss.total.backward()

@@ -9,6 +9,7 @@ import rigs
 import torch
 
 from onlinespec.config import GenerationParams
+from onlinespec.core import Features
 from onlinespec.engine.prefix_cache import PrefixCache, PromptText
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.kv_cache import PAD, KVCache
@@ -51,7 +52,7 @@ def work(num_tokens: int) -> int:
     loop.admit(request)
     Token.num_hashed, request.trace.token_ids.num_touched = 0, 0
     while not request.is_ready:
-        loop.read([request], PAD)
+        loop.prefill([request], PAD)
     return Token.num_hashed + request.trace.token_ids.num_touched
 
 
@@ -107,7 +108,7 @@ class Walking:
 def test_what_is_found_and_what_is_dropped_is_as_if_every_prompt_were_walked_along(seed, most_blocks):
     rng = random.Random(seed)
     cache = KVCache(1, 1, 2, torch.device("cpu"), torch.float32)
-    states = torch.zeros(8 * PAD, HIDDEN)
+    states = Features(torch.zeros(8 * PAD, HIDDEN))
     size = PAD * (cache.bytes_per_token + HIDDEN * 4)
     real, reference = PrefixCache(most_blocks * size), Walking(most_blocks)
     reading, slots = [], iter(range(10**6))

@@ -12,8 +12,9 @@ from onlinespec import load_drafter
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.prefix_cache import PrefixCache
+from onlinespec.engine.request import ContextOverflow
 from onlinespec.engine.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler, TooLarge
-from onlinespec.engine.step import ContextOverflow, DecodeLoop
+from onlinespec.engine.step import DecodeLoop
 
 TARGET = rigs.random_target()
 MEGABYTES = 16 * 10**6
@@ -57,7 +58,9 @@ def drain(scheduler, between_steps=lambda: None):
 def is_empty(scheduler):
     loop = scheduler.loop
     is_free = not loop._cache.lengths and (not loop.drafter or not getattr(loop.drafter, "lengths", None))
-    return is_free and not (scheduler.reading or scheduler.running or scheduler.waiting) and scheduler._num_bytes == 0
+    return (
+        is_free and not (scheduler.prefilling or scheduler.running or scheduler.waiting) and scheduler._num_bytes == 0
+    )
 
 
 # Exactness
@@ -93,7 +96,7 @@ def test_every_answer_in_a_mixed_batch_is_the_one_it_has_alone(name, max_running
         assert request.finish_reason == other.finish_reason
         if request.params.sampling.is_greedy:  # and the very bits, whatever was read beside it
             size = other.trace.num_features
-            assert torch.equal(request.trace.hidden_states_SD[:size], other.trace.hidden_states_SD[:size])
+            assert torch.equal(request.trace.features.final_SD[:size], other.trace.features.final_SD[:size])
     assert is_empty(scheduler)
 
 
@@ -120,7 +123,7 @@ def test_a_prompt_that_begins_like_an_earlier_one_is_read_from_where_they_part()
     for job in (first, second, other):
         requests += submit(scheduler, [job])
         drain(scheduler)
-    assert [request.num_known for request in requests] == [0, len(SYSTEM) // 32 * 32, 0]
+    assert [request.num_cached for request in requests] == [0, len(SYSTEM) // 32 * 32, 0]
 
 
 def test_prompts_that_begin_alike_and_come_together_are_read_once():
@@ -138,7 +141,7 @@ def test_prompts_that_begin_alike_and_come_together_are_read_once():
         drain(scheduler)
     whole = len(SYSTEM) // 32 * 32
     assert sum(seen) == whole + 8 * (len(SYSTEM) - whole) + 8
-    assert sum(request.num_known for request in requests) == 7 * whole
+    assert sum(request.num_cached for request in requests) == 7 * whole
 
 
 def test_tenants_share_no_prefix():
@@ -147,7 +150,7 @@ def test_tenants_share_no_prefix():
     for tenant in ("a", "b", "a"):
         requests += submit(scheduler, [JOBS[2]], tenant=tenant)
         drain(scheduler)
-    assert [request.num_known > 0 for request in requests] == [False, False, True]
+    assert [request.num_cached > 0 for request in requests] == [False, False, True]
 
 
 def test_the_prefix_cache_keeps_to_its_size_and_forgets_what_was_used_longest_ago():
@@ -158,7 +161,7 @@ def test_the_prefix_cache_keeps_to_its_size_and_forgets_what_was_used_longest_ag
     for seed in (0, 1, 0, 2, 0, 1):  # five blocks each
         (request,) = submit(scheduler, [(prompt(161, seed), GenerationParams(1))])
         drain(scheduler)
-        known.append(request.num_known)
+        known.append(request.num_cached)
         assert cache.num_bytes <= 10 * 32 * size
     assert known == [0, 0, 160, 0, 160, 0]
 
@@ -170,7 +173,7 @@ def test_a_prefix_larger_than_the_cache_leaves_its_beginning():
     for _ in range(2):
         (request,) = submit(scheduler, [(prompt(300), GenerationParams(3))])
         drain(scheduler)
-        known.append((request.num_known, request.output_ids))
+        known.append((request.num_cached, request.output_ids))
     assert known == [(0, known[0][1]), (96, known[0][1])]
 
 
@@ -200,7 +203,7 @@ def test_memory_bounds_what_runs_and_the_queue_keeps_its_order():
         for request in scheduler.step():
             if request.finish_reason:
                 done.append(request)
-        most = max(most, len(scheduler.running) + len(scheduler.reading))
+        most = max(most, len(scheduler.running) + len(scheduler.prefilling))
     assert most == 2
     assert done == requests
 

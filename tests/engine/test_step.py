@@ -13,7 +13,8 @@ from toy import steady
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
 from onlinespec.drafters.ngram import Ngram
-from onlinespec.engine.step import ContextOverflow, DecodeLoop
+from onlinespec.engine.request import ContextOverflow
+from onlinespec.engine.step import DecodeLoop
 
 TARGET = rigs.random_target()
 PROMPT = [5, 9, 200, 31, 77, 14, 9]
@@ -45,7 +46,7 @@ def test_a_prompt_read_in_pieces_gives_the_same_states_as_in_one():
     prompt = torch.randint(256, (700,), generator=torch.Generator().manual_seed(0)).tolist()
     request = DecodeLoop(TARGET).start(prompt, GenerationParams(4))
     assert request.trace.num_features == len(prompt) - 1
-    assert torch.equal(request.trace.hidden_states_SD[: len(prompt) - 1], hidden_states(TARGET, prompt[:-1]))
+    assert torch.equal(request.trace.features.final_SD[: len(prompt) - 1], hidden_states(TARGET, prompt[:-1]))
 
 
 @settings(steady, max_examples=60)

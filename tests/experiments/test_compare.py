@@ -323,7 +323,7 @@ def test_a_tie_is_judged_by_the_positions_that_decoding_had(tmp_path, monkeypatc
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     target = load_target(save_tiny(tmp_path, max_position_embeddings=32, rope_parameters=rope))
     plain = DecodeLoop(target).complete(target.encode("a b"), GenerationParams(max_new_tokens=100))
-    state = plain.trace.hidden_states_SD[plain.num_prompt_tokens + 2 : plain.num_prompt_tokens + 3]
+    state = plain.trace.features.final_SD[plain.num_prompt_tokens + 2 : plain.num_prompt_tokens + 3]
     best, second = target.decoder.head(state)[0].topk(2)[0].tolist()
     other = int(target.decoder.head(state)[0].topk(2)[1][1])
     answer = answer_of(plain.trace.token_ids[: plain.num_prompt_tokens], [*plain.output_ids[:3], other])

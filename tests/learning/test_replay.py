@@ -11,7 +11,7 @@ from rigs import Recorder, run_together
 from toy import chi_square_p, steady
 
 from onlinespec.config import GenerationParams
-from onlinespec.core import Feedback, Trace
+from onlinespec.core import Features, Feedback, Trace
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.replay import ReplayBuffer
@@ -24,7 +24,7 @@ def request(name="", step_rows=(3,), domain="", is_finished=True):
     """A request's Feedback, one record a step, over a trace with room to spare; its prompt is one token."""
     num_rows = sum(step_rows)
     states = torch.randn(num_rows + 50, HIDDEN, generator=torch.Generator().manual_seed(num_rows))
-    trace = Trace(list(range(num_rows + 1)), states, num_features=num_rows)
+    trace = Trace(list(range(num_rows + 1)), Features(states), num_features=num_rows)
     ends = list(accumulate(step_rows))
     return [
         Feedback(
@@ -250,27 +250,27 @@ def test_the_same_stream_and_seed_give_the_same_draws():
 
 def test_what_becomes_of_a_live_trace_does_not_reach_the_stored_one():
     buffer, (record,) = ReplayBuffer(10_000), request(step_rows=(5,))
-    token_ids, states = list(record.trace.token_ids), record.trace.hidden_states_SD[:5].clone()
+    token_ids, states = list(record.trace.token_ids), record.trace.features.final_SD[:5].clone()
     record.trace.max_tokens = 70
     buffer.offer([record])
     record.trace.token_ids.append(99)
-    record.trace.hidden_states_SD.zero_()
+    record.trace.features.final_SD.zero_()
     record.trace.num_features = 40
     trace = buffer.draw(64)[0].trace
     assert (trace.token_ids, trace.num_features, trace.max_tokens) == (token_ids, 5, 70)
-    assert torch.equal(trace.hidden_states_SD, states)
+    assert torch.equal(trace.features.final_SD, states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stored_request_holds_its_rows_and_no_more_memory(dtype):
     buffer, (record,) = ReplayBuffer(10_000), request(step_rows=(5,))
-    record.trace.hidden_states_SD = record.trace.hidden_states_SD.to(dtype)
+    record.trace.features = record.trace.features.map(lambda rows_SD: rows_SD.to(dtype))
     live = weakref.ref(record.trace)
     buffer.offer([record])
     del record
     gc.collect()
     assert live() is None
-    states = buffer.draw(64)[0].trace.hidden_states_SD
+    states = buffer.draw(64)[0].trace.features.final_SD
     assert states.dtype == dtype
     assert states.untyped_storage().nbytes() == 5 * HIDDEN * dtype.itemsize
     assert buffer.num_bytes == states.untyped_storage().nbytes() + 6 * 8
@@ -289,7 +289,7 @@ def test_labels_of_stored_rows_equal_those_of_the_live_ones():
         assert len(drawn) == len(live)
         for stored, record in zip(drawn, live, strict=True):
             rows = slice(record.start, record.start + record.num_rows)
-            labels, expected = (target.decoder.head(r.trace.hidden_states_SD[rows]) for r in (stored, record))
+            labels, expected = (target.decoder.head(r.trace.features.final_SD[rows]) for r in (stored, record))
             assert torch.equal(labels, expected)
             assert labels.argmax(-1).tolist() == stored.trace.token_ids[rows.start + 1 : rows.stop + 1]
             assert (stored.temperature, stored.is_rejection) == (record.temperature, record.is_rejection)

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from onlinespec.core import Feedback, Trace
+from onlinespec.core import Features, Feedback, Trace
 from onlinespec.learners import Evaluation
 from onlinespec.learners.losses import TargetRows
 from onlinespec.learning.telemetry import Telemetry
 
-TRACE = Trace([], torch.empty(0, 0))
+TRACE = Trace([], Features(torch.empty(0, 0)))
 START = {"a": torch.zeros(2), "b": torch.zeros(1)}
 
 

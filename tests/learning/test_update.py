@@ -13,7 +13,7 @@ from rigs import SOFT, Recorder, Script, plain, run_together
 from toy import steady
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.core import DecodeStats, DrafterWeights, Feedback, Trace
+from onlinespec.core import DecodeStats, DrafterWeights, Features, Feedback, Trace
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.drafters.small_lm.drafter import SmallLM
@@ -740,7 +740,7 @@ def test_feedback_points_at_the_states_that_made_the_targets_rows(drafter):
     text = request.trace.token_ids
     positions = [record.start + i for record in recorder.feedback for i in range(record.num_rows)]
     assert positions == list(range(len(PROMPT) - 1, len(text) - 1))
-    logits = TARGET.decoder.head(request.trace.hidden_states_SD[positions])
+    logits = TARGET.decoder.head(request.trace.features.final_SD[positions])
     assert logits.argmax(-1).tolist() == [text[i + 1] for i in positions]
 
 
@@ -750,7 +750,7 @@ records = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6)), min_size=1, 
 @steady
 @given(steps=records, max_rows=st.integers(1, 20))
 def test_newest_rows_are_the_newest_records_that_fit(steps, max_rows):
-    traces = [Trace([], torch.empty(0, 1)) for _ in range(3)]
+    traces = [Trace([], Features(torch.empty(0, 1))) for _ in range(3)]
     feedback = [
         Feedback(traces[owner], start, num_rows, num_draft_tokens=6, num_accepted=num_rows - 1, weights_version=0)
         for start, (owner, num_rows) in enumerate(steps)

@@ -62,7 +62,7 @@ def test_verify_commits_exactly_what_the_reference_commits(seed, B, K, V, is_sof
     uniforms_BL3 = torch.rand(B, K + 1, 3, generator=generator, dtype=torch.float64)
     token_ids = sample_rows(draft_probs.flatten(0, 1), uniforms_BL3[:, :K, DRAFT].flatten()).view(B, K)
     num_draft_tokens = torch.randint(K + 1, (B,), generator=generator)
-    draft = Draft(token_ids, num_draft_tokens, draft_probs if is_soft else None, weights_version=0)
+    draft = Draft.by_one(token_ids, num_draft_tokens, 0, draft_probs if is_soft else None)
     if not is_soft:
         draft_probs = torch.eye(V)[token_ids]
 
@@ -110,7 +110,7 @@ class SampledDrafter:
             token_ids.append(last_ids)
         token_ids_BK = torch.stack(token_ids, dim=1)
         rows_BKV = self.rows_VV[torch.cat([anchors_B[:, None], token_ids_BK[:, :-1]], dim=1)]
-        return Draft(token_ids_BK, num_draft_tokens_B, self.probs(rows_BKV), weights_version=0)
+        return Draft.by_one(token_ids_BK, num_draft_tokens_B, 0, self.probs(rows_BKV))
 
     def draw(self, rows_BV, uniforms_B):
         return sample_rows(rows_BV, uniforms_B)
@@ -274,7 +274,7 @@ def test_a_drafter_equal_to_its_target_is_never_refused():
 def point_mass(token_ids, num_draft_tokens=None):
     token_ids = torch.tensor(token_ids, dtype=torch.int64)
     counts = torch.full((len(token_ids),), token_ids.shape[1]) if num_draft_tokens is None else num_draft_tokens
-    return Draft(token_ids, counts, probs_BKV=None, weights_version=0)
+    return Draft.by_one(token_ids, counts, 0)
 
 
 def one_hot(token_ids, vocab=4):

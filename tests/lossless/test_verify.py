@@ -46,7 +46,7 @@ def test_verify_commits_exactly_what_the_reference_commits(seed, B, K, share_bro
     target_ids, draft_ids = (torch.randint(2, (B, n), generator=generator) for n in (K + 1, K))
     counts = torch.randint(K + 1, (B,), generator=generator)
     is_finite = torch.rand(B, K + 1, generator=generator) >= share_broken
-    verdict = verify(Draft(draft_ids, counts, None, 0), Choice(target_ids, is_finite))
+    verdict = verify(Draft.by_one(draft_ids, counts, 0), Choice(target_ids, is_finite))
     for b, count in enumerate(counts.tolist()):
         finite = is_finite[b].tolist()
         committed = verify_reference(draft_ids[b, :count].tolist(), target_ids[b].tolist(), finite)
@@ -59,7 +59,7 @@ def test_the_noise_of_a_row_is_that_of_its_own_position():
     noise = Noise(7, 1, VOCAB)
     scores = process_scores(TableTarget(VOCAB, seed=1).logits[:3], SOFT)
     expected = [int((row + gumbel(uniforms(7, 1, 12 + i, VOCAB))).argmax()) for i, row in enumerate(scores.double())]
-    draft = Draft(torch.tensor([expected[:2]]), torch.tensor([2]), None, 0)
+    draft = Draft.by_one(torch.tensor([expected[:2]]), torch.tensor([2]), 0)
     assert Coupled().judge(draft, [ScoredRows(scores, SOFT, noise, 12)]).token_ids_BL.tolist() == [expected]
 
 
@@ -71,7 +71,7 @@ def test_the_noise_of_a_row_is_that_of_its_own_position():
     ],
 )
 def test_mismatched_shapes_are_refused_with_both_values(draft_shape, target_shape, message):
-    draft = Draft(torch.zeros(draft_shape, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), None, 0)
+    draft = Draft.by_one(torch.zeros(draft_shape, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match=message):
         verify(draft, Choice(torch.zeros(target_shape, dtype=torch.int64), torch.ones(target_shape, dtype=torch.bool)))
 
@@ -106,7 +106,7 @@ def decode(drafter, target, sampling, num_draft_tokens, numbers_RPV, rule=None):
         scores = process_scores(target.logits[rows].flatten(0, 1), sampling)
         chosen = choose(scores, uniforms_RLV.flatten(0, 1))
         choice = Choice(*(part.view(len(running), K + 1) for part in chosen))
-        verdict = verify(Draft(draft_ids, counts, None, 0), choice)
+        verdict = verify(Draft.by_one(draft_ids, counts, 0), choice)
         token_ids[running[:, None], ahead] = verdict.token_ids_BL
         lengths_R[running] += verdict.num_accepted_B + 1
     return token_ids[:, 1 : 1 + LENGTH]
@@ -207,7 +207,7 @@ def test_a_drafter_equal_to_its_target_is_never_refused():
     rows = torch.cat([torch.zeros(500, 1, dtype=torch.int64), draft_ids], 1)
     chosen = choose(process_scores(target.logits[rows].flatten(0, 1), SOFT), numbers.flatten(0, 1))
     choice = Choice(*(part.view(500, 6) for part in chosen))
-    assert (verify(Draft(draft_ids, torch.full((500,), 5), None, 0), choice).num_accepted_B == 5).all()
+    assert (verify(Draft.by_one(draft_ids, torch.full((500,), 5), 0), choice).num_accepted_B == 5).all()
 
 
 @pytest.mark.parametrize(("temperature", "seed"), [(1.0, 5), (0.5, 6)])

@@ -167,11 +167,11 @@ def test_states_equal_transformers_by_layer(pair):
     hook = model.model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0][0]))
     _, states = expected(model, ids)
     hook.remove()
-    assert sorted(output.aux_hidden_states) == [0, 1, 2]
+    assert sorted(output.features.aux) == [0, 1, 2]
     for layer, wanted in enumerate([*states[:2], *before_norm]):
-        torch.testing.assert_close(output.aux_hidden_states[layer], wanted, atol=1e-4, rtol=0)
-    torch.testing.assert_close(output.hidden_states_ND, states[-1], atol=1e-4, rtol=0)
-    assert torch.equal(decoder.head(output.hidden_states_ND), output.logits_MV)
+        torch.testing.assert_close(output.features.aux[layer], wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.features.final_SD, states[-1], atol=1e-4, rtol=0)
+    assert torch.equal(decoder.head(output.features.final_SD), output.logits_MV)
 
 
 def test_only_the_wanted_rows_get_logits(pair):

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.drafters.autoregressive import Batch
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
@@ -134,12 +133,12 @@ def test_states_equal_transformers_by_layer(target, model):
     output = decoder.forward(ids, [0], [20], cache, aux_layer_ids=range(num_layers + 1))
     with torch.no_grad():
         states = model(input_ids=ids[None], output_hidden_states=True, use_cache=False).hidden_states
-    assert sorted(output.aux_hidden_states) == list(range(num_layers + 1))
+    assert sorted(output.features.aux) == list(range(num_layers + 1))
     for layer in range(num_layers):  # its own last entry is after the norm
-        torch.testing.assert_close(output.aux_hidden_states[layer], states[layer][0], **CLOSE)
-    torch.testing.assert_close(output.hidden_states_ND, states[-1][0], **CLOSE)
-    assert not torch.allclose(output.aux_hidden_states[num_layers], output.hidden_states_ND, atol=1e-2)
-    assert torch.equal(decoder.head(output.hidden_states_ND), output.logits_MV)
+        torch.testing.assert_close(output.features.aux[layer], states[layer][0], **CLOSE)
+    torch.testing.assert_close(output.features.final_SD, states[-1][0], **CLOSE)
+    assert not torch.allclose(output.features.aux[num_layers], output.features.final_SD, atol=1e-2)
+    assert torch.equal(decoder.head(output.features.final_SD), output.logits_MV)
 
 
 def test_the_last_raw_state_is_what_the_final_norm_reads(tmp_path):
@@ -149,7 +148,7 @@ def test_the_last_raw_state_is_what_the_final_norm_reads(tmp_path):
     expected(model, ids)
     cache = target.decoder.new_cache()
     cache.take(0, 9)
-    aux = target.decoder.forward(ids, [0], [9], cache, aux_layer_ids=[2]).aux_hidden_states
+    aux = target.decoder.forward(ids, [0], [9], cache, aux_layer_ids=[2]).features.aux
     torch.testing.assert_close(aux[2], seen[0], **CLOSE)
 
 
@@ -193,7 +192,7 @@ def test_half_types_run(folder, dtype):
     cache = target.decoder.new_cache()
     cache.take(0, 20)
     output = target.decoder.forward(ids_of(20), [0], [20], cache)
-    assert output.hidden_states_ND.dtype == getattr(torch, dtype)
+    assert output.features.final_SD.dtype == getattr(torch, dtype)
     assert output.logits_MV.dtype == torch.float32
     assert output.logits_MV.isfinite().all()
 
@@ -254,7 +253,7 @@ def test_more_families_equal_transformers_in_pieces_and_after_a_crop(model_type)
     cache.crop(0, 30)
     last = decoder.forward(ids[30:], [0], [30], cache, aux_layer_ids=[0, decoder.config.num_layers])
     torch.testing.assert_close(torch.cat([*first, last.logits_MV]), expected(model, ids).float(), **CLOSE)
-    assert sorted(last.aux_hidden_states) == [0, decoder.config.num_layers]
+    assert sorted(last.features.aux) == [0, decoder.config.num_layers]
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
@@ -336,10 +335,10 @@ def test_eagles_labels_are_the_targets_own_rows(target):
     loop.learning = type("Keeps", (), {"diagnostic_seconds": 0.0, "offer": lambda _, feedback: seen.extend(feedback)})()
     loop.complete(PROMPT, GenerationParams(12, ignore_end_tokens=True))
     batch = drafter.batch(seen)
-    assert isinstance(batch, Batch)
     states = torch.cat([span.target_states_ND for span in batch])
-    labels = drafter._target_logits(batch.listed, states)
-    torch.testing.assert_close(labels, target.decoder.head(states)[:, batch.listed.token_ids_S], **CLOSE)
+    assert batch.tokens
+    labels = drafter._target_logits(batch.tokens, states)
+    torch.testing.assert_close(labels, target.decoder.head(states)[:, batch.tokens.draft_to_target_S], **CLOSE)
 
 
 def test_sampled_requests_are_served_too(target):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import tokenization_utils_base
 
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.engine.step import DecodeLoop, UnknownToken
+from onlinespec.engine.request import UnknownToken
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.checkpoint import fingerprint, read_weights
 from onlinespec.models.loading import as_device, load_target
 

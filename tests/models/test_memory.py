@@ -271,10 +271,10 @@ def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_for
     told = Beside(name)(SHAPE, torch.float32, torch.device("cpu"))
     before = bytes_there()
     drafter = load_drafter(name, WIDE)
-    drafter._shortlist._num_seen = 10**6  # so that lists are drafted from
+    drafter.draft_vocab._num_seen = 10**6  # so that lists are drafted from
     decode(drafter)
-    _ = drafter._shortlist.whole
-    seen = drafter._shortlist._counts_V.nbytes + drafter._shortlist._unseen_V.nbytes  # no tensors
+    _ = drafter.draft_vocab.whole
+    seen = drafter.draft_vocab._counts_V.nbytes + drafter.draft_vocab._unseen_V.nbytes  # no tensors
     assert bytes_there() + seen - before == pytest.approx(told, rel=0.25)
 
     config = parse(f"{method}/{ROUNDS}")

@@ -106,7 +106,7 @@ def test_answers_are_the_targets_own_with_the_states_of_that_pass(target, tmp_pa
         ids = target.encode(prompt.text)
         assert recorded.token_ids == tuple(ids + rigs.plain(target, ids, params_of(i)).output_ids)
         states = rigs.hidden_states(target, recorded.token_ids[:-1])
-        torch.testing.assert_close(recorded.hidden_states_SD, states, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(recorded.features.final_SD, states, atol=1e-5, rtol=1e-4)
         feedback = answers.feedback(i)
         assert (feedback.start, feedback.num_rows) == (len(ids) - 1, len(recorded.token_ids) - len(ids))
         assert feedback.temperature == float(i % 2)

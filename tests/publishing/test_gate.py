@@ -17,7 +17,7 @@ from toy import TableTarget
 
 from onlinespec import load_drafter
 from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
-from onlinespec.core import DrafterWeights, Feedback, Trace
+from onlinespec.core import DrafterWeights, Features, Feedback, Trace
 from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
@@ -75,7 +75,7 @@ def text(seed, num_tokens, table=TARGET, sampling=None):
 
 def request(name, ids, temperature=0.0, version=0, num_accepted=0, num_draft_tokens=4, seed=0):
     """The Feedback of a request whose every step kept as many drafts; the prompt is one token."""
-    trace, size = Trace(list(ids), torch.zeros(len(ids) - 1, 1), len(ids) - 1), num_accepted + 1
+    trace, size = Trace(list(ids), Features(torch.zeros(len(ids) - 1, 1)), len(ids) - 1), num_accepted + 1
     starts = range(0, len(ids) - 1, size)
     return [
         Feedback(

@@ -61,13 +61,13 @@ def test_feedback_arrives_as_it_was_and_every_state_is_sent_once(size):
     for record, sent in zip(arrived, feedback, strict=True):
         assert [getattr(record, name) for name in names] == [getattr(sent, name) for name in names]
     for request in requests:
-        trace = next(one.trace for one in arrived if one.request_id == request.request_id)
+        trace = next(one.trace for one in arrived if one.request_id == request.info.request_id)
         assert trace.token_ids == request.trace.token_ids
         assert trace.max_tokens == request.trace.max_tokens
-        states = trace.hidden_states_SD[: trace.num_features]
-        assert torch.equal(states, request.trace.hidden_states_SD[: request.trace.num_features])
+        states = trace.features.final_SD[: trace.num_features]
+        assert torch.equal(states, request.trace.features.final_SD[: request.trace.num_features])
     outgoing = Outgoing()
-    sizes = [len(rows.states_SD.tensor()) for rows in outgoing.batch(feedback).messages]
+    sizes = [len(rows.final_SD.tensor()) for rows in outgoing.batch(feedback).messages]
     assert sum(sizes) == sum(request.trace.num_features for request in requests)
 
 
@@ -75,10 +75,10 @@ def test_records_that_were_dropped_leave_their_text_whole():
     feedback, requests = served()
     arrived = passed_on(feedback[::3] + [record for record in feedback if record.is_last])
     for record in arrived:
-        request = next(one for one in requests if one.request_id == record.request_id)
+        request = next(one for one in requests if one.info.request_id == record.request_id)
         end = record.start + record.num_rows
         assert record.trace.token_ids[: end + 1] == request.trace.token_ids[: end + 1]
-        assert torch.equal(record.trace.hidden_states_SD[:end], request.trace.hidden_states_SD[:end])
+        assert torch.equal(record.trace.features.final_SD[:end], request.trace.features.final_SD[:end])
 
 
 def test_both_ends_let_go_of_a_text_that_no_one_holds():

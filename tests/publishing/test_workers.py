@@ -65,7 +65,7 @@ PLAIN = [plain(TARGET, prompt, PARAMS).output_ids for prompt in PROMPTS]
 
 def assert_exact(requests):
     for request in requests:
-        assert request.output_ids == PLAIN[int(request.request_id) % len(PROMPTS)]
+        assert request.output_ids == PLAIN[int(request.info.request_id) % len(PROMPTS)]
 
 
 def until(condition, loop):
@@ -194,7 +194,7 @@ def test_swaps_under_load_change_no_token(way, count):
     expected = [plain(TARGET, *job).output_ids for job in jobs]
     served, num_swaps, most_running = [], 0, 0
     while num_swaps < count:
-        if len(scheduler.running) + len(scheduler.reading) < 8:
+        if len(scheduler.running) + len(scheduler.prefilling) < 8:
             served.append(loop.open(*jobs[len(served) % len(jobs)]))
             scheduler.submit(served[-1])
         noise = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in loop.drafter.weights.params.items()}
@@ -431,10 +431,10 @@ class Breaking:
 
     def _broken(self, record):
         trace, end = record.trace, record.start + record.num_rows
-        text = self._texts.setdefault(id(trace), replace(trace, hidden_states_SD=trace.hidden_states_SD.clone()))
+        text = self._texts.setdefault(id(trace), replace(trace, features=trace.features.map(torch.clone)))
         text.token_ids, text.num_features = list(trace.token_ids), trace.num_features
-        text.hidden_states_SD[:end] = trace.hidden_states_SD[:end]
-        text.hidden_states_SD[min(8, end) : end] = self._value  # from some position of the answer on
+        text.features.final_SD[:end] = trace.features.final_SD[:end]
+        text.features.final_SD[min(8, end) : end] = self._value  # from some position of the answer on
         return replace(record, trace=text)
 
 
@@ -463,7 +463,7 @@ def test_a_state_that_is_not_finite_costs_its_own_text_and_learning_goes_on(way,
     served = until(lambda: figures()["left_out"], loop)
     before = figures()["rounds"]
     served += until(lambda: figures()["rounds"] > before + 8, loop)
-    num_bad = sum(request.request_id == "3" for request in served)
+    num_bad = sum(request.info.request_id == "3" for request in served)
     assert num_bad <= figures()["left_out"] <= 40 * num_bad  # the steps from there on, of each
     assert caplog.text.count("is not finite: learning goes on without") == 1
     assert not (learning.is_frozen if way == "inline" else learning.failure)

@@ -14,8 +14,9 @@ from waiting import HANG_SECONDS
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats
 from onlinespec.drafters.ngram import Ngram
+from onlinespec.engine.request import ContextOverflow
 from onlinespec.engine.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler
-from onlinespec.engine.step import ContextOverflow, DecodeLoop
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.server.engine import Closed, Engine
 
 TARGET = rigs.random_target()

@@ -17,7 +17,7 @@ from simulator import Machine
 from waiting import HANG_SECONDS
 
 from onlinespec.control.chooser import Controller, StepRecord
-from onlinespec.core import Feedback, Trace
+from onlinespec.core import Features, Feedback, Trace
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.step import DecodeLoop, Step
@@ -235,7 +235,7 @@ def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypa
     live.sample()
     assert live.snapshot()["course"]["tokens_per_second"] == [None]
     flow.tokens, flow.steps, flow.drafted, flow.accepted = 30, 10, 40, 20
-    flow.verify_seconds, flow.read_seconds = 0.2, 5.0
+    flow.verify_seconds, flow.prefill_seconds = 0.2, 5.0
     figures |= {"drifts": 1, "num_events": 1, "events": [promoted]}
     control.is_drafting = False
     live.sample()
@@ -256,7 +256,7 @@ def test_where_little_is_drafted_plain_speed_is_what_was_measured(monkeypatch):
 
     def steps(num_steps, num_draft_tokens, seconds, learn_seconds=0.0):
         for _ in range(num_steps):
-            drafted = [Feedback(Trace([], torch.empty(0)), 0, 1, num_draft_tokens, 0, 0)]
+            drafted = [Feedback(Trace([], Features(torch.empty(0))), 0, 1, num_draft_tokens, 0, 0)]
             flow.add(Step([], drafted, 0.0, seconds, learn_seconds))
 
     def plain_speed():

@@ -19,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.models.checkpoint import architecture_of, find_folder, read_json, weight_files
 
 SIDE_FILE = "onlinespec.json"
+_DRAFT_TOKENS = "draft_tokens"
 _KNOWN_ELSEWHERE = {  # recognised so that the message can say what it is; each gets its drafter later
     "LlamaForCausalLMEagle3": "EAGLE-3",
     "Eagle3Speculator": "EAGLE-3 (speculators)",
@@ -104,6 +106,25 @@ def tensor_names(folder: Path) -> set[str]:
 def read_side(folder: Path) -> dict[str, Any]:
     """What onlinespec noted beside the published files; empty for a drafter from elsewhere."""
     return read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
+
+
+def draft_tokens_of(vocab: DraftVocab) -> dict[str, str]:
+    """What is noted beside a drafter's files of the tokens that its traffic has brought; empty while that is little."""
+    token_ids = vocab.saved()
+    return {_DRAFT_TOKENS: " ".join(map(str, token_ids))} if token_ids else {}
+
+
+def draft_tokens_in(side: Mapping[str, Any]) -> list[int]:
+    """Those tokens again.
+
+    Raises:
+        ValueError: if what was noted is no list of token ids.
+    """
+    noted = side.get(_DRAFT_TOKENS, "")
+    try:
+        return [int(i) for i in noted.split()]
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{_DRAFT_TOKENS} in {SIDE_FILE} is no text of token ids ({error}); leave it out") from error
 
 
 def write_drafter(

@@ -16,7 +16,8 @@ from typing import Any, Self
 from torch import Tensor
 
 from onlinespec.config import SamplingParams, Tuning
-from onlinespec.core import Draft, DrafterWeights, Feedback, Params
+from onlinespec.core import Draft, DrafterWeights, Features, Feedback, Params, RequestInfo
+from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.learners.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.lossless.noise import StepNoise
 from onlinespec.models.base import ModelConfig
@@ -41,6 +42,7 @@ class Drafter(ABC):
     aux_layer_ids: tuple[int, ...] = ()  # target layers whose states it reads beside the final one
     is_trainable: bool = False  # whether `batch` and `loss` are there
     weights: DrafterWeights  # what it drafts with now
+    draft_vocab: DraftVocab | None = None  # the tokens that it may propose; None: any
     drafts: bool = True  # one that learns beside another, which drafts, is spared what only drafting needs
     gives_probs: bool = False  # whether its drafts carry the rows they were drawn from, as the rejection rule needs
     longest_text: int | None = None  # tokens: behind a text that is longer it drafts nothing; None: behind any
@@ -66,13 +68,13 @@ class Drafter(ABC):
         """Writes it in its published format, whole or not at all."""
 
     @abstractmethod
-    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
+    def start(self, slot: int, info: RequestInfo, token_ids: Sequence[int], features: Features) -> None:
         """Begins a request.
 
         Args:
             token_ids: The prompt, its last token (the first anchor) included.
-            features_SD: The target's final hidden states of all prompt tokens but the last; these rows never change.
-            capacity: Most tokens the request can come to have.
+            features: The target's, of all prompt tokens but the last, with the layers of `aux_layer_ids`; these rows
+                never change.
         """
 
     @abstractmethod
@@ -96,24 +98,21 @@ class Drafter(ABC):
         """
 
     @abstractmethod
-    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Tensor]) -> None:
+    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Features]) -> None:
         """Takes what the last step committed.
 
         Args:
             token_ids: For each request the committed tokens: the drafts that were kept, then one of the target's own.
-            features: For each request as many final hidden states [num_accepted + 1, D] of the target: of its anchor
-                and the accepted tokens. The last committed token has none yet.
+            features: For each request as many rows of the target's features: of its anchor and the accepted tokens.
+                The last committed token has none yet.
         """
 
     @abstractmethod
-    def release(self, slot: int) -> None:
-        """Forgets a request."""
+    def release(self, slot: int, is_finished: bool) -> None:
+        """Forgets a request.
 
-    def hear(self, token_ids: Sequence[int], is_start: bool) -> None:  # noqa: B027  (most have no use for it)
-        """Notes which tokens the traffic has: a request's prompt as it starts, then what was committed.
-
-        Apart from `start` and `observe`, for requests that nothing may be learned from, and for a drafter that learns
-        from what another one serves.
+        Args:
+            is_finished: It came to its own end; else it was given up, failed, or starts anew.
         """
 
     def side(self, **facts: str) -> dict[str, Any]:

@@ -20,10 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onlinespec.core import DrafterWeights, Params
-from onlinespec.drafters.autoregressive import Headed
-from onlinespec.drafters.checkpoints import read_drafter_config, read_side, write_drafter
-from onlinespec.drafters.draft_vocab import Shortlist
+from onlinespec.core import DrafterWeights, Features, Params
+from onlinespec.drafters.autoregressive import Autoregressive
+from onlinespec.drafters.checkpoints import (
+    draft_tokens_in,
+    draft_tokens_of,
+    read_drafter_config,
+    read_side,
+    write_drafter,
+)
+from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.drafters.training_rows import Layout
 from onlinespec.host import to_device
 from onlinespec.models.base import ModelConfig
@@ -57,7 +63,7 @@ _LAYER = "layers.0."
 _MANY_ROWS = 16  # from which the layer's work for rows that no one reads costs more than a second call
 
 
-class Eagle(Headed):
+class Eagle(Autoregressive):
     """The EAGLE-1 head.
 
     Drafting runs on the cheapest products the machine has (bfloat16, say), learning on the float32 masters.
@@ -67,8 +73,8 @@ class Eagle(Headed):
         params: Float32 masters under their published names.
         unroll: How many drafting depths a training row goes through; deeper rows read the drafter's own output, as
             they do when drafting.
-        shortlist: How many tokens drafts choose from where all requests of a step are greedy, those seen lately; None
-            for `Shortlist`'s own choice.
+        draft_tokens: How many tokens drafts choose from where all requests of a step are greedy, or which; None for
+            `DraftVocab`'s own choice.
     """
 
     num_before = 1
@@ -85,7 +91,7 @@ class Eagle(Headed):
         extra: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         make_linear: MakeLinear | None = None,
-        shortlist: int | None = None,
+        draft_tokens: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(target)
         self.config = dict(config)
@@ -95,7 +101,7 @@ class Eagle(Headed):
         self._make_linear = make_linear or draft_linear_for(device, self._draft_dtype)
         self._product = plain_product if make_linear else learn_product_for(device)
         make_head = make_linear or draft_linear_for(device, target_dtype)
-        self._shortlist = Shortlist(self._decoder.head_VD, make_head, shortlist)
+        self.draft_vocab = DraftVocab(self._decoder.head_VD, make_head, draft_tokens)
         self._embedding_VD = self._decoder.embedding_VD
         layer = self._layer_config
         self._cache = KVCache(1, layer.num_kv_heads, layer.head_dim, device, self._draft_dtype)
@@ -139,11 +145,13 @@ class Eagle(Headed):
         params = {name: tensors[name] for name in shapes}
         extra = {name: t for name, t in tensors.items() if name not in shapes}
         version = int(side.get("weights_version", 0))
-        return cls(target, config, params, version, extra=extra, dtype=params["fc.weight"].dtype)
+        drafter = cls(target, config, params, version, extra=extra, dtype=params["fc.weight"].dtype)
+        drafter.draft_vocab.restore(draft_tokens_in(side))
+        return drafter
 
     def save(self, folder: Path) -> None:
         tensors = {name: p.to(self._dtype) for name, p in self.weights.params.items()} | self._extra
-        side = self.side(target_fingerprint=self._fingerprint)
+        side = self.side(target_fingerprint=self._fingerprint, **draft_tokens_of(self.draft_vocab))
         write_drafter(folder, self.config, tensors, self.weights.version, side)
 
     @classmethod
@@ -165,28 +173,31 @@ class Eagle(Headed):
 
     def _remember(self, slot: int) -> None:
         """A prompt's rows leave their keys and values, all but the last."""
-        state = self._slots[slot]
-        count = len(state.read_ids) - 1
+        waiting = self._slots[slot]
+        count = len(waiting.token_ids) - 1
         if count < _MANY_ROWS:
             return
-        features_ND, read_ids = torch.cat(state.features), to_device(state.read_ids, self._decoder.device)
-        x_ND, plan = self._enter(read_ids[:-1], features_ND[:-1], [slot], [count], attends=False)
+        features, ids_N = Features.cat(waiting.features), to_device(waiting.token_ids[:-1], self._decoder.device)
+        x_ND, plan = self._enter(ids_N, features.final_SD[:-1], [slot], [count], attends=False)
         self._layer.write(x_ND, plan, 0)
         self._cache.extend(slot, count)
-        state.features, state.read_ids = [features_ND[-1:]], state.read_ids[-1:]
+        waiting.features, waiting.token_ids = [features[-1:]], waiting.token_ids[-1:]
 
-    def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        x_ND = self._layer(*self._enter(read_ids_N, features_ND, slots, counts), 0)
+    def _read(
+        self, token_ids_N: Tensor, features: Features | None, slots: Sequence[int], counts: Sequence[int]
+    ) -> Tensor:
+        assert features is not None
+        x_ND = self._layer(*self._enter(token_ids_N, features.final_SD, slots, counts), 0)
         for slot, count in zip(slots, counts, strict=True):
             self._cache.extend(slot, count)
         return x_ND
 
     def _enter(
-        self, read_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int], attends: bool = True
+        self, token_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int], attends: bool = True
     ) -> tuple[Tensor, Plan]:
         """What goes into the layer, and where its rows lie."""
         rows = Rows(slots, [self._cache.lengths[slot] for slot in slots], counts)
-        embedded_ND = F.embedding(read_ids_N, self._embedding_VD)
+        embedded_ND = F.embedding(token_ids_N, self._embedding_VD)
         x_ND = self._fc(torch.cat([embedded_ND, states_ND], dim=-1).to(self._draft_dtype))
         num_heads = self._layer_config.num_heads + self._layer_config.num_kv_heads
         return x_ND, make_plan(rows, self._rotary, self._cache, num_heads, attends)

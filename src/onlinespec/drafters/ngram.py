@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from onlinespec.config import SamplingParams
-from onlinespec.core import Draft, DrafterWeights
+from onlinespec.core import Draft, DrafterWeights, Features, RequestInfo
 from onlinespec.drafters.checkpoints import read_drafter_config, write_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.host import to_device
@@ -65,7 +64,7 @@ class Ngram(Drafter):
             folder, {"architectures": ["NgramDrafter"], "max_ngram": self.max_ngram}, {}, self.weights.version
         )
 
-    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
+    def start(self, slot: int, info: RequestInfo, token_ids: Sequence[int], features: Features) -> None:
         self._histories[slot] = _History(self.max_ngram)
         for token_id in token_ids:
             self._histories[slot].append(token_id)
@@ -84,12 +83,12 @@ class Ngram(Drafter):
         padded = [ids + [0] * (width - len(ids)) for ids in drafted]
         token_ids_BK = to_device(padded, self._device, torch.int64)
         counts_B = to_device([len(ids) for ids in drafted], self._device)
-        return Draft(token_ids_BK.view(len(slots), width), counts_B, None, self.weights.version)
+        return Draft.by_one(token_ids_BK.view(len(slots), width), counts_B, self.weights.version)
 
-    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Tensor]) -> None:
+    def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Features]) -> None:
         for slot, committed in zip(slots, token_ids, strict=True):
             for token_id in committed:
                 self._histories[slot].append(token_id)
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, is_finished: bool) -> None:
         del self._histories[slot]

@@ -1,4 +1,4 @@
-"""Verified rows as a drafter trains on them: spans of requests, and several spans side by side.
+"""Verified rows as a drafter trains on them: spans of requests, side by side, with what the target said of them.
 
 A drafter has a row for every token but the first `num_before` of a request (those before it has anything to read); the
 row reads its token, and maybe the target's state before it, and is to say what the target said behind that token.
@@ -9,6 +9,7 @@ Axis letters: S rows of a request, N rows the loss is on, C rows of context, D h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import Feedback
+from onlinespec.drafters.draft_vocab import DraftTokens, DraftVocab
 from onlinespec.host import to_device
+from onlinespec.learners.losses import TargetRows
 
 Ints = NDArray[np.int64]
 
@@ -56,7 +59,8 @@ class Layout(NamedTuple):
     left: Ints  # on the host: rows of the span from each one on, itself included
     features_ND: Tensor
     target_states_ND: Tensor
-    token_ids_N: Tensor
+    token_ids: list[int]  # what came behind each of the N rows, on the host ...
+    token_ids_N: Tensor  # ... and on the device
     counts_N: Tensor
     fresh: Ints  # on the host: which of the rows are fresh and count
     noise_keys_N3: Tensor
@@ -68,6 +72,60 @@ class Layout(NamedTuple):
     is_visible_NN: Tensor  # of the same span and no later
 
 
+class TrainingRows(list[Span]):
+    """The spans of a round. Laid out once, and labelled once, however many sets of weights are evaluated on them.
+
+    Args:
+        vocab: What the loss chooses its tokens from; None for the whole vocabulary.
+        label: The target's rows, over the tokens of a layout if some are given.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        label: Callable[[Layout, DraftTokens | None], TargetRows],
+        vocab: DraftVocab | None = None,
+    ) -> None:
+        super().__init__(spans)
+        self._label, self._vocab = label, vocab
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is a row that counts."""
+        return any(any(span.counts) for span in self)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return lay_out(self)
+
+    @cached_property
+    def tokens(self) -> DraftTokens | None:
+        """What greedy drafts choose from, with the spans' own tokens in it; None for the whole vocabulary.
+
+        That is what a sampled request learns over. Chosen when a loss first asks: rows that are only measured must not
+        decide what is drafted from.
+        """
+        if self._vocab is None or any(span.temperature for span in self):
+            return None
+        tokens = self._vocab.holding(self.layout.token_ids)
+        return tokens if tokens.target_to_draft(self.layout.token_ids) is not None else None
+
+    @cached_property
+    def target(self) -> TargetRows:
+        """What the target said at every row, over `tokens`."""
+        return self._label(self.layout, self.tokens)
+
+    @cached_property
+    def fresh(self) -> TrainingRows:
+        """The spans of this round alone, over the whole vocabulary: what diagnostics and comparisons measure."""
+        return TrainingRows([span for span in self if span.is_fresh], self._label)
+
+    @cached_property
+    def fresh_places(self) -> Ints:
+        """On the host: places of the rows of this round, counted or not."""
+        return np.flatnonzero(np.repeat([span.is_fresh for span in self], [len(span.token_ids) for span in self]))
+
+
 def spans_of(
     feedback: Sequence[Feedback],
     num_before: int,
@@ -75,16 +133,16 @@ def spans_of(
     is_fresh: bool,
     has_features: bool,
     max_context: int | None = None,
-    can_draft: Callable[[int], bool] = lambda token_id: True,
+    has_row: Callable[[int], bool] = lambda token_id: True,
 ) -> list[Span]:
     """A span for every run of records that continue each other side by side and have a row to learn from.
 
     Args:
         max_context: Newest rows of context that are kept; None for all.
-        can_draft: Whether the drafter has a row for a token; rows whose token it lacks don't count.
+        has_row: Whether the drafter has a row for a token; rows whose token it lacks don't count.
     """
     spans = [
-        _span(run, num_before, rejected_only, is_fresh, has_features, can_draft)
+        _span(run, num_before, rejected_only, is_fresh, has_features, has_row)
         for run in _runs(feedback)
         if run[-1].start + run[-1].num_rows > max(num_before, run[0].start)
     ]
@@ -111,6 +169,7 @@ def lay_out(spans: Sequence[Span]) -> Layout:
         left=np.repeat(ends, sizes) - positions_N,
         features_ND=torch.cat([span.features_SD[span.num_context :] for span in spans]),
         target_states_ND=torch.cat([span.target_states_ND for span in spans]),
+        token_ids=[i for span in spans for i in span.token_ids],
         token_ids_N=torch.cat([span.token_ids_N for span in spans]),
         counts_N=torch.cat([span.counts_N for span in spans]),
         noise_keys_N3=torch.cat([span.noise_keys_N3 for span in spans]),
@@ -141,15 +200,15 @@ def _span(
     rejected_only: bool,
     is_fresh: bool,
     has_features: bool,
-    can_draft: Callable[[int], bool],
+    has_row: Callable[[int], bool],
 ) -> Span:
     trace, first = records[0].trace, max(num_before, records[0].start)
     last = records[-1].start + records[-1].num_rows
-    states = trace.hidden_states_SD
+    states = trace.features.final_SD
     ids = to_device(trace.token_ids[num_before : last + 1], states.device)
     counts = [
         (not rejected_only or (record.is_rejection and i == record.num_rows - 1))
-        and can_draft(trace.token_ids[record.start + i + 1])
+        and has_row(trace.token_ids[record.start + i + 1])
         for record in records
         for i in range(record.num_rows)
     ][first - records[0].start :]

@@ -1,12 +1,12 @@
 """What was computed of prompts, kept for later ones that begin alike: a system prompt is read once.
 
-Kept in blocks of `PAD` positions, keys, values and final hidden states (which is what drafters read). A block's key is
+Kept in blocks of `PAD` positions, keys, values and features (which is what drafters read). A block's key is
 a digest of all tokens up to its end, made once for each prompt, so that a prompt of S tokens costs S tokens to hash and
 S / PAD look-ups, in however many pieces it is read. Only what a prompt's reading computed for a whole block is kept: it
 attends as one product there, so that a block restored has the very bits that reading it again would give
 (`layer.make_plan`).
 
-Axis letters: G key-value heads, C tokens of a block, E head_dim, S positions of a request, D hidden size.
+Axis letters: G key-value heads, C tokens of a block, E head_dim, S positions of a request.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hashlib import blake2b
 
 from torch import Tensor
 
+from onlinespec.core import Features
 from onlinespec.models.kv_cache import PAD, KVCache
 
 
@@ -58,13 +59,13 @@ class _Block:
     key: Hashable
     before: _Block | None  # the block before it in its prompt, which is kept at least as long
     keys_values: Tensor  # [layers, 2, G, C, E]
-    hidden_states_CD: Tensor
+    features: Features
     used: int = 0  # when this block, or one behind it that is gone, was last used
     num_behind: int = 0  # blocks kept that go on from this one
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.keys_values, self.hidden_states_CD))
+        return self.keys_values.numel() * self.keys_values.element_size() + self.features.num_bytes
 
 
 class PrefixCache:
@@ -84,8 +85,8 @@ class PrefixCache:
         self.num_bytes = 0
         self.num_restored = 0  # tokens, so far
 
-    def restore(self, text: PromptText, cache: KVCache, slot: int, hidden_states_SD: Tensor) -> int:
-        """Fills up a slot, and the rows of the states, with what is known behind its whole blocks; how many tokens."""
+    def restore(self, text: PromptText, cache: KVCache, slot: int, features: Features) -> int:
+        """Fills up a slot, and a text's features, with what is known behind its whole blocks; how many tokens."""
         if cache.lengths[slot] % PAD:
             return 0
         first = cache.lengths[slot] // PAD
@@ -94,7 +95,7 @@ class PrefixCache:
             block, last = found, last + 1
             at = slice((last - 1) * PAD, last * PAD)
             cache.block(slot)[..., at, :] = block.keys_values
-            hidden_states_SD[at] = block.hidden_states_CD
+            features.write(at.start, block.features)
         if block is None:
             return 0
         self._use(block)
@@ -103,9 +104,9 @@ class PrefixCache:
         self.num_restored += length
         return length
 
-    def store(self, text: PromptText, cache: KVCache, slot: int, hidden_states_SD: Tensor) -> None:
+    def store(self, text: PromptText, cache: KVCache, slot: int, features: Features) -> None:
         """Keeps the whole blocks of a prompt that were read so far, and of its answer nothing."""
-        size = PAD * (cache.bytes_per_token + hidden_states_SD.shape[1] * hidden_states_SD.element_size())
+        size = PAD * cache.bytes_per_token + features[:PAD].num_bytes
         most = self._max_bytes // size  # of one prompt: what comes first is worth most
         end = min(cache.lengths[slot] // PAD, text.num_blocks, most)
         first = end
@@ -114,8 +115,8 @@ class PrefixCache:
         block = self._blocks[text.key(first - 1)] if first else None
         for i in range(first, end):
             at = slice(i * PAD, (i + 1) * PAD)
-            keys_values, hidden_states_CD = cache.block(slot)[..., at, :].clone(), hidden_states_SD[at].clone()
-            block = self._add(_Block(text.key(i), block, keys_values, hidden_states_CD))
+            keys_values = cache.block(slot)[..., at, :].clone()
+            block = self._add(_Block(text.key(i), block, keys_values, features[at].map(Tensor.clone)))
         if block:
             self._use(block)
         while self.num_bytes > self._max_bytes:

@@ -10,7 +10,8 @@ from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams
 from onlinespec.control.costs import StepCosts, profile
 from onlinespec.core import Feedback
 from onlinespec.drafters.contract import Drafter
-from onlinespec.engine.step import DecodeLoop, Request
+from onlinespec.engine.request import Request
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.loading import Target
 
 _PROMPT = "Tell me of the sea, the wind and the ships that come home in the evening. " * 12  # context costs too
@@ -78,7 +79,7 @@ def measure_step_costs(
         prompt_ids, params = prompt_ids[: num_tokens - room], replace(params, max_new_tokens=room)
 
     def started(seed: int) -> Request:
-        return loop.start(prompt_ids, replace(params, seed=seed), learns=False)
+        return loop.start(prompt_ids, replace(params, seed=seed), may_learn=False)
 
     requests = [started(i) for i in range(max_running)]
 

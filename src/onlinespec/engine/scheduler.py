@@ -20,7 +20,8 @@ from typing import Protocol
 
 from onlinespec.config import check_that, check_types
 from onlinespec.control.chooser import StepRecord
-from onlinespec.engine.step import ERROR, DecodeLoop, Learning, Request, Step
+from onlinespec.engine.request import ERROR, Request
+from onlinespec.engine.step import DecodeLoop, Learning, Step
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Flow:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     learn_seconds: float = 0.0  # in the decoding thread: rounds, or taking over what was learned beside it
-    read_seconds: float = 0.0  # of prompts
+    prefill_seconds: float = 0.0  # of prompts
     plain_tokens: int = 0  # of steps in which no request drafted ...
     plain_seconds: float = 0.0  # ... and what these took, learning left out
 
@@ -108,7 +109,7 @@ class TooLarge(ValueError):
 class Scheduler:
     """Runs the requests that it is given over one decode loop, as many at once as its limits allow.
 
-    `waiting`, `reading` and `running` are for looking at; only `submit` and `step` change them.
+    `waiting`, `prefilling` and `running` are for looking at; only `submit` and `step` change them.
     """
 
     def __init__(self, loop: DecodeLoop, limits: Limits | None = None, control: Control | None = None) -> None:
@@ -117,7 +118,7 @@ class Scheduler:
         self._learn_share = -1.0  # as learning was last told
         self._num_published = 0  # as control was last told
         self.waiting: deque[Request] = deque()
-        self.reading: list[Request] = []  # admitted, their prompts not yet read to the end
+        self.prefilling: list[Request] = []  # admitted, their prompts not yet prefilled to the end
         self.running: list[Request] = []
         self._given_up: list[Request] = []
         self._changed = Condition()  # guards waiting and _given_up
@@ -136,7 +137,7 @@ class Scheduler:
         for request in requests:
             self._check_size(request)
         with self._changed:
-            num_free = max(0, self.limits.max_running - len(self.reading) - len(self.running))
+            num_free = max(0, self.limits.max_running - len(self.prefilling) - len(self.running))
             if len(self.waiting) + len(requests) > self.limits.max_waiting + num_free:
                 raise Busy(f"{len(self.waiting)} requests are waiting, of at most {self.limits.max_waiting}")
             self.waiting.extend(requests)
@@ -151,7 +152,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.waiting or self.reading or self.running or self._given_up)
+        return bool(self.waiting or self.prefilling or self.running or self._given_up)
 
     def wait(self, seconds: float) -> bool:
         """Sleeps until there is work, or for so long; whether there is."""
@@ -170,11 +171,11 @@ class Scheduler:
         """
         ended = self._drop()
         self._admit()
-        self._read()
+        self._prefill()
         stepped = list(self.running)
         if stepped:
             self._together(self._decode, stepped, alone=self._decode_freely)
-        over = [request for request in (*self.reading, *self.running) if request.finish_reason is not None]
+        over = [request for request in (*self.prefilling, *self.running) if request.finish_reason is not None]
         for request in over:
             self._leave(request)
         return [*ended, *over, *(request for request in stepped if request.finish_reason is None)]
@@ -203,25 +204,25 @@ class Scheduler:
         while self.waiting and self._has_room_for(self.waiting[0]):
             with self._changed:
                 request = self.waiting.popleft()
-                self.reading.append(request)
+                self.prefilling.append(request)
             self._num_bytes += self.loop.num_bytes(request)
             with self._answering_for(request):
                 self.loop.admit(request)
 
     def _has_room_for(self, request: Request) -> bool:
-        has_slot = len(self.reading) + len(self.running) < self.limits.max_running
+        has_slot = len(self.prefilling) + len(self.running) < self.limits.max_running
         return has_slot and self._num_bytes + self.loop.num_bytes(request) <= self.limits.cache_megabytes * 1e6
 
-    def _read(self) -> None:
+    def _prefill(self) -> None:
         """Some tokens of the prompts that came first; those that are read to the end run from now on."""
-        if unread := [request for request in self.reading if request.finish_reason is None]:
+        if unread := [request for request in self.prefilling if request.finish_reason is None]:
             most = self.limits.prefill_tokens if self.running else self.limits.prefill_alone
             began = self.loop.clock.mark()
-            self._together(partial(self.loop.read, max_tokens=most), unread)
-            self.flow.read_seconds += self.loop.clock.seconds(began, self.loop.clock.mark())
+            self._together(partial(self.loop.prefill, max_tokens=most), unread)
+            self.flow.prefill_seconds += self.loop.clock.seconds(began, self.loop.clock.mark())
         ready = [request for request in unread if request.is_ready and request.finish_reason is None]
         self.running += ready
-        self.reading = [request for request in self.reading if request not in ready]
+        self.prefilling = [request for request in self.prefilling if request not in ready]
 
     def _decode(self, requests: list[Request]) -> None:
         """A step, with as many drafts as control says; without it, as many as requests ask for."""
@@ -301,9 +302,9 @@ class Scheduler:
         request.text.close()
         if self.control:
             self.control.forget(request)
-        if any(request is one for one in (*self.reading, *self.running)):
+        if any(request is one for one in (*self.prefilling, *self.running)):
             self._num_bytes -= self.loop.num_bytes(request)
-            self.reading = [one for one in self.reading if one is not request]
+            self.prefilling = [one for one in self.prefilling if one is not request]
             self.running = [one for one in self.running if one is not request]
             self.loop.finish(request)
 

@@ -24,7 +24,8 @@ from onlinespec.core import DecodeStats
 from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.engine.profile import steps_to_learn_from
-from onlinespec.engine.step import DecodeLoop, Request, UnfitPrompt
+from onlinespec.engine.request import Request, UnfitPrompt
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.metrics import figures, total, windows
 from onlinespec.experiments.provenance import provenance
 from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Segment, Totals, write_report

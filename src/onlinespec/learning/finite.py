@@ -48,7 +48,8 @@ class FiniteTexts:
             weakref.finalize(trace, self._forget, id(trace)).atexit = False
         first = self._num_checked.get(id(trace), 0)
         self._num_checked[id(trace)] = max(first, end)
-        return trace.hidden_states_SD[first:end].isfinite().all()
+        layers = trace.features[first:end].layers
+        return torch.stack([rows_SD.isfinite().all() for rows_SD in layers]).all()
 
     def _leave_out(self, record: Feedback) -> None:
         if not self.num_left_out:

@@ -16,7 +16,7 @@ from torch import Tensor
 from onlinespec.config import LearnConfig
 from onlinespec.drafters.checkpoints import drafter_folder, read_format
 from onlinespec.drafters.contract import Drafter
-from onlinespec.drafters.draft_vocab import list_size
+from onlinespec.drafters.draft_vocab import draft_vocab_size
 from onlinespec.learners import Evaluation, Learner, Params
 from onlinespec.learning.learner_spec import learner_of
 from onlinespec.models.base import ModelConfig
@@ -54,7 +54,7 @@ class Beside:
         products = Products(
             layers=draft_linear_for(device, torch.float32),
             head=draft_linear_for(device, head_dtype),
-            list_size=list_size(shape.vocab_size),
+            vocab_size=draft_vocab_size(shape.vocab_size),
         )
         total = self.num_drafters * drafting_bytes(size, shape, dtype, products)
         for config in self.learners:

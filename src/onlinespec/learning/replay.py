@@ -1,7 +1,7 @@
 """Memory of finished requests, bounded in bytes: a ring of the newest, and a sample of all that left the ring.
 
 Finished requests only: their states are whole and never change. What is kept is what Feedback points at, tokens and the
-target's hidden states, so that labels are rebuilt as exactly as for fresh rows.
+target's features, so that labels are rebuilt as exactly as for fresh rows.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from operator import itemgetter
 from random import Random
 
 import torch
+from torch import Tensor
 
-from onlinespec.core import Feedback, Trace
+from onlinespec.core import Features, Feedback, Trace
 
 _RING_SHARE = 0.25  # of the bytes: the newest requests, kept whatever they are
-_NO_TRACE = Trace([], torch.empty(0, 0))
+_NO_TRACE = Trace([], Features(torch.empty(0, 0)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ReplayBuffer:
     request, then a run of its rows.
 
     Args:
-        max_bytes: Of hidden states and token ids together, ring and reservoir.
+        max_bytes: Of features and token ids together, ring and reservoir.
         max_seconds: After which a request is forgotten; no clock is read where that is never.
 
     Reference: bottom-k sampling, Cohen and Kaplan (2007).
@@ -143,9 +144,9 @@ class ReplayBuffer:
 
 def detached(whole: Trace, records: Sequence[Feedback]) -> Stored:
     """A request over a trace of its own: no memory beyond the rows it has, whatever becomes of the original."""
-    states = whole.hidden_states_SD[: whole.num_features].clone()
-    trace = Trace(list(whole.token_ids), states, whole.num_features, whole.max_tokens)
-    num_bytes = states.numel() * states.element_size() + 8 * len(trace.token_ids)
+    features = whole.features[: whole.num_features].map(Tensor.clone)
+    trace = Trace(list(whole.token_ids), features, whole.num_features, whole.max_tokens)
+    num_bytes = features.num_bytes + 8 * len(trace.token_ids)
     return Stored(tuple(replace(record, trace=trace) for record in records), num_bytes)
 
 

@@ -73,7 +73,7 @@ def verify_by_rejection(draft: Draft, target_probs_BLV: Tensor, uniforms_BL2: Te
         draft: A row's tokens beyond its `num_draft_tokens_B` are never looked at.
         uniforms_BL2: At the absolute positions of the L tokens, independent of what drew the draft.
 
-    >>> draft = Draft(torch.tensor([[1, 2]]), torch.tensor([2]), probs_BKV=None, weights_version=0)
+    >>> draft = Draft.by_one(torch.tensor([[1, 2]]), torch.tensor([2]), weights_version=0)
     >>> target_probs = torch.eye(3)[None, [1, 0, 2]]  # greedy: 1, then 0 where the draft has 2
     >>> verdict = verify_by_rejection(draft, target_probs, torch.full((1, 3, 2), 0.5))
     >>> verdict.num_accepted_B.tolist(), verdict.token_ids_BL.tolist()

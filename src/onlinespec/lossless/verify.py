@@ -61,7 +61,7 @@ def verify(draft: Draft, choice_BL: Choice) -> Verdict:
     Raises:
         ValueError: if the target did not score exactly K + 1 positions.
 
-    >>> draft = Draft(torch.tensor([[1, 2]]), torch.tensor([2]), probs_BKV=None, weights_version=0)
+    >>> draft = Draft.by_one(torch.tensor([[1, 2]]), torch.tensor([2]), weights_version=0)
     >>> verdict = verify(draft, Choice(torch.tensor([[1, 0, 2]]), torch.ones(1, 3, dtype=torch.bool)))
     >>> verdict.num_accepted_B.tolist(), verdict.token_ids_BL.tolist()
     ([1], [[1, 0, -1]])

@@ -15,6 +15,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from onlinespec.core import Features
 from onlinespec.models.layer import LayerConfig
 
 
@@ -22,8 +23,7 @@ class Output(NamedTuple):
     """What a forward returns, on the target's device."""
 
     logits_MV: Tensor  # float32, the last `num_logits` rows of every request, in order
-    hidden_states_ND: Tensor  # after the final norm: the head applied to a row gives its logits
-    aux_hidden_states: dict[int, Tensor]  # [N, D] by layer id; id n is the state after n layers, 0 the embedding
+    features: Features  # of all N new tokens, with the aux layers that were asked for
 
 
 class Cache(Protocol):

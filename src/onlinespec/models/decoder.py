@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onlinespec.core import Features
 from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_rows
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
@@ -88,7 +89,7 @@ class Decoder(Model[KVCache]):
         hidden_ND = F.rms_norm(x_ND, (x_ND.shape[-1],), self._norm, self.config.layer.rms_norm_eps)
         rows_MD = last_rows(hidden_ND, counts, num_logits)
         logits_MV = self.head(rows_MD) if len(rows_MD) else rows_MD.new_empty(0, len(self.head_VD), dtype=torch.float32)
-        return Output(logits_MV, hidden_ND, aux)
+        return Output(logits_MV, Features(hidden_ND, aux))
 
     @cached_property
     def _head(self) -> Linear:

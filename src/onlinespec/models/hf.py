@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from onlinespec.core import Features
 from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_rows
 from onlinespec.models.kv_cache import Slots
 from onlinespec.models.layer import LayerConfig
@@ -125,7 +126,8 @@ class HFModel(Model[HFCache]):
                 cache.extend(slot, count)
         hidden_ND = torch.cat(states)
         logits_MV = self.head(last_rows(hidden_ND, counts, num_logits))
-        return Output(logits_MV, hidden_ND, {layer_id: torch.cat(rows) for layer_id, rows in aux.items() if rows})
+        aux_hidden_states = {layer_id: torch.cat(rows) for layer_id, rows in aux.items() if rows}
+        return Output(logits_MV, Features(hidden_ND, aux_hidden_states))
 
     @torch.inference_mode()
     def head(self, hidden_states_MD: Tensor) -> Tensor:

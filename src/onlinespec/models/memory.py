@@ -122,7 +122,7 @@ class Products:
 
     layers: MakeLinear
     head: MakeLinear
-    list_size: int  # tokens on a shortlist
+    vocab_size: int  # tokens of its draft vocabulary
 
 
 _LISTS = 2  # one that drafts are chosen from, and one that holds a batch's tokens
@@ -192,12 +192,12 @@ def _head_sizes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, produ
     """Elements of the head, of a list's rows of it, and bytes of each."""
     width = size.own_head_width or shape.layer.hidden_size
     itemsize = _FLOAT32 if size.own_head_width else dtype.itemsize
-    return shape.vocab_size * width, min(shape.vocab_size, products.list_size) * width, itemsize
+    return shape.vocab_size * width, min(shape.vocab_size, products.vocab_size) * width, itemsize
 
 
 def _label_bytes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, products: Products) -> int:
     """Of a list's rows of the target's head, where the drafter's is another."""
-    listed = min(shape.vocab_size, products.list_size)
+    listed = min(shape.vocab_size, products.vocab_size)
     return listed * shape.layer.hidden_size * dtype.itemsize if size.own_head_width else 0
 
 

@@ -9,15 +9,16 @@ Axis letters: S positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.core import DecodeStats, Feedback, Trace
+from onlinespec.core import DecodeStats, Features, Feedback, RequestInfo, Trace
 from onlinespec.drafters.contract import Drafter
-from onlinespec.engine.step import DecodeLoop, Learning, UnfitPrompt, step_stats
+from onlinespec.engine.request import UnfitPrompt
+from onlinespec.engine.step import DecodeLoop, Learning, step_stats
 from onlinespec.host import to_host
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.models.loading import Target
@@ -32,12 +33,24 @@ class Recorded:
     domain: str
     token_ids: tuple[int, ...]  # prompt and answer
     num_prompt_tokens: int
-    hidden_states_SD: Tensor  # of all tokens but the last
+    features: Features  # of all tokens but the last
     max_tokens: int  # the request could have come to
     sampling: SamplingParams
     target_fingerprint: str
     seed: int = 0  # with `choice`, of the noise that its tokens were chosen with
     choice: int = 0
+
+    @property
+    def info(self) -> RequestInfo:
+        """What a drafter is told of it."""
+        return RequestInfo(
+            self.id,
+            domain=self.domain,
+            capacity=self.max_tokens,
+            sampling=self.sampling,
+            seed=self.seed,
+            choice=self.choice,
+        )
 
     def noise(self, target: Target) -> Noise | None:
         """That noise; None where greedy."""
@@ -46,9 +59,19 @@ class Recorded:
         return Noise(self.seed, self.choice, target.decoder.config.vocab_size, target.decoder.device)
 
 
-def record(target: Target, prompts: Iterable[Prompt], params: GenerationParams, seed: int = 0) -> Iterator[Recorded]:
-    """Answers prompts by plain decoding; those that do not fit the target are left out."""
-    loop = DecodeLoop(target)
+def record(
+    target: Target,
+    prompts: Iterable[Prompt],
+    params: GenerationParams,
+    seed: int = 0,
+    aux_layer_ids: Collection[int] = (),
+) -> Iterator[Recorded]:
+    """Answers prompts by plain decoding; those that do not fit the target are left out.
+
+    Args:
+        aux_layer_ids: Layers whose states are recorded, too: those of the drafter that is to draft along.
+    """
+    loop = DecodeLoop(target, aux_layer_ids=aux_layer_ids)
     for i, prompt in enumerate(prompts):
         own = GenerationParams(params.max_new_tokens, 0, params.sampling, seed=seed * 1_000_003 + i)
         try:
@@ -60,7 +83,7 @@ def record(target: Target, prompts: Iterable[Prompt], params: GenerationParams, 
             domain=prompt.domain,
             token_ids=tuple(request.trace.token_ids),
             num_prompt_tokens=request.num_prompt_tokens,
-            hidden_states_SD=request.trace.hidden_states_SD[: request.trace.num_features].clone(),
+            features=request.trace.features[: request.trace.num_features].map(Tensor.clone),
             max_tokens=request.max_tokens,
             sampling=params.sampling,
             target_fingerprint=target.fingerprint,
@@ -86,15 +109,14 @@ class Replaying:
                 f"{recorded.id} was recorded with target {recorded.target_fingerprint}, "
                 f"this target is {self._target.fingerprint}; record it again"
             )
-        n, states = recorded.num_prompt_tokens, recorded.hidden_states_SD
-        trace = Trace(list(recorded.token_ids), states, len(states), recorded.max_tokens)
-        self._drafter.start(0, recorded.token_ids[:n], states[: n - 1], recorded.max_tokens)
-        self._drafter.hear(recorded.token_ids[:n], is_start=True)
+        n, features = recorded.num_prompt_tokens, recorded.features
+        trace = Trace(list(recorded.token_ids), features, len(features), recorded.max_tokens)
+        self._drafter.start(0, recorded.info, recorded.token_ids[:n], features[: n - 1])
         anchor, stats, noise = n - 1, DecodeStats(requests=1), recorded.noise(self._target)
         while anchor < len(recorded.token_ids) - 1:
             anchor, counted = self._step(recorded, trace, anchor, noise)
             stats += counted
-        self._drafter.release(0)
+        self._drafter.release(0, is_finished=True)
         return stats
 
     def _step(self, recorded: Recorded, trace: Trace, anchor: int, noise: Noise | None) -> tuple[int, DecodeStats]:
@@ -106,9 +128,7 @@ class Replaying:
         num_rows = min(accepted + 1, len(following))
         is_last = num_rows == len(following)
         if not is_last:
-            features = recorded.hidden_states_SD[anchor : anchor + num_rows]
-            self._drafter.observe([0], [following[:num_rows]], [features])
-            self._drafter.hear(following[:num_rows], is_start=False)
+            self._drafter.observe([0], [following[:num_rows]], [recorded.features[anchor : anchor + num_rows]])
         if self._learning:
             self._learning.offer(
                 [

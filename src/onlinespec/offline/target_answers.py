@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.core import Feedback, Trace
-from onlinespec.engine.step import DecodeLoop, Request, UnfitPrompt
+from onlinespec.core import Features, Feedback, Trace
+from onlinespec.engine.request import Request, UnfitPrompt
+from onlinespec.engine.step import DecodeLoop
 from onlinespec.models.loading import Target
 from onlinespec.offline.replay_stream import Recorded
 from onlinespec.workloads import Prompt
@@ -55,10 +56,11 @@ class Answers:
 
     Args:
         target: Whose answers they are; those of another are refused.
+        aux_layer_ids: Layers whose states lie beside the final ones; answers without them are refused.
     """
 
-    def __init__(self, folder: Path, target: Target) -> None:
-        self.folder, self._target = folder, target
+    def __init__(self, folder: Path, target: Target, aux_layer_ids: Sequence[int] = ()) -> None:
+        self.folder, self._target, self._aux_layer_ids = folder, target, tuple(aux_layer_ids)
         folder.mkdir(parents=True, exist_ok=True)
         self._places: list[_Place] = []
         self.num_prompts = 0  # asked so far, those that were too long included
@@ -94,7 +96,9 @@ class Answers:
         while self.num_prompts < len(prompts) and has_time():
             first, began, before = self.num_prompts, time.monotonic(), num_tokens
             chosen = prompts[first : first + _AT_ONCE]
-            loop = DecodeLoop(self._target)  # of its own: a shard depends on nothing that ran before
+            loop = DecodeLoop(
+                self._target, aux_layer_ids=self._aux_layer_ids
+            )  # of its own: a shard depends on nothing that ran before
             requests = self._started(loop, chosen, [params_of(first + i) for i in range(len(chosen))])
             while running := [request for request in requests if not request.finish_reason]:
                 loop.step(running)
@@ -108,17 +112,19 @@ class Answers:
         place = self._places[index]
         try:
             with safe_open(place.shard, framework="pt", device=str(self._target.decoder.device)) as shard:
-                ids, states = shard.get_tensor(f"ids.{place.index}"), shard.get_tensor(f"states.{place.index}")
+                ids, final_SD = shard.get_tensor(f"ids.{place.index}"), shard.get_tensor(f"states.{place.index}")
+                aux = {layer: shard.get_tensor(f"aux.{layer}.{place.index}") for layer in self._aux_layer_ids}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{place.shard} can't be read ({error}); {_DELETE}") from error
-        if place.checksum not in (None, _checksum(ids, states)):
+        features = Features(final_SD, aux)
+        if place.checksum not in (None, _checksum(ids, *features.layers)):
             raise ValueError(f"{place.shard} can't be read (damaged); {_DELETE}")
         return Recorded(
             id=place.id,
             domain=place.domain,
             token_ids=tuple(ids.tolist()),
             num_prompt_tokens=place.num_prompt_tokens,
-            hidden_states_SD=states,
+            features=features,
             max_tokens=place.max_tokens,
             sampling=SamplingParams(place.temperature),
             target_fingerprint=self._target.fingerprint,
@@ -128,8 +134,8 @@ class Answers:
     def feedback(self, index: int) -> Feedback:
         """An answer as one run of verified rows."""
         recorded = self.recorded(index)
-        states = recorded.hidden_states_SD
-        trace = Trace(list(recorded.token_ids), states, len(states), recorded.max_tokens)
+        features = recorded.features
+        trace = Trace(list(recorded.token_ids), features, len(features), recorded.max_tokens)
         start = recorded.num_prompt_tokens - 1
         return Feedback(
             trace=trace,
@@ -164,22 +170,29 @@ class Answers:
         known = []
         for i, request in enumerate(requests):
             trace = request.trace
-            ids = trace.hidden_states_SD.new_tensor(trace.token_ids, dtype=torch.int64)
-            states = trace.hidden_states_SD[: trace.num_features].contiguous()
-            tensors |= {f"ids.{i}": ids, f"states.{i}": states}
+            features = trace.features[: trace.num_features].map(Tensor.contiguous)
+            ids = features.final_SD.new_tensor(trace.token_ids, dtype=torch.int64)
+            tensors |= {f"ids.{i}": ids, f"states.{i}": features.final_SD}
+            tensors |= {f"aux.{layer}.{i}": rows_SD for layer, rows_SD in features.aux.items()}
             known.append(
                 {
-                    "id": request.request_id,
-                    "domain": request.domain,
+                    "id": request.info.request_id,
+                    "domain": request.info.domain,
                     "num_prompt_tokens": request.num_prompt_tokens,
                     "num_tokens": len(trace.token_ids),
                     "max_tokens": request.max_tokens,
                     "temperature": request.params.sampling.temperature,
                     "seed": request.params.seed,
-                    "checksum": _checksum(ids, states),
+                    "checksum": _checksum(ids, *features.layers),
                 }
             )
-        facts = {"target": self._target.fingerprint, "num_prompts": num_prompts, "seconds": seconds, "answers": known}
+        facts = {
+            "target": self._target.fingerprint,
+            "aux_layer_ids": list(self._aux_layer_ids),
+            "num_prompts": num_prompts,
+            "seconds": seconds,
+            "answers": known,
+        }
         shard = self.folder / f"{first:08d}.safetensors"
         with written(shard) as partial:
             save_file(tensors, partial, metadata={"onlinespec": json.dumps(facts)})
@@ -196,6 +209,8 @@ class Answers:
                 f"{shard} holds answers of target {facts['target']}, this target is {self._target.fingerprint}; "
                 "choose another --out"
             )
+        if missing := sorted({*self._aux_layer_ids} - {*facts.get("aux_layer_ids", ())}):
+            raise ValueError(f"{shard} lacks the states of layers {missing}, which the drafter reads; {_DELETE}")
         if int(shard.stem) != self.num_prompts:
             raise ValueError(f"{self.folder} lacks the shard before {shard.name}; of {shard.name}: {_DELETE}")
         if any("seed" not in known for known in facts["answers"]):

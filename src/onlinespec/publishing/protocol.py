@@ -20,7 +20,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from onlinespec.core import DrafterWeights, Feedback, Trace
+from onlinespec.core import DrafterWeights, Features, Feedback, Trace
 
 _RECORD_FIELDS = tuple(name for name in Feedback.__dataclass_fields__ if name != "trace")
 
@@ -56,7 +56,8 @@ class Rows(Struct, frozen=True, tag=True):
     first_token: int  # where the new tokens begin ...
     token_ids: list[int]
     first_state: int  # ... and the new states
-    states_SD: Blob
+    final_SD: Blob
+    aux: dict[int, Blob]  # by layer
     max_tokens: int
     record: dict[str, Any]  # Feedback without its trace
 
@@ -150,12 +151,14 @@ class Outgoing:
             weakref.finalize(trace, self._forget, id(trace)).atexit = False
         number, num_tokens, num_states = self._sent[id(trace)]
         self._sent[id(trace)] = number, end + 1, end
+        new = trace.features[num_states:end]
         return Rows(
             text=number,
             first_token=num_tokens,
             token_ids=trace.token_ids[num_tokens : end + 1],
             first_state=num_states,
-            states_SD=Blob.of(trace.hidden_states_SD[num_states:end]),
+            final_SD=Blob.of(new.final_SD),
+            aux={layer: Blob.of(rows_SD) for layer, rows_SD in new.aux.items()},
             max_tokens=trace.max_tokens,
             record={name: getattr(record, name) for name in _RECORD_FIELDS},
         )
@@ -189,19 +192,18 @@ class Incoming:
         return None
 
     def _record(self, rows: Rows) -> Feedback:
-        states_SD = rows.states_SD.tensor()
+        new = Features(rows.final_SD.tensor(), {layer: blob.tensor() for layer, blob in rows.aux.items()})
         trace = self._traces.get(rows.text)
         if trace is None:
-            trace = self._traces[rows.text] = Trace([], states_SD.new_empty(rows.max_tokens, states_SD.shape[1]))
-            trace.max_tokens = rows.max_tokens
+            room = new.map(lambda rows_SD: rows_SD.new_empty(rows.max_tokens, rows_SD.shape[1]))
+            trace = self._traces[rows.text] = Trace([], room, max_tokens=rows.max_tokens)
         if len(trace.token_ids) != rows.first_token or trace.num_features != rows.first_state:
             raise ValueError(
                 f"text {rows.text} goes on at token {rows.first_token}, of it {len(trace.token_ids)} are known: "
                 "a message is missing"
             )
         trace.token_ids.extend(rows.token_ids)
-        trace.hidden_states_SD[trace.num_features : trace.num_features + len(states_SD)] = states_SD
-        trace.num_features += len(states_SD)
+        trace.append(new)
         return Feedback(trace=trace, **rows.record)
 
 

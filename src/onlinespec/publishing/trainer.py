@@ -19,6 +19,7 @@ import msgspec
 from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.contract import Drafter
+from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.gate import Publisher, started
@@ -84,14 +85,15 @@ class Trainer:
         self._proposed = self.learning.num_rounds  # when a candidate was last proposed
         self._judged = self.learning.num_rounds  # when weights were last compared
         self._num_drifts = 0  # noticed so far
-        self._heard: dict[int, int] = {}  # tokens of each text, by the id of a trace that others keep alive
+        self._num_observed: dict[int, int] = {}  # tokens of each text, by the id of a trace that others keep alive
         self.failure = ""  # why nothing is learned any more
 
     def offer(self, records: Sequence[Feedback]) -> DrafterWeights | None:
         """Takes what was served, learns if it is time, and returns a version to serve from now on, if there is one."""
         before = self.publisher.num_events
-        for record in records:
-            self._hear(record)
+        if vocab := self._drafter.draft_vocab:
+            for record in records:
+                self._observe_tokens(vocab, record)
         records = self.learning.finite.of(records)
         self.publisher.offer(records)
         # where time is scarce, rounds and judging take turns: each alone could take all of it
@@ -201,15 +203,15 @@ class Trainer:
             log.log(logging.DEBUG if self.num_unsaved else logging.ERROR, "%s; this is said once", error)
             self.num_unsaved += 1
 
-    def _hear(self, record: Feedback) -> None:
-        """Lets the drafter know of the tokens, as the one that serves does."""
+    def _observe_tokens(self, vocab: DraftVocab, record: Feedback) -> None:
+        """The tokens of a text, each once, as the drafter that serves counts them."""
         trace, end = record.trace, record.start + record.num_rows + 1
-        if id(trace) not in self._heard:
-            weakref.finalize(trace, self._heard.pop, id(trace), None).atexit = False
-            self._heard[id(trace)] = record.start + 1
-            self._drafter.hear(trace.token_ids[: record.start + 1], is_start=True)
-        self._drafter.hear(trace.token_ids[self._heard[id(trace)] : end], is_start=False)
-        self._heard[id(trace)] = end
+        if id(trace) not in self._num_observed:
+            weakref.finalize(trace, self._num_observed.pop, id(trace), None).atexit = False
+            self._num_observed[id(trace)] = record.start + 1
+            vocab.begin_request(trace.token_ids[: record.start + 1])
+        vocab.observe_tokens(trace.token_ids[self._num_observed[id(trace)] : end])
+        self._num_observed[id(trace)] = end
 
     def _fail(self, reason: str) -> None:
         self.failure = reason

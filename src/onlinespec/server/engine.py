@@ -18,8 +18,8 @@ import torch
 
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, TokenLogprobs
+from onlinespec.engine.request import ERROR, Request
 from onlinespec.engine.scheduler import Scheduler
-from onlinespec.engine.step import ERROR, Request
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Totals:
 
     stats: DecodeStats = field(default_factory=DecodeStats)  # of requests that ended
     prompt_tokens: int = 0
-    known_tokens: int = 0  # of the prompts', those that an earlier request had read
+    cached_tokens: int = 0  # of the prompts', those that an earlier request had read
     tokens_beyond_drafter: int = 0  # of answers, behind the longest text that the drafter drafts for
     finished: Counter[str] = field(default_factory=Counter)  # by reason
 
@@ -195,7 +195,7 @@ class Engine:
         totals = self.totals
         totals.stats = totals.stats + request.stats
         totals.prompt_tokens += request.num_prompt_tokens
-        totals.known_tokens += request.num_known
+        totals.cached_tokens += request.num_cached
         totals.tokens_beyond_drafter += request.num_beyond_drafter
         totals.finished[request.finish_reason or ""] += 1
 

@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onlinespec.engine.request import ContextOverflow
 from onlinespec.engine.scheduler import Busy, TooLarge
-from onlinespec.engine.step import ContextOverflow
 from onlinespec.server import schema
 from onlinespec.server.engine import Closed
 from onlinespec.server.schema import ErrorBody, ErrorDetail

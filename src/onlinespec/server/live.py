@@ -57,7 +57,7 @@ class Live:
             "marks": sorted(self._marks, key=lambda mark: mark["at"]),
             "requests": {
                 "running": len(scheduler.running),
-                "reading": len(scheduler.reading),
+                "prefilling": len(scheduler.prefilling),
                 "waiting": len(scheduler.waiting),
                 "most_running": scheduler.limits.max_running,
                 "finished": dict(totals.finished),

@@ -87,7 +87,7 @@ class _EngineCollector(Collector):
         yield finished
         for name, help_text, value in (
             ("prompt_tokens", "Tokens of prompts.", totals.prompt_tokens),
-            ("known_prompt_tokens", "Of these, tokens that an earlier request had read.", totals.known_tokens),
+            ("cached_prompt_tokens", "Of these, tokens that an earlier request had read.", totals.cached_tokens),
             ("tokens", "Tokens of answers.", stats.tokens),
             ("steps", "Verifications by the target.", stats.steps),
             ("drafted_tokens", "Tokens that were drafted.", stats.drafted),
@@ -104,7 +104,7 @@ class _EngineCollector(Collector):
         loop = scheduler.loop
         for name, help_text, number in (
             ("requests_waiting", "Requests in the queue.", len(scheduler.waiting)),
-            ("requests_reading", "Requests whose prompts are being read.", len(scheduler.reading)),
+            ("requests_prefilling", "Requests whose prompts are being prefilled.", len(scheduler.prefilling)),
             ("requests_running", "Requests that decode.", len(scheduler.running)),
             ("weights_version", "Of the drafter.", loop.drafter.weights.version if loop.drafter else 0),
             ("prefix_cache_bytes", "Of prompts kept for later ones.", loop.prefixes.num_bytes if loop.prefixes else 0),

@@ -234,7 +234,7 @@ def usage_of(answers: Sequence[Answer], num_choices: int) -> Usage:
         prompt_tokens=num_prompt,
         completion_tokens=stats.tokens,
         total_tokens=num_prompt + stats.tokens,
-        prompt_tokens_details=PromptDetails(cached_tokens=sum(request.num_known for request in prompts)),
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(request.num_cached for request in prompts)),
         speculation=UsageSpeculation(
             beyond_drafter=sum(request.num_beyond_drafter for request in requests),
             seed=requests[0].params.seed,

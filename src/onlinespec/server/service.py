@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from onlinespec.config import GenerationParams
+from onlinespec.engine.request import ERROR
 from onlinespec.engine.scheduler import CANCELLED, Busy
-from onlinespec.engine.step import ERROR
 from onlinespec.server.engine import Answer, Closed, Engine, Piece
 from onlinespec.server.errors import ApiError, from_asking, parsed, to_json
 from onlinespec.server.metrics import Metrics
@@ -128,7 +128,7 @@ class Service:
         try:
             params = params_of(body, self.settings.defaults)
             jobs = [(ids, replace(params, choice=i)) for ids in prompts for i in range(body.num_choices)]
-            return self._engine.ask(jobs, request_id=request_id, tenant=tags.tenant, learns=tags.learns)
+            return self._engine.ask(jobs, request_id=request_id, tenant=tags.tenant, may_learn=tags.learns)
         except (ValueError, Busy, Closed) as error:
             raise from_asking(error, self.settings.retry_after, _source(body)) from error
 

@@ -100,7 +100,7 @@ class OwnDraftModel(DraftModel):
         return take_over
 
     def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return self._decoder.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).hidden_states_ND
+        return self._decoder.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).features.final_SD
 
     def published(self, weights: Params) -> dict[str, Tensor]:
         return published_weights(weights, self._architecture)
@@ -164,7 +164,7 @@ class HFDraftModel(DraftModel):
         return self._model.prepare(weights)
 
     def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return self._model.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).hidden_states_ND
+        return self._model.forward(token_ids_N, slots, counts, self.cache, [0] * len(slots)).features.final_SD
 
     def published(self, weights: Params) -> dict[str, Tensor]:
         return dict(weights)

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from onlinespec.config import MAX_DRAFT_TOKENS, Tuning
-from onlinespec.core import DrafterWeights, Feedback, Params
-from onlinespec.drafters.autoregressive import Head, Headed, draft_dtype_for
-from onlinespec.drafters.checkpoints import read_side, write_drafter
-from onlinespec.drafters.draft_vocab import Listed, Shortlist
+from onlinespec.core import DrafterWeights, Features, Params, RequestInfo
+from onlinespec.drafters.autoregressive import Autoregressive
+from onlinespec.drafters.checkpoints import draft_tokens_in, draft_tokens_of, read_side, write_drafter
+from onlinespec.drafters.draft_vocab import DraftTokens, DraftVocab
+from onlinespec.drafters.head_training import Head, draft_dtype_for
 from onlinespec.drafters.small_lm import adapters
 from onlinespec.drafters.small_lm.draft_model import DraftModel, HFDraftModel, OwnDraftModel
-from onlinespec.drafters.training_rows import Layout, Span, spans_of
+from onlinespec.drafters.training_rows import Layout
 from onlinespec.host import to_device
-from onlinespec.learners.losses import TargetRows
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, tensor_shapes, weight_files
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
@@ -47,7 +47,7 @@ _FRESH_LAYERS = 2
 _READ_AT_ONCE = 512  # rows of a prompt
 
 
-class SmallLM(Headed):
+class SmallLM(Autoregressive):
     """A causal language model of any family; those that `models/decoder.py` runs draft in batches.
 
     Args:
@@ -67,7 +67,7 @@ class SmallLM(Headed):
         dtype: torch.dtype = torch.float32,
         base: str = "",
         make_linear: MakeLinear | None = None,
-        shortlist: int | None = None,
+        draft_tokens: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(target)
         self.config, self._dtype, self._base = dict(config), dtype, base
@@ -82,7 +82,7 @@ class SmallLM(Headed):
         make_head = make_linear or draft_linear_for(device, self._draft_dtype)
         self._product = plain_product if make_linear else learn_product_for(device)
         head_VD = self._fitted(weights[model.head_name]).to(self._draft_dtype)
-        self._shortlist = Shortlist(head_VD, make_head, shortlist, labels_VD=self._decoder.head_VD)
+        self.draft_vocab = DraftVocab(head_VD, make_head, draft_tokens, labels_VD=self._decoder.head_VD)
         self.swap(DrafterWeights(self._trained(weights), version))
 
     # --- where it comes from and goes to ------------------------------------------------------------------------
@@ -119,7 +119,9 @@ class SmallLM(Headed):
                 folder, made_for, target.fingerprint,
             )  # fmt: skip
         version = int(side.get("weights_version", 0))
-        return cls(target, config, model, weights, version, dtype, base=str(folder.absolute()))
+        drafter = cls(target, config, model, weights, version, dtype, base=str(folder.absolute()))
+        drafter.draft_vocab.restore(draft_tokens_in(side))
+        return drafter
 
     @classmethod
     def _with_adapters(cls, folder: Path, target: Target) -> Self:
@@ -159,7 +161,7 @@ class SmallLM(Headed):
 
     def save(self, folder: Path) -> None:
         version, params = self.weights.version, self.weights.params
-        side = self.side(target_fingerprint=self._fingerprint)
+        side = self.side(target_fingerprint=self._fingerprint, **draft_tokens_of(self.draft_vocab))
         if self._tuning.what == "adapters":
             side["base_fingerprint"] = fingerprint(find_folder(self._base))
             config, names = adapters.config_of(self._tuning, self._base), (adapters.CONFIG, adapters.WEIGHTS)
@@ -209,7 +211,7 @@ class SmallLM(Headed):
                 if take_over:
                     take_over()
             if head_VD is not None:
-                self._shortlist.use(head_VD)
+                self.draft_vocab.use_head(head_VD)
         self.weights = weights
 
     def _fitted(self, head_VD: Tensor) -> Tensor:
@@ -218,27 +220,29 @@ class SmallLM(Headed):
 
     # --- drafting -----------------------------------------------------------------------------------------------
 
-    def start(self, slot: int, token_ids: Sequence[int], features_SD: Tensor, capacity: int) -> None:
-        super().start(slot, token_ids, features_SD, min(capacity, self._model.config.max_positions))
+    def _capacity(self, info: RequestInfo) -> int:
+        return min(info.capacity, self._model.config.max_positions)
 
     def _can_draft(self, slot: int) -> bool:
         """Not beyond the positions that it was trained for."""
-        length = self._cache.lengths[slot] + len(self._slots[slot].read_ids)
+        length = self._cache.lengths[slot] + len(self._slots[slot].token_ids)
         return length + MAX_DRAFT_TOKENS <= self._model.config.max_positions
 
     def _remember(self, slot: int) -> None:
-        state = self._slots[slot]
-        ids, num_read = state.read_ids, 0
+        waiting = self._slots[slot]
+        ids, num_read = waiting.token_ids, 0
         try:
             while len(ids) - num_read > _READ_AT_ONCE:
                 piece = to_device(ids[num_read : num_read + _READ_AT_ONCE], self._decoder.device)
-                self._read(piece, torch.empty(0), [slot], [_READ_AT_ONCE])
+                self._read(piece, None, [slot], [_READ_AT_ONCE])
                 num_read += _READ_AT_ONCE
         finally:  # what is in the cache is not read again, whatever became of the rest
-            state.read_ids = ids[num_read:]
+            waiting.token_ids = ids[num_read:]
 
-    def _read(self, read_ids_N: Tensor, features_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return self._model.read(self._model.known(read_ids_N), slots, counts)
+    def _read(
+        self, token_ids_N: Tensor, features: Features | None, slots: Sequence[int], counts: Sequence[int]
+    ) -> Tensor:
+        return self._model.read(self._model.known(token_ids_N), slots, counts)
 
     # --- learning -----------------------------------------------------------------------------------------------
 
@@ -257,31 +261,15 @@ class SmallLM(Headed):
         name, one = next(iter(self.weights.params.items()))
         return params[name].shape[: params[name].dim() - one.dim()]
 
-    def _learn_head(self, params: Params, listed: Listed | None) -> Head:
+    def _learn_head(self, params: Params, tokens: DraftTokens | None) -> Head:
         if self._tuning.what != "all":
-            return super()._learn_head(params, listed)
+            return super()._learn_head(params, tokens)
         head_VD = self._fitted(params[self._model.head_name])
-        if listed is None:
-            return lambda states: self._shortlist.widened(self._product(states, head_VD))
-        token_ids_S = listed.token_ids_S.clone()  # it may be from inference mode, which no gradient may meet
+        if tokens is None:
+            return lambda states: self.draft_vocab.widened(self._product(states, head_VD))
+        token_ids_S = tokens.draft_to_target_S.clone()  # it may be from inference mode, which no gradient may meet
         head_SD = head_VD[..., token_ids_S, :]
         return lambda states: self._product(states, head_SD)
-
-    def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
-        """Rows whose token can't be drafted don't count."""
-        return spans_of(
-            feedback,
-            self.num_before,
-            rejected_only,
-            is_fresh,
-            self.reads_features,
-            self.max_context,
-            self._shortlist.can_draft,
-        )
-
-    def _target_rows(self, layout: Layout) -> TargetRows:
-        rows = super()._target_rows(layout)
-        return rows._replace(probs_NV=self._shortlist.narrowed(rows.probs_NV))
 
 
 def _read(

@@ -1,0 +1,152 @@
+"""How drafters learn whose layers end in a state that a head turns into tokens, however they draft.
+
+Verified rows become training rows, their states are computed with a gradient, and a head turns them into rows that a
+loss compares with the target's. Embedding and head stay as they are, unless a subclass says otherwise.
+
+Axis letters: M, N rows, D hidden size, S tokens of the draft vocabulary, V vocabulary, E sets of weights.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onlinespec.core import Feedback, Params
+from onlinespec.drafters.agreement import agrees
+from onlinespec.drafters.contract import Drafter, Loss
+from onlinespec.drafters.draft_vocab import DraftTokens, DraftVocab
+from onlinespec.drafters.training_rows import Layout, Span, TrainingRows, spans_of
+from onlinespec.host import to_device, to_host
+from onlinespec.learners.losses import RowLoss, TargetRows, soft_cross_entropy
+from onlinespec.models.base import Model
+from onlinespec.models.loading import Target
+
+Head = Callable[[Tensor], Tensor]  # states [..., D] to logits over the vocabulary, or over some of its tokens
+
+
+class HeadTraining(Drafter):
+    """The learning half of a drafter whose states go through a head. Subclasses set `draft_vocab`."""
+
+    is_trainable = True
+    unroll = 1  # drafting depths that a training row goes through
+    num_before = 0  # tokens of a request before the first that has a row; 1 where a row needs the state before it
+    reads_features = False  # whether rows read the target's states
+    max_context: int | None = None  # newest rows of context that learning sees; None for all
+    draft_vocab: DraftVocab
+
+    def __init__(self, target: Target) -> None:
+        self._decoder = target.decoder
+        self._fingerprint = target.fingerprint
+        self._draft_dtype = draft_dtype_for(self._decoder)
+
+    def batch(
+        self, feedback: Sequence[Feedback], replayed: Sequence[Feedback] = (), rejected_only: bool = False
+    ) -> TrainingRows:
+        fresh = TrainingRows(self._spans(feedback, rejected_only, is_fresh=True), self._label, self.draft_vocab)
+        if not fresh.has_rows:
+            return TrainingRows([], self._label)
+        fresh += self._spans(replayed, rejected_only, is_fresh=False)
+        return fresh
+
+    def losses(
+        self, candidates: Sequence[Params], batch: TrainingRows, row_loss: RowLoss = soft_cross_entropy
+    ) -> list[Loss]:
+        if not batch.has_rows:
+            raise ValueError("a batch without verified rows has no loss")
+        params, head = stacked(candidates), self._learn_head(stacked(candidates), batch.tokens)
+        counts_N = batch.layout.counts_N.float()
+        num_rows, agreed_E = counts_N.sum(), counts_N.new_zeros(len(candidates))
+        weights_EN: list[Tensor] = []
+        for at_M, states_EMD in self._depths(params, batch.layout, self.unroll):
+            rows, logits = batch.target.take(at_M), head(states_EMD)
+            if not weights_EN:  # the first depth, which every row reaches
+                agreed_E = _num_agreed(logits.detach(), rows, batch)
+            weights_EN.append(row_loss(logits, rows).view(len(candidates), -1) * counts_N[at_M])
+        totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
+        fresh_M = to_device(batch.layout.fresh, counts_N.device)
+        fresh_E = weights_EN[0].detach()[:, fresh_M].sum(-1) / len(fresh_M)
+        counted, fresh, agreed = to_host(num_rows, fresh_E, agreed_E)
+        scored = zip(totals_E, fresh, agreed, strict=True)
+        num_fresh = len(batch.fresh_places)
+        return [Loss(total, loss, int(counted), int(right), num_fresh) for total, loss, right in scored]
+
+    @torch.no_grad()
+    def rows(
+        self, candidates: Sequence[Params], batch: TrainingRows, num_depths: int = 1
+    ) -> list[tuple[Tensor, TargetRows]]:
+        fresh, params = batch.fresh, stacked(candidates)
+        head, depths = self._learn_head(params, None), []
+        for at_M, states_MD in self._depths(params, fresh.layout, num_depths):
+            logits = head(states_MD).view(len(candidates), len(at_M), -1)
+            depths.append((logits, fresh.target.take(at_M)))
+        return depths
+
+    @abstractmethod
+    def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each drafting depth, which training rows it reaches, and the states [M, D] drafted there.
+
+        Stacked params give states with an axis of sets in front.
+        """
+
+    def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
+        """Rows whose token can't be drafted don't count."""
+        return spans_of(
+            feedback,
+            self.num_before,
+            rejected_only,
+            is_fresh,
+            self.reads_features,
+            self.max_context,
+            self.draft_vocab.has_row,
+        )
+
+    def _learn_head(self, params: Params, tokens: DraftTokens | None) -> Head:
+        """The head that learning goes through; by default one that never learns."""
+        product = tokens.head if tokens else self.draft_vocab.whole
+
+        def head(states: Tensor) -> Tensor:
+            return self._logits(states.flatten(0, -2), product).view(*states.shape[:-1], -1)
+
+        return head
+
+    def _logits(self, states_ND: Tensor, head: Head) -> Tensor:
+        return head(states_ND.to(self.draft_vocab.dtype)).float()
+
+    def _label(self, layout: Layout, tokens: DraftTokens | None) -> TargetRows:
+        """The target's rows: its head applied to the states that verification left."""
+        places = tokens.target_to_draft(layout.token_ids) if tokens else None
+        if tokens is None or places is None:
+            probs_NV = self.draft_vocab.narrowed(self._decoder.head(layout.target_states_ND).softmax(-1))
+            return TargetRows(probs_NV, layout.token_ids_N, layout.temperatures_N, layout.noise_keys_N3)
+        places_N = to_device(places, layout.token_ids_N.device)
+        logits_NS = self._target_logits(tokens, layout.target_states_ND)
+        return TargetRows(logits_NS.softmax(-1), places_N, layout.temperatures_N, layout.noise_keys_N3)
+
+    def _target_logits(self, tokens: DraftTokens, states_ND: Tensor) -> Tensor:
+        """The target's own, of some tokens: the short product will do where its head is nothing else."""
+        if self._decoder.has_plain_head:
+            return tokens.target_logits(states_ND)
+        return self._decoder.head(states_ND)[:, tokens.draft_to_target_S]
+
+
+def _num_agreed(logits: Tensor, target: TargetRows, batch: TrainingRows) -> Tensor:
+    """Of the fresh rows, in how many a first draft would have been the committed token, for each set of weights."""
+    fresh_M = to_device(batch.fresh_places, logits.device)
+    logits_ENS = logits.view(-1, *target.probs_NV.shape)
+    return agrees(logits_ENS[:, fresh_M], target.take(fresh_M)).sum(-1)
+
+
+def draft_dtype_for(target: Model[Any]) -> torch.dtype:
+    """What drafts are computed in: on a CPU float32, or products packed from it; on an accelerator the target's own."""
+    return torch.float32 if target.device.type == "cpu" else target.dtype
+
+
+def stacked(candidates: Sequence[Params]) -> Params:
+    """One set of weights as it is; several with an axis in front, for one product instead of several."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return {name: torch.stack([params[name] for params in candidates]) for name in candidates[0]}
