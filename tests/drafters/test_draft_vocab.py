@@ -1,3 +1,4 @@
+import json
 from functools import cache
 
 import pytest
@@ -8,6 +9,7 @@ from rigs import SOFT, hidden_states, other_weights, plain
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Features, Feedback, RequestInfo, Trace
 from onlinespec.drafters import draft_vocab as draft_vocab_module
+from onlinespec.drafters import load_drafter
 from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.training_rows import TrainingRows
@@ -123,6 +125,47 @@ def test_columns_are_places_in_the_list_and_none_if_one_is_missing():
         assert some.now.target_to_draft([53, other]) is None
 
 
+def test_what_traffic_has_brought_is_saved_once_it_is_enough_and_comes_back_as_the_choice():
+    some, later = vocab(4), vocab(4)
+    see(some, [50, 51, 52, 53])
+    assert some.saved() == [], "four tokens are too few to stand for the traffic"
+    see(some, [50, 51, 52, 53])
+    assert sorted(some.saved()) == [50, 51, 52, 53]
+    later.restore(some.saved())
+    assert not later.is_cold
+    assert listed(later) == [50, 51, 52, 53]
+    see(later, *[[10, 11, 12, 13]] * 3)
+    assert listed(later) == [10, 11, 12, 13], "newer traffic outweighs it"
+
+
+def test_saved_tokens_without_a_row_are_left_out():
+    some = vocab(4)
+    some.restore([50, VOCAB + 7, -1, 51])
+    assert {50, 51} <= set(listed(some))
+
+
+def test_fixed_tokens_are_the_same_whatever_is_seen():
+    some = vocab([9, 3, 60, 3])
+    assert not some.is_cold
+    assert listed(some) == [3, 9, 60]
+    see(some, [50, 51, 52] * 9)
+    assert listed(some) == listed_ids_of(some.holding([50])) == [3, 9, 60]
+    assert some.now.target_to_draft([60, 3]).tolist() == [2, 0]
+    assert some.saved() == []
+
+
+def listed_ids_of(tokens):
+    return tokens.draft_to_target.tolist()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [([], "draft tokens are none"), ([3, VOCAB], "3 to 64; give some of 0 to 63"), ([-1], "-1")]
+)
+def test_fixed_tokens_that_the_head_lacks_are_refused(tokens, words):
+    with pytest.raises(ValueError, match=words):
+        vocab(tokens)
+
+
 # In a drafter
 
 
@@ -192,6 +235,36 @@ def test_no_list_changes_the_tokens_of_a_seed(monkeypatch):
         params = GenerationParams(max_new_tokens=20, num_draft_tokens=3, sampling=SOFT, seed=5)
         answers.append([DecodeLoop(TARGET, drafter).complete(prompt, params).output_ids for prompt in PROMPTS])
     assert answers[0] == answers[1]
+
+
+def test_fixed_tokens_are_all_that_greedy_drafts_have_and_answers_stay_exact():
+    allowed = [5, 9, 31, 77, 200]
+    drafts = proposals(allowed, GREEDY)
+    assert {i for draft in drafts for i in draft.token_ids_BK.flatten().tolist()} <= {*allowed}
+    loop = DecodeLoop(TARGET, eagle(allowed))
+    params = GenerationParams(max_new_tokens=24, num_draft_tokens=3)
+    assert [loop.complete(prompt, params).output_ids for prompt in PROMPTS] == plain_answers(24)
+
+
+@pytest.mark.parametrize("name", ["eagle", "small_lm"])
+def test_a_saved_drafter_begins_with_the_tokens_of_its_traffic(name, tmp_path):
+    drafter = load_drafter(name, TARGET)
+    drafter.draft_vocab = DraftVocab(drafter.draft_vocab._head_VD, PlainLinear, 8)
+    drafter.draft_vocab.begin_request([60, 61, 62, 63, 64, 65, 66, 67] * 2)
+    drafter.save(tmp_path / "d")
+    noted = json.loads((tmp_path / "d" / "onlinespec.json").read_text())
+    assert noted["draft_tokens"] == "60 61 62 63 64 65 66 67"
+    again = load_drafter(tmp_path / "d", TARGET)
+    assert again.draft_vocab._num_seen == 16
+    assert {*range(60, 68)} <= set(listed(again.draft_vocab))
+
+
+def test_noted_tokens_that_are_none_are_named_with_the_way_out(tmp_path):
+    Eagle.fresh(TARGET).save(tmp_path / "d")
+    side = tmp_path / "d" / "onlinespec.json"
+    side.write_text(json.dumps(json.loads(side.read_text()) | {"draft_tokens": "5 x"}))
+    with pytest.raises(ValueError, match=r"draft_tokens in onlinespec.json is no text of token ids .*leave it out"):
+        load_drafter(tmp_path / "d", TARGET)
 
 
 # Learning

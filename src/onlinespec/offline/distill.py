@@ -217,7 +217,7 @@ class Distilling:
                 f"needed, {_LEAST_HELD_OUT} of them to measure on; give more data, or a larger --num-requests"
             )
         self._version = self._claim(restart)
-        self._answers = Answers(self.work / "answers", target)
+        self._answers = Answers(self.work / "answers", target, self._drafter.aux_layer_ids)
 
     @property
     def is_resumed(self) -> bool:

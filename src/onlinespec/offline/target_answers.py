@@ -48,6 +48,7 @@ class _Place:
     max_tokens: int
     temperature: float
     seed: int  # its tokens were chosen with
+    aux_layer_ids: tuple[int, ...]  # whose states lie beside the final ones
     checksum: int | None = None  # of its tokens and states; files of older versions have none
 
 
@@ -113,7 +114,7 @@ class Answers:
         try:
             with safe_open(place.shard, framework="pt", device=str(self._target.decoder.device)) as shard:
                 ids, final_SD = shard.get_tensor(f"ids.{place.index}"), shard.get_tensor(f"states.{place.index}")
-                aux = {layer: shard.get_tensor(f"aux.{layer}.{place.index}") for layer in self._aux_layer_ids}
+                aux = {layer: shard.get_tensor(f"aux.{layer}.{place.index}") for layer in place.aux_layer_ids}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{place.shard} can't be read ({error}); {_DELETE}") from error
         features = Features(final_SD, aux)
@@ -217,7 +218,8 @@ class Answers:
             raise ValueError(
                 f"{shard} can't be used: an older version wrote it, by another rule of sampling; {_DELETE}"
             )
-        self._places += [_Place(shard, i, **known) for i, known in enumerate(facts["answers"])]
+        layers = tuple(facts.get("aux_layer_ids", ()))
+        self._places += [_Place(shard, i, aux_layer_ids=layers, **known) for i, known in enumerate(facts["answers"])]
         self.num_prompts += facts["num_prompts"]
         self.seconds += facts.get("seconds", 0.0)
         self.num_skipped += facts["num_prompts"] - len(facts["answers"])
