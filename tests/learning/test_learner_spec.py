@@ -257,10 +257,10 @@ def test_what_is_kept_of_an_ensemble_is_made_of_what_its_experts_keep(is_best_pl
     state = rounds_of(learner)
     if is_best_played:
         best = state.meta_weights.index(max(state.meta_weights))
-        state = state._replace(played=learner.experts[best].played(state.experts[best]))
+        state = state._replace(best=best)
         expected = state.experts[best].point.played["w"]
     else:
-        state = state._replace(played=state.mean)
+        state = state._replace(best=None)
         expected = sum(w * own.point.played["w"] for w, own in zip(state.meta_weights, state.experts, strict=True))
     assert torch.allclose(learner.settled(state)["w"], expected)
     assert not torch.allclose(learner.played(state)["w"], expected)

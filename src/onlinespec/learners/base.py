@@ -35,6 +35,11 @@ class Learner(Protocol):
 
     needs_gradient: bool = True  # False for what is only ever scored
 
+    @property
+    def plays_ahead(self) -> bool:
+        """Whether what plays is a step ahead of what was learned, so that `settled` is other weights."""
+        return False
+
     def init(self, params: Params) -> Any:
         """The state before the first round; plays the given weights."""
 
@@ -42,7 +47,7 @@ class Learner(Protocol):
         """The weights to draft with."""
 
     def settled(self, state: Any) -> Params:
-        """What was learned so far: the weights to keep. A learner that plays ahead of them says so here."""
+        """What was learned so far: the weights to keep."""
         return self.played(state)
 
     def update(self, evaluate: Evaluate, state: Any) -> Any:

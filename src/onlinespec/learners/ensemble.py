@@ -94,7 +94,7 @@ class EnsembleState(NamedTuple):
     costs: tuple[float, ...]  # infinite for an expert that blew up: it is out for good
     meta_weights: tuple[float, ...]
     mean: Params  # of the experts' weights, by meta weight
-    played: Params  # the mean, or the best expert's weights
+    best: int | None  # the expert that plays alone; None: the mean plays
     losses: tuple[float, ...]  # of the last round, before the update
     averaging_gap: float  # moving average of f(mean of weights) - mean of f(weights); above 0, averaging hurts
     num_rounds: int = 0
@@ -164,20 +164,21 @@ class Ensemble(Learner):
     def init(self, params: Params) -> EnsembleState:
         n = len(self.experts)
         states = tuple(expert.init(params) for expert in self.experts)
-        return EnsembleState(states, (0.0,) * n, (1 / n,) * n, params, params, (math.nan,) * n, averaging_gap=0.0)
+        return EnsembleState(states, (0.0,) * n, (1 / n,) * n, params, None, (math.nan,) * n, averaging_gap=0.0)
+
+    @property
+    def plays_ahead(self) -> bool:
+        return any(expert.plays_ahead for expert in self.experts)
 
     def played(self, state: EnsembleState) -> Params:
-        return state.played
+        return state.mean if state.best is None else self.experts[state.best].played(state.experts[state.best])
 
     def settled(self, state: EnsembleState) -> Params:
         """As what plays, of what each expert has learned."""
-        pairs = list(zip(self.experts, state.experts, strict=True))
-        settled = [expert.settled(own) for expert, own in pairs]
-        if all(one is expert.played(own) for one, (expert, own) in zip(settled, pairs, strict=True)):
-            return state.played
-        if state.played is not state.mean:
-            return settled[state.meta_weights.index(max(state.meta_weights))]
-        return averaged(settled, state.meta_weights)
+        if not self.plays_ahead:
+            return self.played(state)
+        settled = [expert.settled(own) for expert, own in zip(self.experts, state.experts, strict=True)]
+        return averaged(settled, state.meta_weights) if state.best is None else settled[state.best]
 
     def update(self, evaluate: Evaluate, state: EnsembleState) -> EnsembleState:
         evaluations, merged = self._evaluations(evaluate, state)
@@ -213,7 +214,7 @@ class Ensemble(Learner):
             "expert_losses": dict(zip(self.names, state.losses, strict=True)),
             "meta_weights": dict(zip(self.names, state.meta_weights, strict=True)),
             "averaging_gap": state.averaging_gap,
-            "is_best_played": state.played is not state.mean,
+            "is_best_played": state.best is not None,
             "regret_bound_per_round": self._bound(state),
         }
 
@@ -252,13 +253,8 @@ class Ensemble(Learner):
         costs = [cost if is_finite(params) else math.inf for cost, params in zip(state.costs, plays, strict=True)]
         meta_weights = self.hedge.weights(costs)
         mean = averaged(plays, meta_weights)
-        best = plays[meta_weights.index(max(meta_weights))]
-        return state._replace(
-            costs=tuple(costs),
-            meta_weights=meta_weights,
-            mean=mean,
-            played=best if state.averaging_gap > _LEAST_GAP else mean,
-        )
+        best = meta_weights.index(max(meta_weights)) if state.averaging_gap > _LEAST_GAP else None
+        return state._replace(costs=tuple(costs), meta_weights=meta_weights, mean=mean, best=best)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class OptimisticState(NamedTuple):
     played: Params
     geometry: Any
     hints: dict[str, Hint]  # by domain, or under "" if they are not kept apart
-    used: Hint | None  # the hint that `played` has followed
+    followed: str | None  # the hint that `played` has followed, by its domain; None: none
     met: Hint | None  # the gradient that came, after the hint that was used for it ...
     missed: Hint | None  # ... which is here; None in round 0
 
@@ -65,6 +65,10 @@ class OptimisticGradient(Learner):
         point = Point.at(params)
         return OptimisticState(point, point.played, self.geometry.init(params), {}, None, None, None)
 
+    @property
+    def plays_ahead(self) -> bool:
+        return True
+
     def played(self, state: OptimisticState) -> Params:
         return state.played
 
@@ -82,18 +86,19 @@ class OptimisticGradient(Learner):
             played=state.played,
             geometry=geometry,
             hints=_newest(state.hints, domain, self._averaged(state.hints.get(domain), came)),
-            used=None,
+            followed=None,
             met=came,
-            missed=state.used,
+            missed=None if state.followed is None else state.hints[state.followed],
         )
         return self.expect(domain, next_state)
 
     def expect(self, domain: str, state: OptimisticState) -> OptimisticState:
-        hint = state.hints.get(domain if self.hint_by_domain else "")
-        if hint is state.used:
+        key = domain if self.hint_by_domain else ""
+        following = key if key in state.hints else None
+        if following == state.followed:
             return state
-        ahead = state.point.moved(hint.direction, self.step_size) if hint else state.point
-        return state._replace(played=ahead.played, used=hint)
+        ahead = state.point if following is None else state.point.moved(state.hints[key].direction, self.step_size)
+        return state._replace(played=ahead.played, followed=following)
 
     def report(self, state: OptimisticState) -> dict[str, Any]:
         """Squared norms, of raw gradients and in the geometry: the hint's error, and the gradient's own.

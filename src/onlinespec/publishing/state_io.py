@@ -1,15 +1,14 @@
-"""A learner's state as tensors and a description in JSON, and back: no pickle, so that reading one runs no code.
+"""A learner's state as tensors and a tree in JSON, and back: no pickle, so that reading one runs no code.
 
-States are trees of named tuples, tuples, lists, dicts, tensors, numbers and texts. The same object may hang in several
-places of one, and learners ask with `is` (whether a hint was used, whether the mean plays): what was one object comes
-back as one, and a tensor is stored once, however often it is met.
+States are trees of named tuples, tuples, lists, dicts, tensors, numbers and texts. A tensor is stored once, however
+many places hold it.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -19,103 +18,78 @@ from torch import Tensor
 _OURS = "onlinespec.learners."  # imported if need be; modules of others must have been
 
 
-def flattened(state: Any) -> tuple[dict[str, Tensor], list[Any]]:
-    """The tensors of a state by number, and its nodes, each behind those it is made of; the last is the state.
+def flattened(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a state by number, and a tree in which their numbers stand for them.
 
     Raises:
         ValueError: naming the type of what is none of the above.
 
-    >>> tensors, nodes = flattened({"rounds": 3, "pair": (torch.ones(2), None)})
-    >>> nodes
-    [['value', 3], ['tensor', '0'], ['value', None], ['tuple', [1, 2]], ['dict', {'rounds': 0, 'pair': 3}]]
+    >>> flattened({"rounds": 3, "pair": (torch.ones(2), None)})[1]
+    {'dict': {'rounds': 3, 'pair': {'tuple': [{'tensor': '0'}, None]}}}
     """
-    flat = _Flat()
-    flat.add(state)
-    return flat.tensors, flat.nodes
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # by the id of a tensor, which the state keeps alive
+    storages: set[int] = set()
 
+    def named(tensor: Tensor) -> str:
+        if id(tensor) not in names:
+            name = names[id(tensor)] = str(len(names))
+            storage = tensor.untyped_storage().data_ptr()
+            is_shared = storage in storages  # a safetensors file refuses to hold the same memory twice
+            storages.add(storage)
+            own = tensor.detach()
+            tensors[name] = own.clone(memory_format=torch.contiguous_format) if is_shared else own.contiguous()
+        return names[id(tensor)]
 
-def rebuilt(tensors: Mapping[str, Tensor], nodes: Sequence[Any]) -> Any:
-    """The state that `flattened` took apart.
-
-    Raises:
-        ValueError: if the description is not one, or its classes are not those of today.
-    """
-    made: list[Any] = []
-    try:
-        for kind, content, *names in nodes:
-            made.append(_made(kind, content, names, made, tensors))
-        return made[-1]
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"this is no description of a state ({type(error).__name__}: {error})") from error
-
-
-class _Flat:
-    """A state being taken apart."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.nodes: list[Any] = []
-        self._places: dict[int, int] = {}  # by the id of an object; all of them live as long as the state
-        self._storages: set[int] = set()
-
-    def add(self, part: Any) -> int:
-        """The place of a part among the nodes."""
-        if id(part) in self._places:
-            return self._places[id(part)]
-        node = self._node(part)
-        self.nodes.append(node)
-        if isinstance(part, Tensor | tuple | list | dict):
-            self._places[id(part)] = len(self.nodes) - 1
-        return len(self.nodes) - 1
-
-    def _node(self, part: Any) -> list[Any]:
+    def tree(part: Any) -> Any:
         match part:
             case Tensor():
-                name = str(len(self.tensors))
-                self.tensors[name] = self._own(part)
-                return ["tensor", name]
+                return {"tensor": named(part)}
             case dict() if all(isinstance(key, str) for key in part):
-                return ["dict", {key: self.add(value) for key, value in part.items()}]
+                return {"dict": {key: tree(value) for key, value in part.items()}}
             case tuple() if hasattr(part, "_fields"):
                 kind = type(part)
-                fields = {name: self.add(getattr(part, name)) for name in kind._fields}
-                return ["named", fields, f"{kind.__module__}:{kind.__qualname__}"]
+                fields = {name: tree(getattr(part, name)) for name in kind._fields}
+                return {"named": f"{kind.__module__}:{kind.__qualname__}", "fields": fields}
             case tuple() | list():
-                return ["tuple" if isinstance(part, tuple) else "list", [self.add(each) for each in part]]
+                return {"tuple" if isinstance(part, tuple) else "list": [tree(each) for each in part]}
             case float() if not math.isfinite(part):
-                return ["float", str(part)]  # JSON has no such numbers
+                return {"float": str(part)}  # JSON has no such numbers
             case None | bool() | int() | float() | str():
-                return ["value", part]
+                return part
         raise ValueError(
             f"a learner's state holds a {type(part).__name__}, which can't be saved; make it of named tuples, tuples, "
             "lists, dicts with texts as keys, tensors, numbers and texts"
         )
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        """In memory that no other tensor has: a safetensors file refuses to hold the same memory twice."""
-        storage, tensor = tensor.untyped_storage().data_ptr(), tensor.detach()
-        is_shared = storage in self._storages
-        self._storages.add(storage)
-        return tensor.clone(memory_format=torch.contiguous_format) if is_shared else tensor.contiguous()
+    return tensors, tree(state)
 
 
-def _made(kind: str, content: Any, names: Sequence[str], made: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:
-    match kind:
-        case "tensor":
-            return tensors[content]
-        case "dict":
-            return {key: made[place] for key, place in content.items()}
-        case "named":
-            return _named_tuple(names[0], {name: made[place] for name, place in content.items()})
-        case "tuple":
-            return tuple(made[place] for place in content)
-        case "list":
-            return [made[place] for place in content]
-        case "float":
-            return float(content)
-        case "value":
-            return content
-    raise ValueError(f"a state can't hold a {kind!r}; it was saved by another version of onlinespec")
+def rebuilt(tensors: Mapping[str, Tensor], tree: Any) -> Any:
+    """The state that `flattened` took apart.
+
+    Raises:
+        ValueError: if the tree is none, or its classes are not those of today.
+    """
+    try:
+        match tree:
+            case {"tensor": name}:
+                return tensors[name]
+            case {"dict": content}:
+                return {key: rebuilt(tensors, value) for key, value in content.items()}
+            case {"named": path, "fields": fields}:
+                return _named_tuple(path, {name: rebuilt(tensors, value) for name, value in fields.items()})
+            case {"tuple": content}:
+                return tuple(rebuilt(tensors, value) for value in content)
+            case {"list": content}:
+                return [rebuilt(tensors, value) for value in content]
+            case {"float": text}:
+                return float(text)
+            case None | bool() | int() | float() | str():
+                return tree
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"this is no description of a state ({type(error).__name__}: {error})") from error
+    raise ValueError(f"a state can't hold {str(tree)[:40]}; it was saved by another version of onlinespec")
 
 
 def _named_tuple(path: str, fields: Mapping[str, Any]) -> Any:
