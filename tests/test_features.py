@@ -21,7 +21,7 @@ from onlinespec.learning.update import InlineLearning
 from onlinespec.offline.replay_stream import Replaying, record
 from onlinespec.offline.target_answers import Answers
 from onlinespec.publishing.protocol import Incoming, Outgoing, decode, encode
-from onlinespec.publishing.workers import ProcessLearning, Recipe, ThreadLearning
+from onlinespec.publishing.workers import ProcessLearning, ThreadLearning, TrainerSpec
 from onlinespec.workloads import Prompt
 
 TARGET = rigs.random_target()
@@ -151,11 +151,14 @@ def test_in_rounds_and_in_what_they_replay(tmp_path, monkeypatch):
     assert noted(tmp_path, "replayed")
 
 
+SPEC = TrainerSpec("aux_drafters:Noting", config=parse(OFTEN), share=1.0)
+
+
 @pytest.mark.parametrize("way", [ThreadLearning, ProcessLearning])
 def test_beside_serving_in_a_thread_or_another_process(way, tmp_path, monkeypatch):
     monkeypatch.setenv(aux_drafters.NOTES, str(tmp_path))
     drafter = Noting.fresh(TARGET)
-    learning = way(TARGET, drafter, Recipe("aux_drafters:Noting", config=parse(OFTEN), share=1.0))
+    learning = way(TARGET, SPEC, drafter.weights, drafter.swap)
     learning.start()
     loop, served = DecodeLoop(TARGET, drafter, learning), []
 

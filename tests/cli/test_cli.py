@@ -878,7 +878,7 @@ def test_the_end_under_load_lets_answers_finish_and_keeps_what_was_learned(tmp_p
 EAGER = """
 import functools
 from onlinespec.cli import main, serve
-serve.Recipe = functools.partial(serve.Recipe, niceness=0)
+serve.TrainerSpec = functools.partial(serve.TrainerSpec, niceness=0)
 main()
 """
 

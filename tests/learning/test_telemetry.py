@@ -58,7 +58,7 @@ def after_gradients(telemetry, *grads, scored=()):
     answers = telemetry.watched(evaluate)(*grads, scored=scored)
     assert [answer.grads for answer in answers[: len(grads)]] == list(grads)
     assert len(answers) == len(grads) + len(scored)
-    telemetry.observe_steps(steps(2))
+    telemetry.observe_steps(steps(2), telemetry._start)
     finish_round(telemetry)
     return telemetry.rounds[-1].gradient_cosine
 
@@ -70,7 +70,7 @@ def gradient(a, b):
 def test_a_round_stands_for_the_rows_that_were_served_since_the_one_before():
     telemetry = Telemetry(Drafter())
     for each in (steps(1, 3), steps(2)):
-        telemetry.observe_steps(each)
+        telemetry.observe_steps(each, telemetry._start)
         finish_round(telemetry)
     assert [each.num_rows for each in telemetry.rounds] == [4, 2]
 
@@ -80,10 +80,10 @@ def test_every_row_is_measured_once_with_the_weights_that_drafted_it():
     drafter = Drafter()
     telemetry, other = Telemetry(drafter), weights(1.0, 0.0)
     for _ in range(40):
-        telemetry.observe_steps(steps(3))
+        telemetry.observe_steps(steps(3), telemetry._start)
     drafter.weights = SimpleNamespace(params=other)
-    telemetry.observe_steps(steps(3))
-    telemetry.observe_steps(steps(2))
+    telemetry.observe_steps(steps(3), other)
+    telemetry.observe_steps(steps(2), other)
     drafter.weights = SimpleNamespace(params=weights(5.0, 0.0))  # what the round leads to
     measured = drafter.measured
     finish_round(telemetry, played=other)
@@ -101,21 +101,21 @@ def test_every_row_is_measured_once_with_the_weights_that_drafted_it():
 def test_the_rows_of_a_round_that_could_not_be_measured_go_to_the_next():
     telemetry = Telemetry(Drafter())
     for each, loss in ((steps(2), math.nan), (steps(3), 1.0)):
-        telemetry.observe_steps(each)
+        telemetry.observe_steps(each, telemetry._start)
         finish_round(telemetry, loss=loss)
     assert [each.num_rows for each in telemetry.rounds] == [5]
 
 
 def test_the_rows_behind_the_last_round_are_told_without_being_a_round():
     telemetry = Telemetry(Drafter())
-    telemetry.observe_steps(steps(2))
+    telemetry.observe_steps(steps(2), telemetry._start)
     finish_round(telemetry)
-    telemetry.observe_steps(steps(3))
+    telemetry.observe_steps(steps(3), telemetry._start)
     for _ in range(2):  # a report may be asked for at any time
         told = telemetry.with_rest(16.0)
         assert [(each.num_rows, each.is_update, each.loss) for each in told] == [(2, True, 1.0), (3, False, None)]
         assert len(telemetry.rounds) == 1
-    telemetry.observe_steps(steps(1))
+    telemetry.observe_steps(steps(1), telemetry._start)
     finish_round(telemetry)
     assert [each.num_rows for each in telemetry.rounds] == [2, 4]
     assert telemetry.with_rest(16.0) == telemetry.rounds
@@ -124,11 +124,11 @@ def test_the_rows_behind_the_last_round_are_told_without_being_a_round():
 def test_where_measuring_fails_the_rounds_so_far_are_told_and_what_failed_is_said_once(caplog):
     drafter = Drafter()
     telemetry = Telemetry(drafter)
-    telemetry.observe_steps(steps(2))
+    telemetry.observe_steps(steps(2), telemetry._start)
     finish_round(telemetry)
     drafter.rows = None
     for _ in range(2):
-        telemetry.observe_steps(steps(70))
+        telemetry.observe_steps(steps(70), telemetry._start)
         finish_round(telemetry)
         assert telemetry.with_rest(16.0) == telemetry.rounds
     assert len(telemetry.rounds) == 1

@@ -30,7 +30,7 @@ from onlinespec.models.layer import LayerConfig
 from onlinespec.models.linear import HalfLinear, PlainLinear, can_pack_half
 from onlinespec.models.loading import load_target
 from onlinespec.models.rope import Rope
-from onlinespec.publishing.label_head import Ends
+from onlinespec.publishing.label_head import EmbeddingAndHead
 
 GIB = 1 << 30
 
@@ -297,7 +297,7 @@ def test_a_learning_process_is_foretold_its_copies_of_the_targets_ends():
 
 def test_a_learning_process_keeps_the_targets_ends_once():
     """The bytes that came are what its tensors lie over."""
-    ends = Ends.of(WIDE)
+    ends = EmbeddingAndHead.of(WIDE)
     before = bytes_there()
     target = ends.target()
     assert bytes_there() - before == 2 * 20_000 * 32 * 4

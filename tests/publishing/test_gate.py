@@ -28,7 +28,7 @@ from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel, uniforms
 from onlinespec.publishing.gate import Publisher
 from onlinespec.publishing.paired import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
-from onlinespec.publishing.workers import Recipe
+from onlinespec.publishing.workers import TrainerSpec
 
 VOCAB = 6
 TARGET = TableTarget(VOCAB, seed=0)
@@ -705,9 +705,9 @@ def test_a_watch_over_the_first_promotion_is_the_way_back_unless_the_traffic_mov
 
 def test_a_restart_knows_what_learning_began_with(tmp_path):
     target = rigs.random_target()
-    recipe = Recipe("eagle")
+    spec = TrainerSpec("eagle")
     served = DrafterWeights({n: p + 0.01 for n, p in load_drafter("eagle", target).weights.params.items()}, 3)
-    publisher = recipe.trainer(target, served, ClockBudget(1.0)).publisher
+    publisher = spec.trainer(target, served, ClockBudget(1.0)).publisher
     first = load_drafter("eagle", target).weights.params
     assert all(torch.equal(publisher._origin.params[name], first[name]) for name in first)
     assert publisher.served.version == 3

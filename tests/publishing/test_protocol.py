@@ -12,14 +12,13 @@ from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.publishing.protocol import (
     Batch,
-    Blob,
     Forget,
     Incoming,
+    LogLine,
     Outgoing,
-    Published,
+    Publish,
     Report,
-    Said,
-    Setting,
+    SetShare,
     decode,
     encode,
 )
@@ -48,7 +47,8 @@ def passed_on(feedback, size=1):
 @pytest.mark.parametrize("shape", [(), (0, 4), (3, 1, 5)])
 def test_a_tensor_arrives_as_it_was(dtype, shape):
     sent = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
-    arrived = decode(encode(Published(1, {"w": Blob.of(sent.T if sent.dim() == 2 else sent)}, 0))).params["w"].tensor()
+    weights = DrafterWeights({"w": sent.T if sent.dim() == 2 else sent}, 1)
+    arrived = decode(encode(Publish.of(weights))).checked().params["w"]
     assert arrived.dtype == dtype
     assert torch.equal(arrived, sent.T if sent.dim() == 2 else sent)
 
@@ -67,7 +67,7 @@ def test_feedback_arrives_as_it_was_and_every_state_is_sent_once(size):
         states = trace.features.final_SD[: trace.num_features]
         assert torch.equal(states, request.trace.features.final_SD[: request.trace.num_features])
     outgoing = Outgoing()
-    sizes = [len(rows.final_SD.tensor()) for rows in outgoing.batch(feedback).messages]
+    sizes = [len(rows.features) for rows in outgoing.batch(feedback).messages]
     assert sum(sizes) == sum(request.trace.num_features for request in requests)
 
 
@@ -109,22 +109,21 @@ def test_a_message_that_is_missing_is_noticed():
 
 def test_weights_arrive_with_their_number_and_a_changed_bit_is_noticed():
     weights = DrafterWeights({"b": torch.randn(3, 4), "a": torch.randn(2)}, 7)
-    published = decode(encode(Published.of(weights)))
-    arrived = published.weights()
+    published = decode(encode(Publish.of(weights)))
+    arrived = published.checked()
     assert arrived.version == 7
     assert all(torch.equal(arrived.params[name], weights.params[name]) for name in "ab")
-    blob = published.params["b"]
-    published.params["b"] = Blob(blob.shape, blob.dtype, blob.data[:-1] + bytes([blob.data[-1] ^ 1]))
+    published.weights.params["b"].view(torch.int32)[2, 3] ^= 1
     with pytest.raises(ValueError, match=r"weights version 7 came with checksum \d+, not \d+"):
-        published.weights()
+        published.checked()
 
 
-@pytest.mark.parametrize("message", [Report({"loss": None, "rounds": 3}), Said("a.b", 30, "x"), Setting(0.5)])
+@pytest.mark.parametrize("message", [Report({"loss": None, "rounds": 3}), LogLine("a.b", 30, "x"), SetShare(0.5)])
 def test_other_messages_arrive_as_they_were(message):
     assert decode(encode(message)) == message
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\x00", encode(Setting(0.5))[:-1], b"\x81\xa4type\xa3Who"])
+@pytest.mark.parametrize("data", [b"", b"\xff\x00", encode(SetShare(0.5))[:-1], b"\x81\xa4type\xa3Who"])
 def test_what_is_no_message_is_refused(data):
     with pytest.raises(ValueError, match="no message between serving and learning"):
         decode(data)

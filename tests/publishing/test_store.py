@@ -107,6 +107,10 @@ def play(learner, state, numbers):
     return state
 
 
+def folder_of(kept, version):
+    return kept / "versions" / f"{version.version:06d}"
+
+
 def tensors_of(state):
     """Which tensors of a state are one and the same, in order: those are saved once."""
     if isinstance(state, torch.Tensor):
@@ -194,9 +198,9 @@ def test_a_version_is_a_drafter_in_its_published_format(name, tmp_path):
     drafter = load_drafter(name, TARGET)
     weights = weights_of(drafter, 3)
     version = Versions(tmp_path).save(drafter, weights, happened("promoted", 3, 0), NAME)
-    assert version.folder == tmp_path / "versions" / "000003"
-    loaded = load_drafter(version.folder, TARGET)
-    version.resume(loaded)
+    assert folder_of(tmp_path, version) == tmp_path / "versions" / "000003"
+    loaded = load_drafter(folder_of(tmp_path, version), TARGET)
+    Versions(tmp_path).resume(version, loaded)
     assert loaded.weights.version == (3 if loaded.is_trainable else 0)
     assert_equal(loaded.weights.params, weights.params)
     assert drafter.weights.version == 0  # it goes on as it was
@@ -205,12 +209,12 @@ def test_a_version_is_a_drafter_in_its_published_format(name, tmp_path):
 def test_weights_come_back_exactly_whatever_dtype_they_are_published_in(tmp_path, drafter):
     published = Eagle(TARGET, drafter.config, drafter.weights.params, dtype=torch.bfloat16)
     version = save(Versions(tmp_path), published, 1)
-    loaded = load_drafter(version.folder, TARGET)
+    loaded = load_drafter(folder_of(tmp_path, version), TARGET)
     exact = weights_of(drafter, 1).params
     assert not torch.equal(loaded.weights.params["fc.weight"], exact["fc.weight"])
-    version.resume(loaded)
+    Versions(tmp_path).resume(version, loaded)
     assert_equal(loaded.weights.params, exact)
-    assert_equal(version.weights().params, exact)
+    assert_equal(Versions(tmp_path).weights(version.version).params, exact)
     assert loaded.weights.version == 1
 
 
@@ -220,16 +224,16 @@ def test_what_played_when_it_was_saved_plays_when_it_is_loaded(tmp_path, drafter
     version = Versions(tmp_path).save(
         drafter, DrafterWeights(learner.played(state), 0), happened("started", 0), NAME, "ensemble", state
     )
-    loaded = load_drafter(version.folder, TARGET)
-    resumed = version.resume(loaded, "ensemble")
+    loaded = load_drafter(folder_of(tmp_path, version), TARGET)
+    resumed = Versions(tmp_path).resume(version, loaded, "ensemble")
     assert_equal(learner.played(resumed), loaded.weights.params)
 
 
 def test_the_state_of_another_learner_is_left_and_said_once(tmp_path, drafter, caplog):
     version = save(Versions(tmp_path), drafter, 1, learner="momentum", state=(1.0, {"w": torch.ones(2)}))
-    loaded = load_drafter(version.folder, TARGET)
+    loaded = load_drafter(folder_of(tmp_path, version), TARGET)
     with caplog.at_level(logging.INFO, logger="onlinespec"):
-        assert version.resume(loaded, "optimistic") is None
+        assert Versions(tmp_path).resume(version, loaded, "optimistic") is None
     assert loaded.weights.version == 1
     assert [r.message for r in caplog.records] == [
         'version 1 was learned by "momentum", now "optimistic" learns: it begins anew from these weights'
@@ -239,7 +243,7 @@ def test_the_state_of_another_learner_is_left_and_said_once(tmp_path, drafter, c
 def test_a_drafter_that_learns_something_else_is_refused(tmp_path, drafter):
     version = save(Versions(tmp_path), drafter, 1)
     with pytest.raises(ValueError, match=r"fc.weight is \(32, 64\) in .*000001 and no tensor that learns .* --tune"):
-        version.resume(load_drafter("ngram", TARGET))
+        Versions(tmp_path).resume(version, load_drafter("ngram", TARGET))
 
 
 @pytest.mark.parametrize(
@@ -270,8 +274,8 @@ def test_learning_that_was_stopped_goes_on_as_if_it_had_not_been(method, tmp_pat
     Versions(tmp_path).save(first, first.weights, event, NAME, line, learning._state)
 
     version = Versions(tmp_path).latest_good(NAME)
-    again = load_drafter(version.folder, TARGET)
-    state = version.resume(again, line)
+    again = load_drafter(folder_of(tmp_path, version), TARGET)
+    state = Versions(tmp_path).resume(version, again, line)
     learning = InlineLearning(again, config=parse(line))
     learning._state = state
     answer(again, learning, range(4, 8))
@@ -304,16 +308,16 @@ def test_the_last_good_one_stays_however_many_were_rolled_back(tmp_path, drafter
     for number in (4, 5):
         save(store, drafter, number)
     assert store.numbers() == [0, 3, 5]
-    assert store.latest_good(NAME).number == 3
+    assert store.latest_good(NAME).version == 3
 
 
 def test_a_version_that_was_rolled_back_is_not_what_a_restart_begins_with(tmp_path, drafter):
     store = filled(tmp_path, drafter, [0, 1])
     event = happened("rolled back", 2, 1, 0)
     store.save(drafter, DrafterWeights(weights_of(drafter, 0).params, 2), event, NAME)
-    assert Versions(tmp_path).latest_good(NAME).number == 2
+    assert Versions(tmp_path).latest_good(NAME).version == 2
     shutil.rmtree(tmp_path / "versions" / "000002")  # or it never came to be written
-    assert Versions(tmp_path).latest_good(NAME).number == 0
+    assert Versions(tmp_path).latest_good(NAME).version == 0
 
 
 def test_a_rollback_is_known_from_the_version_itself_should_the_note_be_lost(tmp_path, drafter):
@@ -324,7 +328,7 @@ def test_a_rollback_is_known_from_the_version_itself_should_the_note_be_lost(tmp
     shutil.rmtree(tmp_path / "versions" / "000003")
     with (tmp_path / "versions" / "000002" / "model.safetensors").open("ab") as file:
         file.write(b"x")
-    assert Versions(tmp_path).latest_good(NAME).number == 0
+    assert Versions(tmp_path).latest_good(NAME).version == 0
 
 
 def test_a_version_is_never_written_twice(tmp_path, drafter):
@@ -342,7 +346,7 @@ def test_an_event_of_another_version_is_refused(tmp_path, drafter):
 def test_numbers_beyond_six_digits_are_numbers(tmp_path, drafter):
     store = filled(tmp_path, drafter, [999_999, 1_000_000])
     assert (store.numbers(), store.next_version) == ([999_999, 1_000_000], 1_000_001)
-    assert store.latest_good(NAME).number == 1_000_000
+    assert store.latest_good(NAME).version == 1_000_000
 
 
 def test_numbers_are_never_used_again_whatever_was_lost(tmp_path, drafter):
@@ -405,13 +409,13 @@ def test_a_folder_has_one_writer_and_any_number_of_readers(tmp_path, drafter, im
     ):
         with pytest.raises(FolderTaken, match=f"keeps its versions in {tmp_path}.* give each its own .* or stop the"):
             write()
-    assert other.latest_good(NAME).number == 1
+    assert other.latest_good(NAME).version == 1
     assert len(other.history()) == 2
     assert describe(tmp_path)["on disk"] == "0, 1"
-    assert save(store, drafter, 2).number == 2
+    assert save(store, drafter, 2).version == 2
     assert other.next_version == 3  # a reader reads anew
     store.close()
-    assert save(other, drafter, 3).number == 3
+    assert save(other, drafter, 3).version == 3
 
 
 def test_another_that_writes_does_not_sweep_away_what_is_being_written(tmp_path, drafter, impatient):
@@ -421,7 +425,7 @@ def test_another_that_writes_does_not_sweep_away_what_is_being_written(tmp_path,
     with pytest.raises(FolderTaken):
         save(Versions(tmp_path), drafter, 1)
     assert half.exists()
-    assert save(store, drafter, 1).number == 1
+    assert save(store, drafter, 1).version == 1
     assert not half.exists()
 
 
@@ -443,7 +447,7 @@ def test_a_writer_reads_the_history_once_however_much_is_noted(tmp_path, drafter
     save(store, drafter, 40)
     save(store, drafter, 41, happened("rolled back", 41, 40, 2))
     store.note(happened("confirmed", 41))
-    assert store.latest_good(NAME).number == 41
+    assert store.latest_good(NAME).version == 41
     assert store.watched(store.read(2)) is not None
     assert reads.count("history.jsonl") == 1
     assert store.history() == Versions(tmp_path).history()  # what it remembers is what is written
@@ -476,7 +480,7 @@ def test_whatever_a_drafter_raises_when_saved_is_told_as_not_saved(error, tmp_pa
     assert not list(tmp_path.glob("versions/.*"))
     with pytest.raises(NotSaved, match="holds a set, which can't be saved"):
         save(store, drafter, 2, state={1, 2})
-    assert save(store, drafter, 2).number == 2
+    assert save(store, drafter, 2).version == 2
 
 
 # Torn files
@@ -502,10 +506,10 @@ def test_a_torn_version_is_passed_over_and_said_once(name, tear, tmp_path, draft
     assert sorted(other.name for other in path.parent.iterdir()) == FILES
     tear(path)
     with caplog.at_level(logging.INFO, logger="onlinespec"):
-        assert [store.latest_good(NAME).number for _ in range(2)] == [1, 1]
+        assert [store.latest_good(NAME).version for _ in range(2)] == [1, 1]
     assert len(caplog.records) == 1
     assert "000002 is not whole" in caplog.text
-    assert save(store, drafter, 3).number == 3
+    assert save(store, drafter, 3).version == 3
 
 
 def test_where_every_version_is_torn_there_is_none_to_begin_with(tmp_path, drafter, caplog):
@@ -606,13 +610,13 @@ def test_killed_between_any_two_steps_nothing_is_lost_and_nothing_is_half_there(
         assert status in (0, -signal.SIGKILL)
         store = Versions(folder, keep=2)
         good = store.latest_good(NAME)
-        assert good.number in (2, 3)
-        assert [store.read(number).number for number in store.numbers()] == store.numbers()
-        assert_equal(good.weights().params, weights_of(drafter, good.number).params)
-        states["new" if good.number == 3 else "old"] += 1
+        assert good.version in (2, 3)
+        assert [store.read(number).version for number in store.numbers()] == store.numbers()
+        assert_equal(store.weights(good.version).params, weights_of(drafter, good.version).params)
+        states["new" if good.version == 3 else "old"] += 1
         assert store.next_version in (3, 4)
         save(store, drafter, 4)
-        assert store.latest_good(NAME).number == 4
+        assert store.latest_good(NAME).version == 4
         assert not list(store.folder.glob("versions/.*"))
         assert len(store.history()) >= 4
         shutil.rmtree(folder)
@@ -640,11 +644,11 @@ def test_a_disk_that_is_full_at_any_step_leaves_what_was_there_and_says_so(times
             steps.times = 0
             store.close()
             if (folder / "versions" / "000003").exists():
-                assert Versions(folder).latest_good(NAME).number == 3
+                assert Versions(folder).latest_good(NAME).version == 3
             else:
-                assert Versions(folder).latest_good(NAME).number == 2
+                assert Versions(folder).latest_good(NAME).version == 2
                 assert not list(folder.glob("versions/.*"))
-                assert save(Versions(folder), drafter, 3).number == 3  # once there is room
+                assert save(Versions(folder), drafter, 3).version == 3  # once there is room
             assert [event.version for event in Versions(folder).history()] == [0, 1, 2, 3]
             os._exit(77 if is_done else 0)
 
@@ -670,11 +674,11 @@ def test_files_that_cannot_grow_leave_what_was_there(most_bytes, tmp_path, draft
 
     assert in_child(work) == 0
     assert store.numbers() == [0, 1, 2]
-    assert store.latest_good(NAME).number == 2
+    assert store.latest_good(NAME).version == 2
     assert not list(tmp_path.glob("versions/.*"))
     assert (tmp_path / "history.jsonl").read_bytes()[-1:] in (b"", b"\n")
     assert [event.version for event in store.history()] in ([], [3])
-    assert save(store, drafter, 3).number == 3
+    assert save(store, drafter, 3).version == 3
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, drafter):
@@ -733,13 +737,13 @@ def test_a_restart_goes_on_where_a_killed_process_was(tmp_path, drafter):
 
     store = Versions(tmp_path)
     good = store.latest_good(NAME)
-    again = load_drafter(good.folder, TARGET)
-    good.resume(again)
+    again = load_drafter(folder_of(tmp_path, good), TARGET)
+    store.resume(good, again)
     publisher = Publisher(
         again,
         PublishConfig(),
         next_version=store.next_version,
-        promoted=good.record.event,
+        promoted=good.event,
         previous=store.watched(good),
     )
     assert publisher.served.version == 1

@@ -25,15 +25,15 @@ from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
-from onlinespec.publishing.label_head import Ends
+from onlinespec.publishing.label_head import EmbeddingAndHead
 from onlinespec.publishing.store import FolderTaken, Versions
-from onlinespec.publishing.trainer import Keeping, Trainer
-from onlinespec.publishing.workers import ProcessLearning, Recipe, ThreadLearning
+from onlinespec.publishing.trainer import StoreOptions, Trainer
+from onlinespec.publishing.workers import ProcessLearning, ThreadLearning, TrainerSpec
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200 + i, 31] for i in range(4)]
 PARAMS = GenerationParams(40, 2)
-EAGER = Recipe(
+EAGER = TrainerSpec(
     "eagle", config=parse("online_gradient/step_size=5e-3/min_interval=8/max_interval=8"), share=10.0, niceness=0
 )
 EXPLODING = "online_gradient/step_size=1e38/clip_norm=1e38/geometry=euclidean/min_interval=8/max_interval=8"
@@ -41,9 +41,9 @@ full = pytest.mark.full
 WAYS = {"thread": ThreadLearning, "process": ProcessLearning}
 
 
-def make(way, recipe=EAGER, target=TARGET, drafter=None, **options):
-    drafter = drafter or load_drafter(recipe.drafter, target)
-    learning = WAYS[way](target, drafter, recipe, **options)
+def make(way, spec=EAGER, target=TARGET, drafter=None, **options):
+    drafter = drafter or load_drafter(spec.drafter, target)
+    learning = WAYS[way](target, spec, drafter.weights, drafter.swap, **options)
     begin(learning)
     return DecodeLoop(target, drafter, learning), learning
 
@@ -98,7 +98,9 @@ def test_what_is_learned_beside_serving_comes_to_be_served(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_serving_never_waits_and_of_too_much_the_oldest_is_dropped(way):
     drafter = load_drafter("eagle", TARGET)
-    learning = WAYS[way](TARGET, drafter, EAGER, most_waiting=4)  # not started: no one takes anything
+    learning = WAYS[way](
+        TARGET, EAGER, drafter.weights, drafter.swap, most_waiting=4
+    )  # not started: no one takes anything
     requests = answers(DecodeLoop(TARGET, drafter, learning), 4)
     assert_exact(requests)
     num_steps = sum(request.stats.steps for request in requests)
@@ -199,7 +201,7 @@ def test_swaps_under_load_change_no_token(way, count):
             scheduler.submit(served[-1])
         noise = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in loop.drafter.weights.params.items()}
         before = loop.drafter.weights.version
-        learning._publish(DrafterWeights(noise, before + 1))
+        learning._offer_version(DrafterWeights(noise, before + 1))
         scheduler.step()
         num_swaps += loop.drafter.weights.version != before
         most_running = max(most_running, len(scheduler.running))
@@ -209,6 +211,25 @@ def test_swaps_under_load_change_no_token(way, count):
     for i, request in enumerate(served):
         assert request.output_ids == expected[i % len(jobs)]
     learning.stop(HANG_SECONDS)
+
+
+def test_a_version_that_can_not_be_taken_over_is_not_served_and_ends_learning_with_a_word(caplog):
+    drafter, took = load_drafter("eagle", TARGET), []
+
+    def refuse(weights):
+        took.append(weights.version)
+        raise RuntimeError("no room for it")
+
+    learning = ThreadLearning(TARGET, EAGER, drafter.weights, refuse)
+    loop = DecodeLoop(TARGET, drafter, learning)
+    for version in (1, 2):
+        learning._offer_version(DrafterWeights(drafter.weights.params, version))
+        assert_exact(answers(loop, 2))
+    assert took[0] == 1
+    assert drafter.weights.version == learning.figures()["weights_version"] == 0
+    assert learning.num_published == 0
+    assert "version 1 could not be taken over, RuntimeError: no room for it" in learning.failure
+    assert caplog.text.count("learning stopped") == 1
 
 
 # The trainer by itself
@@ -231,7 +252,7 @@ def test_a_trainer_learns_what_inline_learning_learns():
 
 
 def test_the_ends_of_a_target_give_its_labels_and_never_run():
-    ends = Ends.of(TARGET)
+    ends = EmbeddingAndHead.of(TARGET)
     target = ends.target()
     states = rigs.hidden_states(TARGET, range(30))
     assert torch.allclose(target.decoder.head(states), TARGET.decoder.head(states), atol=1e-5)
@@ -352,14 +373,14 @@ def test_what_is_offered_to_the_gate_is_what_was_learned_and_not_a_look_ahead(tr
     assert set(proposed) == {(True, False)}
 
 
-def keeping(folder):
-    return Keeping(Versions(folder), TARGET.fingerprint, "online_gradient")
+def store_of(folder):
+    return StoreOptions(Versions(folder), TARGET.fingerprint, "online_gradient")
 
 
 def trained(folder, feedback, drafter=None):
     """A trainer that saw some traffic until it published, and what that was."""
     config = replace(EAGER.config, budget=math.inf)
-    trainer = Trainer(drafter or load_drafter("eagle", TARGET), config, keeping=keeping(folder))
+    trainer = Trainer(drafter or load_drafter("eagle", TARGET), config, store=store_of(folder))
     return trainer, list(islice((version for record in feedback if (version := trainer.offer([record]))), 1))
 
 
@@ -374,22 +395,22 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
     first, published = trained(tmp_path, traffic)
     assert published
     good = Versions(tmp_path).latest_good(TARGET.fingerprint)
-    assert good.number == published[-1].version
+    assert good.version == published[-1].version
     kinds = [event.kind for event in Versions(tmp_path).history()]
     assert kinds[0] == "started"
     assert kinds.count("promoted") + kinds.count("rolled back") == len(published)
     first.close()
 
     drafter = load_drafter("eagle", TARGET)
-    good.resume(drafter)
-    assert drafter.weights.version == good.number
+    Versions(tmp_path).resume(good, drafter)
+    assert drafter.weights.version == good.version
     again, more = trained(tmp_path, [], drafter)
-    assert again.publisher.served.version == good.number
+    assert again.publisher.served.version == good.version
     assert again.publisher.is_watching
     assert again.publisher.previous is not None
     assert again.learning.state is not None
     assert not more
-    for name, p in good.weights().params.items():
+    for name, p in Versions(tmp_path).weights(good.version).params.items():
         assert torch.equal(again.publisher.served.params[name], p)
     assert again.publisher.next_version == first.publisher.next_version
 
@@ -451,7 +472,7 @@ def test_a_state_that_is_not_finite_costs_its_own_text_and_learning_goes_on(way,
     if way == "inline":
         learning = InlineLearning(drafter, config=replace(EAGER.config, budget=math.inf))
     else:
-        learning = WAYS[way](TARGET, drafter, EAGER)
+        learning = WAYS[way](TARGET, EAGER, drafter.weights, drafter.swap)
         begin(learning)
     loop = DecodeLoop(TARGET, drafter, Breaking(learning, "3", value))
 
@@ -508,7 +529,7 @@ def test_whatever_saving_raises_is_said_once_and_learning_goes_on(where, error, 
 
 def test_a_number_that_someone_else_put_into_the_folder_costs_that_version_alone(tmp_path, traffic):
     config = replace(EAGER.config, budget=math.inf)
-    trainer = Trainer(load_drafter("eagle", TARGET), config, keeping=keeping(tmp_path))
+    trainer = Trainer(load_drafter("eagle", TARGET), config, store=store_of(tmp_path))
     (tmp_path / "versions" / "000001").mkdir()
     published = (version for record in traffic if (version := trainer.offer([record])))
     assert next(published).version == 1
@@ -539,8 +560,8 @@ def test_a_process_whose_learner_can_not_be_saved_learns_and_publishes(tmp_path,
     (tmp_path / "odd_learner.py").write_text(ODD)
     monkeypatch.syspath_prepend(tmp_path)
     line = "odd_learner:Learner/step_size=5e-3/min_interval=8/max_interval=8"
-    recipe = replace(EAGER, config=parse(line), learner=line, versions=str(tmp_path / "kept"))
-    loop, learning = make("process", recipe)
+    spec = replace(EAGER, config=parse(line), learner=line, versions=str(tmp_path / "kept"))
+    loop, learning = make("process", spec)
     served = until(lambda: learning.num_published >= 2 and learning.figures()["unsaved"] >= 2, loop)
     learning.stop(HANG_SECONDS)
     assert not learning.failure
@@ -562,12 +583,12 @@ def test_a_process_that_can_not_begin_says_why(tmp_path, caplog):
 @pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=full)])
 def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(way, tmp_path, monkeypatch):
     monkeypatch.setattr("onlinespec.publishing.store._HANDOVER_SECONDS", 0.0)
-    recipe, drafter = replace(EAGER, versions=str(tmp_path)), load_drafter("eagle", TARGET)
+    spec, drafter = replace(EAGER, versions=str(tmp_path)), load_drafter("eagle", TARGET)
     with Versions(tmp_path) as first:
         first.hold()
         with pytest.raises(FolderTaken, match=f"another one keeps its versions in {tmp_path}"):
-            WAYS[way](TARGET, drafter, recipe).start()
-    loop, learning = make(way, recipe)
+            WAYS[way](TARGET, spec, drafter.weights, drafter.swap).start()
+    loop, learning = make(way, spec)
     until(lambda: learning.figures()["rounds"], loop)
     with pytest.raises(FolderTaken):
         Versions(tmp_path).hold()
@@ -577,20 +598,20 @@ def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(w
 
 @full
 def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):
-    recipe = replace(EAGER, versions=str(tmp_path))
-    loop, learning = make("process", recipe)
+    spec = replace(EAGER, versions=str(tmp_path))
+    loop, learning = make("process", spec)
     until(lambda: learning.num_published >= 1, loop)
     os.kill(learning.process.pid, signal.SIGKILL)
     wait_until(lambda: learning.failure)
     learning.stop(1.0)
     good = Versions(tmp_path).latest_good(TARGET.fingerprint)
     drafter = load_drafter("eagle", TARGET)
-    good.resume(drafter)
-    again = ProcessLearning(TARGET, drafter, recipe)
+    Versions(tmp_path).resume(good, drafter)
+    again = ProcessLearning(TARGET, spec, drafter.weights, drafter.swap)
     begin(again)
     loop = DecodeLoop(TARGET, drafter, again)
     served = until(lambda: again.figures().get("rounds"), loop)
     assert_exact(served)
-    assert again.figures()["published"] >= good.number
+    assert again.figures()["published"] >= good.version
     again.stop(HANG_SECONDS)
     assert not again.failure

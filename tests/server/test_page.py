@@ -21,7 +21,7 @@ from onlinespec.core import Features, Feedback, Trace
 from onlinespec.drafters import load_drafter
 from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.step import DecodeLoop, Step
-from onlinespec.publishing.workers import Recipe, ThreadLearning
+from onlinespec.publishing.workers import ThreadLearning, TrainerSpec
 from onlinespec.server.app import create_app
 from onlinespec.server.engine import Engine
 from onlinespec.server.live import Live
@@ -195,7 +195,7 @@ def test_the_page_holds_all_it_needs_and_may_load_nothing_else():
 def test_what_the_page_shows_follows_what_is_served():
     httpx = pytest.importorskip("httpx")
     drafter = load_drafter("eagle", TARGET)
-    learning = ThreadLearning(TARGET, drafter, Recipe("eagle"))
+    learning = ThreadLearning(TARGET, TrainerSpec("eagle"), drafter.weights, drafter.swap)
     learning.start()
     with served(make_engine(learning, drafter)) as url:
         assert httpx.get(f"{url}/live").json()["now"] is None

@@ -30,7 +30,7 @@ from onlinespec.learning.footprint import Beside
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.publishing.store import Versions
-from onlinespec.publishing.workers import ProcessLearning, Recipe, ThreadLearning
+from onlinespec.publishing.workers import ProcessLearning, ThreadLearning, TrainerSpec
 from onlinespec.registry import FROZEN, NONE
 
 try:
@@ -112,8 +112,8 @@ def _resume(command: Serve, versions: Versions, target: Target, drafter: Drafter
     if command.reset_drafter and (aside := versions.reset()):
         err.print(f"the versions in {folder} are kept in {aside.name}", highlight=False, soft_wrap=True)
     if found := versions.latest_good(target.fingerprint):
-        found.resume(drafter, found.record.learner)  # who learns on says so if it is another
-        err.print(f"going on with version {found.number} of {folder}", highlight=False, soft_wrap=True)
+        versions.resume(found, drafter, found.learner)  # who learns on says so if it is another
+        err.print(f"going on with version {found.version} of {folder}", highlight=False, soft_wrap=True)
         return
     if versions.numbers():
         told = f"none of the versions in {folder} can be served: beginning anew with {command.drafter_name}"
@@ -150,7 +150,7 @@ def _learning(
     if place == "inline":
         yield InlineLearning(drafter, config=config, seed=command.machine.seed)
         return
-    recipe = Recipe(
+    spec = TrainerSpec(
         drafter=command.drafter_name,
         learner=command.learner or LearnConfig.learner,
         config=config,
@@ -159,7 +159,7 @@ def _learning(
         share=command.learning.learn_budget,
         versions=str(command.versions.absolute()) if command.versions else "",
     )
-    learning = (ProcessLearning if place == "process" else ThreadLearning)(target, drafter, recipe)
+    learning = (ProcessLearning if place == "process" else ThreadLearning)(target, spec, drafter.weights, drafter.swap)
     learning.start()
     try:
         yield learning

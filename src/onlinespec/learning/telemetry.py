@@ -82,11 +82,11 @@ class Telemetry:
         self.rounds: list[Round] = []
         self.seconds = 0.0
 
-    def observe_steps(self, feedback: Sequence[Feedback]) -> None:
-        """Takes what the drafter's weights drafted, as they are now. Never raises, as `observe_round`."""
-        if self._played is not self._drafter.weights.params:
+    def observe_steps(self, feedback: Sequence[Feedback], played: Params) -> None:
+        """Takes what these weights drafted. Never raises, as `observe_round`."""
+        if self._played is not played:
             self._measure()
-            self._played = self._drafter.weights.params
+            self._played = played
         for record in feedback:
             self._num_steps += 1
             self._num_requests += record.is_last

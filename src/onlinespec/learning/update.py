@@ -42,15 +42,16 @@ class RoundFailed(ArithmeticError):
 class InlineLearning:
     """Learns in the decoding thread, between steps.
 
-    `offer` takes the Feedback of every step; when a round is due it runs there and then and swaps the drafter's
-    weights. Requests may be interleaved: each keeps its own consecutive rows. The same feedback and settings give the
-    same weights: no clock is asked.
+    `offer` takes the Feedback of every step; when a round is due it runs there and then and publishes its weights.
+    Requests may be interleaved: each keeps its own consecutive rows. The same feedback and settings give the same
+    weights: no clock is asked.
 
     Args:
         learner: By default the one that the settings name.
         seed: Of what is drawn from memory.
         budget: By default one that counts work as the settings say.
         on_failure: Told why learning has stopped; by default it is logged.
+        publish: Takes weights to draft with from the next step on; by default the drafter itself.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class InlineLearning:
         seed: int = 0,
         budget: Budget | ClockBudget | None = None,
         on_failure: Callable[[str], None] | None = None,
+        publish: Callable[[DrafterWeights], None] | None = None,
     ) -> None:
         self.config = config or LearnConfig()
+        self._publish, self.weights = publish or drafter.swap, drafter.weights
         self._drafter, self._learner = drafter, learner or learner_of(self.config, drafter.weights.params)
         self._row_loss: RowLoss = resolve(LOSSES, self.config.loss, "loss")
         self.cadence = Cadence(
@@ -116,7 +119,7 @@ class InlineLearning:
             self._requests_waited += record.is_last
             self.cadence.observe_step(record.num_accepted, record.num_draft_tokens, id(record.trace))
         if self.telemetry:
-            self.telemetry.observe_steps(feedback)
+            self.telemetry.observe_steps(feedback, self.weights.params)
         if self._is_due:
             self._guarded(self._round)
             self._waiting.clear()
@@ -153,13 +156,13 @@ class InlineLearning:
         """Goes on with a learner's state, whose weights play from now on."""
         self._play(state)
         self._earlier = None
-        self._last_good, self._anchor = self._drafter.weights, self._drafter.weights.params
+        self._last_good, self._anchor = self.weights, self.weights.params
 
     def restart(self, params: Params) -> None:
         """Learns on from other weights; how the old ones came about is forgotten, what was seen is not."""
         self._state, self._earlier = self._learner.init(params), None
-        self._drafter.swap(DrafterWeights(params, self._drafter.weights.version + 1))
-        self._last_good, self._anchor = self._drafter.weights, params
+        self._draft_with(DrafterWeights(params, self.weights.version + 1))
+        self._last_good, self._anchor = self.weights, params
         self.cadence.restart()
 
     @property
@@ -175,9 +178,13 @@ class InlineLearning:
             work()
         except Exception as error:  # the one broad except: a failing learner never hurts serving
             self.is_frozen = True
-            if self._drafter.weights is not self._last_good:
-                self._drafter.swap(self._last_good)
+            if self.weights is not self._last_good:
+                self._draft_with(self._last_good)
             self._on_failure(f"in round {self.num_rounds}, {type(error).__name__}: {error}")
+
+    def _draft_with(self, weights: DrafterWeights) -> None:
+        self._publish(weights)
+        self.weights = weights
 
     def _say(self, reason: str) -> None:
         log.error(
@@ -204,7 +211,7 @@ class InlineLearning:
         else:
             self._earlier = self._state
             if math.isfinite(played.loss):
-                self._last_good = self._drafter.weights
+                self._last_good = self.weights
         kept = self._learner.played(self._state)
         if math.isfinite(played.loss):
             self._pace(scores, kept, better or played, rows[-1])
@@ -237,7 +244,7 @@ class InlineLearning:
     def _undo(self, state: Any) -> None:
         """Takes back the last round, and the update to `state` that would have followed."""
         self._play(self._learner.undone(self._earlier, state))
-        self._earlier, self._last_good = None, self._drafter.weights
+        self._earlier, self._last_good = None, self.weights
         self.num_undone += 1
 
     def _replayed(self) -> list[Feedback]:
@@ -262,7 +269,7 @@ class InlineLearning:
         if played is not self._learner.played(self._state):
             if not is_finite(played):
                 raise RoundFailed("the updated weights are not finite")
-            self._drafter.swap(DrafterWeights(played, self._drafter.weights.version + 1))
+            self._draft_with(DrafterWeights(played, self.weights.version + 1))
         self._state = state
 
 

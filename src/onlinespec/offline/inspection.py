@@ -80,15 +80,18 @@ def _versions_facts(folder: Path) -> dict[str, Any]:
     good, told = store.latest_good(None), []
     for number in store.numbers():
         try:
-            told.append(str(store.read(number).number))
+            told.append(str(store.read(number).version))
         except ValueError:
             told.append(f"{number} (not whole)")
     facts: dict[str, Any] = {"kind": "versions of a drafter", "path": folder, "on disk": ", ".join(told) or "none"}
     if good is None:
         return facts | {"a restart begins with": "the drafter as it was given: no version here is whole"}
-    facts |= {"a restart begins with": f"version {good.number}, of {good.record.created}", "its drafter": good.folder}
-    facts |= {"target fingerprint": good.record.target_fingerprint}
-    return facts | ({"learner": good.record.learner} if good.record.learner else {})
+    facts |= {
+        "a restart begins with": f"version {good.version}, of {good.created}",
+        "its drafter": store.folder_of(good.version),
+    }
+    facts |= {"target fingerprint": good.target_fingerprint}
+    return facts | ({"learner": good.learner} if good.learner else {})
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class HeadOnly(Model[KVCache]):
+class LabelHead(Model[KVCache]):
     """A target's ends without its layers: labels are its head applied to states that verification left."""
 
     path = "head only"
@@ -52,7 +52,7 @@ class HeadOnly(Model[KVCache]):
 
 
 @dataclass(frozen=True)
-class Ends:
+class EmbeddingAndHead:
     """A target's ends as another process is told of them, which has a copy of its own."""
 
     name: str
@@ -63,7 +63,7 @@ class Ends:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def of(cls, target: Target) -> Ends:
+    def of(cls, target: Target) -> EmbeddingAndHead:
         """Raises ValueError if the target's head is more than a product, which its layers' code must compute."""
         decoder = target.decoder
         if not decoder.has_plain_head:
@@ -84,7 +84,7 @@ class Ends:
     def target(self) -> Target:
         """A target to make a drafter for, and to learn from."""
         embedding_VD = _over(self.embedding)
-        decoder = HeadOnly(self.config, embedding_VD, _over(self.head) if self.head else embedding_VD)
+        decoder = LabelHead(self.config, embedding_VD, _over(self.head) if self.head else embedding_VD)
         return Target(self.name, decoder, self.tokenizer, frozenset(), SamplingParams(), self.fingerprint)
 
 

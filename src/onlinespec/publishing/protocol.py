@@ -55,9 +55,8 @@ class Rows(Struct, frozen=True, tag=True):
     text: int  # the number of the text
     first_token: int  # where the new tokens begin ...
     token_ids: list[int]
-    first_state: int  # ... and the new states
-    final_SD: Blob
-    aux: dict[int, Blob]  # by layer
+    first_state: int  # ... and where the new states do
+    features: Features  # of these
     max_tokens: int
     record: dict[str, Any]  # Feedback without its trace
 
@@ -74,23 +73,21 @@ class Batch(Struct, frozen=True, tag=True):
     messages: list[Rows | Forget]
 
 
-class Published(Struct, frozen=True, tag=True):
+class Publish(Struct, frozen=True, tag=True):
     """Weights to draft with from now on."""
 
-    version: int
-    params: dict[str, Blob]
+    weights: DrafterWeights
     checksum: int  # of all their bytes, in order of their names
 
     @classmethod
-    def of(cls, weights: DrafterWeights) -> Published:
-        params = {name: Blob.of(p) for name, p in weights.params.items()}
-        return cls(weights.version, params, _checksum(params))
+    def of(cls, weights: DrafterWeights) -> Publish:
+        return cls(weights, _checksum(weights))
 
-    def weights(self) -> DrafterWeights:
-        """Raises ValueError if they are not what was sent."""
-        if (found := _checksum(self.params)) != self.checksum:
-            raise ValueError(f"weights version {self.version} came with checksum {found}, not {self.checksum}")
-        return DrafterWeights({name: blob.tensor() for name, blob in self.params.items()}, self.version)
+    def checked(self) -> DrafterWeights:
+        """The weights. Raises ValueError if they are not what was sent."""
+        if (found := _checksum(self.weights)) != self.checksum:
+            raise ValueError(f"weights version {self.weights.version} came with checksum {found}, not {self.checksum}")
+        return self.weights
 
 
 class Report(Struct, frozen=True, tag=True):
@@ -99,7 +96,7 @@ class Report(Struct, frozen=True, tag=True):
     figures: dict[str, Any]
 
 
-class Said(Struct, frozen=True, tag=True):
+class LogLine(Struct, frozen=True, tag=True):
     """A line of the log."""
 
     logger: str
@@ -107,15 +104,26 @@ class Said(Struct, frozen=True, tag=True):
     text: str
 
 
-class Setting(Struct, frozen=True, tag=True):
+class SetShare(Struct, frozen=True, tag=True):
     """Learning may take this share of time from now on."""
 
     share: float
 
 
-Message = Batch | Published | Report | Said | Setting
-_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-_ENCODER = msgspec.msgpack.Encoder()
+Message = Batch | Publish | Report | LogLine | SetShare
+
+
+def _plain(tensor: object) -> Blob:
+    assert isinstance(tensor, Tensor)
+    return Blob.of(tensor)
+
+
+def _tensor(kind: type, content: object) -> Tensor:
+    return msgspec.convert(content, Blob).tensor()
+
+
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message, dec_hook=_tensor)
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 
 
 def encode(message: Message) -> bytes:
@@ -151,14 +159,12 @@ class Outgoing:
             weakref.finalize(trace, self._forget, id(trace)).atexit = False
         number, num_tokens, num_states = self._sent[id(trace)]
         self._sent[id(trace)] = number, end + 1, end
-        new = trace.features[num_states:end]
         return Rows(
             text=number,
             first_token=num_tokens,
             token_ids=trace.token_ids[num_tokens : end + 1],
             first_state=num_states,
-            final_SD=Blob.of(new.final_SD),
-            aux={layer: Blob.of(rows_SD) for layer, rows_SD in new.aux.items()},
+            features=trace.features[num_states:end],
             max_tokens=trace.max_tokens,
             record={name: getattr(record, name) for name in _RECORD_FIELDS},
         )
@@ -192,10 +198,9 @@ class Incoming:
         return None
 
     def _record(self, rows: Rows) -> Feedback:
-        new = Features(rows.final_SD.tensor(), {layer: blob.tensor() for layer, blob in rows.aux.items()})
         trace = self._traces.get(rows.text)
         if trace is None:
-            room = new.map(lambda rows_SD: rows_SD.new_empty(rows.max_tokens, rows_SD.shape[1]))
+            room = rows.features.map(lambda rows_SD: rows_SD.new_empty(rows.max_tokens, rows_SD.shape[1]))
             trace = self._traces[rows.text] = Trace([], room, max_tokens=rows.max_tokens)
         if len(trace.token_ids) != rows.first_token or trace.num_features != rows.first_state:
             raise ValueError(
@@ -203,14 +208,14 @@ class Incoming:
                 "a message is missing"
             )
         trace.token_ids.extend(rows.token_ids)
-        trace.append(new)
+        trace.append(rows.features)
         return Feedback(trace=trace, **rows.record)
 
 
-def _checksum(params: dict[str, Blob]) -> int:
+def _checksum(weights: DrafterWeights) -> int:
     total = 0
-    for name in sorted(params):
-        total = zlib.crc32(params[name].data, zlib.crc32(name.encode(), total))
+    for name in sorted(weights.params):
+        total = zlib.crc32(Blob.of(weights.params[name]).data, zlib.crc32(name.encode(), total))
     return total
 
 

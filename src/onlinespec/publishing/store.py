@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,8 @@ from safetensors.torch import save_file
 from onlinespec.core import DrafterWeights
 from onlinespec.drafters.contract import Drafter
 from onlinespec.models.checkpoint import read_tensors
+from onlinespec.publishing.durable import files_in, flush, flush_all, sha256_of
+from onlinespec.publishing.history import History, rolled_back_by
 from onlinespec.publishing.protocol import Event, VersionRecord
 from onlinespec.publishing.state_io import flattened, rebuilt
 
@@ -58,59 +58,6 @@ class FolderTaken(ValueError):
     """A folder for versions that another one writes to."""
 
 
-@dataclass(frozen=True)
-class Version:
-    """A version that is whole on disk."""
-
-    folder: Path
-    record: VersionRecord
-
-    @property
-    def number(self) -> int:
-        return self.record.version
-
-    def weights(self, device: torch.device | str = "cpu") -> DrafterWeights:
-        """The exact ones, whatever dtype they are published in."""
-        return DrafterWeights(self._learned(torch.device(device))["params"], self.number)
-
-    def resume(self, drafter: Drafter, learner: str = "") -> Any | None:
-        """Gives a drafter that was loaded from here its exact weights.
-
-        Args:
-            learner: The line of the learner that goes on; see `methods.parse`.
-
-        Returns:
-            The learner's state, which plays these very weights if it did when it was saved; None if there is none, or
-            it is another learner's.
-
-        Raises:
-            ValueError: if the drafter learns something else, or the files are not what this version of ours can read.
-        """
-        device = next((p.device for p in drafter.weights.params.values()), torch.device("cpu"))
-        saved = self._learned(device)
-        ours, theirs = ({n: tuple(p.shape) for n, p in w.items()} for w in (drafter.weights.params, saved["params"]))
-        if ours != theirs:
-            name = next(name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))
-            raise ValueError(
-                f"{name} is {theirs.get(name, 'no tensor that learns')} in {self.folder} and "
-                f"{ours.get(name, 'no tensor that learns')} in the drafter; give the --drafter and --tune that "
-                "it was learned with, another folder, or --reset-drafter to begin anew (old versions are kept beside)"
-            )
-        if drafter.is_trainable:
-            drafter.swap(DrafterWeights(saved["params"], self.number))
-        if saved["state"] is None or self.record.learner == learner:
-            return saved["state"]
-        log.warning(
-            'version %d was learned by "%s", now "%s" learns: it begins anew from these weights',
-            self.number, self.record.learner, learner,
-        )  # fmt: skip
-        return None
-
-    def _learned(self, device: torch.device) -> Any:
-        nodes = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
-        return rebuilt(read_tensors(self.folder / _TENSORS, device, dtype=None), nodes)
-
-
 class Versions:
     """The versions in a folder; nothing is written before something is saved.
 
@@ -127,7 +74,7 @@ class Versions:
         self.folder, self.keep = Path(folder), keep
         self._place, self._history = self.folder / _VERSIONS, self.folder / _HISTORY
         self._lock: FileLock | None = None  # while it is held
-        self._notes: _Notes | None = None  # all of history.jsonl, while no one else can add to it
+        self._kept_history: History | None = None  # all of history.jsonl, while no one else can add to it
         self._told: set[str] = set()  # complaints that were logged
 
     def __enter__(self) -> Versions:
@@ -156,13 +103,13 @@ class Versions:
                 f"another one keeps its versions in {self.folder}, and a folder has one writer: give each its own "
                 "(--versions DIR), or stop the other first"
             ) from error
-        self._lock, self._notes = lock, None
+        self._lock, self._kept_history = lock, None
 
     def close(self) -> None:
         """Lets others write to the folder."""
         if self._lock:
             self._lock.release()
-        self._lock = self._notes = None
+        self._lock = self._kept_history = None
 
     def save(
         self,
@@ -172,7 +119,7 @@ class Versions:
         target_fingerprint: str,
         learner: str = "",
         state: Any = None,
-    ) -> Version:
+    ) -> VersionRecord:
         """Writes a version, notes how it came to be, and removes the versions that need not be kept.
 
         Args:
@@ -187,7 +134,7 @@ class Versions:
         """
         if event.version != weights.version:
             raise ValueError(f"the event is of version {event.version}, the weights are version {weights.version}")
-        folder = self._folder_of(weights.version)
+        folder = self.folder_of(weights.version)
         if folder.exists():
             raise ValueError(
                 f"{folder} exists; a version is never written twice: the next number is {self.next_version}"
@@ -196,33 +143,33 @@ class Versions:
         twin.weights = weights
         with self._guarded(f"version {weights.version}"):
             self.hold()
-            tensors, nodes = flattened({"params": weights.params, "state": state})
+            tensors, tree = flattened({"params": weights.params, "state": state})
             self._note(event)
             self._sweep()
             partial = folder.with_name(f".{folder.name}.tmp")
             twin.save(partial)
             save_file(tensors, partial / _TENSORS)
             (partial / _TENSORS).chmod(_READABLE)
-            (partial / _STATE).write_text(json.dumps(nodes), encoding="utf-8")
+            (partial / _STATE).write_text(json.dumps(tree), encoding="utf-8")
             record = VersionRecord(
                 version=weights.version,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 target_fingerprint=target_fingerprint,
                 learner=learner,
                 event=event,
-                files={name: _checksum(partial / name) for name in _files_in(partial)},
+                files={name: sha256_of(partial / name) for name in files_in(partial)},
             )
             (partial / _RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-            _flush_all(partial)
+            flush_all(partial)
             os.rename(partial, folder)
             try:
-                _flush(self._place)
-                _flush(self.folder)
+                flush(self._place)
+                flush(self.folder)
             except BaseException:
                 os.rename(folder, partial)
                 raise
         self._prune()
-        return Version(folder, record)
+        return record
 
     def note(self, event: Event) -> None:
         """Adds a line to the history.
@@ -250,7 +197,7 @@ class Versions:
         names = (f"{_VERSIONS}.reset-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
         aside = next(path for name in names if not (path := self.folder / name).exists())
         os.rename(self._place, aside)
-        _flush(self.folder)
+        flush(self.folder)
         reason = f"{len(numbers)} versions were moved to {aside.name}"
         self.note(Event(kind="reset", at=datetime.now(UTC).isoformat(timespec="seconds"), version=last, reason=reason))
         return aside
@@ -264,7 +211,7 @@ class Versions:
         written = [_number_of(path) for place in places if place.is_dir() for path in place.iterdir()]
         return 1 + max([n for n in written if n is not None] + [self._noted().newest_version])
 
-    def latest_good(self, target_fingerprint: str | None) -> Version | None:
+    def latest_good(self, target_fingerprint: str | None) -> VersionRecord | None:
         """What a restart begins with: the newest version that is whole and was not rolled back; None if there is none.
 
         Each that is not whole is logged, once.
@@ -284,51 +231,91 @@ class Versions:
             except ValueError as error:
                 self._complain(f"{error}; an older version is looked for")
                 continue
-            if target_fingerprint not in (None, version.record.target_fingerprint):
+            if target_fingerprint not in (None, version.target_fingerprint):
                 raise ValueError(
-                    f"{version.folder} was learned for target {version.record.target_fingerprint}, this target is "
+                    f"{self.folder_of(number)} was learned for target {version.target_fingerprint}, this target is "
                     f"{target_fingerprint}; give --reset-drafter to begin anew (the old versions are kept beside), "
                     "or another folder"
                 )
             return version
         return None
 
+    def weights(self, number: int, device: torch.device | str = "cpu") -> DrafterWeights:
+        """The exact ones of a version, whatever dtype they are published in."""
+        return DrafterWeights(self._learned(number, torch.device(device))["params"], number)
+
+    def resume(self, record: VersionRecord, drafter: Drafter, learner: str = "") -> Any | None:
+        """Gives a drafter that was loaded from a version's folder its exact weights.
+
+        Args:
+            learner: The line of the learner that goes on; see `parse_learner`.
+
+        Returns:
+            The learner's state; None if there is none, or it is another learner's.
+
+        Raises:
+            ValueError: if the drafter learns something else, or the files are not what this version of ours can read.
+        """
+        device = next((p.device for p in drafter.weights.params.values()), torch.device("cpu"))
+        saved, folder = self._learned(record.version, device), self.folder_of(record.version)
+        ours, theirs = ({n: tuple(p.shape) for n, p in w.items()} for w in (drafter.weights.params, saved["params"]))
+        if ours != theirs:
+            name = next(name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name))
+            raise ValueError(
+                f"{name} is {theirs.get(name, 'no tensor that learns')} in {folder} and "
+                f"{ours.get(name, 'no tensor that learns')} in the drafter; give the --drafter and --tune that "
+                "it was learned with, another folder, or --reset-drafter to begin anew (old versions are kept beside)"
+            )
+        if drafter.is_trainable:
+            drafter.swap(DrafterWeights(saved["params"], record.version))
+        if saved["state"] is None or record.learner == learner:
+            return saved["state"]
+        log.warning(
+            'version %d was learned by "%s", now "%s" learns: it begins anew from these weights',
+            record.version, record.learner, learner,
+        )  # fmt: skip
+        return None
+
+    def folder_of(self, number: int) -> Path:
+        """Where a version lies, if there is one: a drafter in its published format."""
+        return self._place / f"{number:0{_DIGITS}d}"
+
     def numbers(self) -> list[int]:
         """Of the versions on disk, whole or not."""
         names = [path.name for path in self._place.iterdir()] if self._place.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def watched(self, version: Version) -> DrafterWeights | None:
+    def watched(self, version: VersionRecord) -> DrafterWeights | None:
         """The weights that a version is still to be watched beside, after a restart: those served before it.
 
         None if it was not promoted, or is confirmed, or they are not here any more.
         """
-        event = version.record.event
-        if event.kind != "promoted" or event.parent is None or version.number in self._noted().confirmed:
+        event = version.event
+        if event.kind != "promoted" or event.parent is None or version.version in self._noted().confirmed:
             return None
         try:
-            return self.read(event.parent).weights()
+            return self.weights(self.read(event.parent).version)
         except ValueError as error:
-            self._complain(f"{error}; version {version.number} is not watched any more")
+            self._complain(f"{error}; version {version.version} is not watched any more")
             return None
 
-    def read(self, number: int) -> Version:
+    def read(self, number: int) -> VersionRecord:
         """One version, every file checked.
 
         Raises:
             ValueError: naming what is missing or changed.
         """
-        folder = self._folder_of(number)
+        folder = self.folder_of(number)
         try:
             record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=VersionRecord)
-            wrong = [name for name, expected in record.files.items() if _checksum(folder / name) != expected]
+            wrong = [name for name, expected in record.files.items() if sha256_of(folder / name) != expected]
         except (OSError, msgspec.DecodeError) as error:
             raise ValueError(f"{folder} is not whole ({error})") from error
         if wrong:
             raise ValueError(f"{folder} is not whole ({', '.join(wrong)}: other content than was written)")
         if record.version != number:
             raise ValueError(f"{folder} holds version {record.version}; folders are not to be renamed")
-        return Version(folder, record)
+        return record
 
     def history(self) -> list[Event]:
         """What was noted, the oldest first. A line that can't be read (torn, say) is left out and told once."""
@@ -336,33 +323,24 @@ class Versions:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _folder_of(self, number: int) -> Path:
-        return self._place / f"{number:0{_DIGITS}d}"
+    def _learned(self, number: int, device: torch.device) -> Any:
+        folder = self.folder_of(number)
+        tree = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        return rebuilt(read_tensors(folder / _TENSORS, device, dtype=None), tree)
 
-    def _noted(self) -> _Notes:
+    def _noted(self) -> History:
         """The history; read anew each time by one that does not hold the folder."""
-        if self._notes:
-            return self._notes
-        notes = _Notes()
-        try:
-            content = self._history.read_bytes()
-        except FileNotFoundError:
-            content = b""
-        for i, line in enumerate(content.splitlines(), start=1):
-            try:
-                if line.strip():
-                    notes.add(msgspec.json.decode(line, type=Event))
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                self._complain(f"line {i} of {self._history} can't be read and is left out ({error})")
-        notes.is_torn = content[-1:] not in (b"", b"\n")
+        if self._kept_history:
+            return self._kept_history
+        history = History(self._history, self._complain)
         if self._lock:
-            self._notes = notes
-        return notes
+            self._kept_history = history
+        return history
 
     def _rolled_back(self) -> set[int]:
         """By what was noted, or by what a version itself says of how it came to be, should the note be lost."""
-        records = (record_of(self._folder_of(number)) for number in self.numbers())
-        own = (_rolled_back_by(record.event) for record in records if record)
+        records = (record_of(self.folder_of(number)) for number in self.numbers())
+        own = (rolled_back_by(record.event) for record in records if record)
         return self._noted().rolled_back.union(*own)
 
     @contextlib.contextmanager
@@ -383,25 +361,11 @@ class Versions:
             raise
 
     def _note(self, event: Event) -> None:
-        notes = self._noted()
-        if event in notes:  # noted by a save that could not be finished
-            return
-        is_new = not self._history.exists()
-        with self._history.open("ab", buffering=0) as file:  # else closing it would try once more
-            size = file.tell()
-            line = memoryview(b"\n" * notes.is_torn + msgspec.json.encode(event) + b"\n")
-            try:
-                while line:
-                    line = line[file.write(line) :]
-                os.fsync(file.fileno())
-            except BaseException:
-                self._notes = None  # what is there now is to be read again
-                with contextlib.suppress(OSError):
-                    os.truncate(self._history, size)
-                raise
-        notes.add(event)
-        if is_new:
-            _flush(self.folder)
+        try:
+            self._noted().append(event)
+        except BaseException:
+            self._kept_history = None  # what is there now is to be read again
+            raise
 
     def _sweep(self) -> None:
         """Removes what a save that was cut short has left; only the one that holds the folder may."""
@@ -417,7 +381,7 @@ class Versions:
             numbers, rolled_back = self.numbers(), self._rolled_back()
             good = [number for number in numbers if number not in rolled_back]
             for number in set(numbers) - {numbers[0], *numbers[-self.keep :], *good[-1:]}:
-                folder = self._folder_of(number)
+                folder = self.folder_of(number)
                 gone = folder.with_name(f".{folder.name}.gone")
                 os.rename(folder, gone)
                 shutil.rmtree(gone, ignore_errors=True)
@@ -426,35 +390,6 @@ class Versions:
         if message not in self._told:
             self._told.add(message)
             log.warning("%s", message)
-
-
-class _Notes:
-    """The lines of a history, and what is asked of them, kept as they are added: a line more costs the same always."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.rolled_back: set[int] = set()
-        self.confirmed: set[int] = set()
-        self.newest_version = -1  # the largest number that occurs
-        self.is_torn = False  # whether the last line is not whole
-        self._all: set[Event] = set()
-
-    def __contains__(self, event: Event) -> bool:
-        return event in self._all
-
-    def add(self, event: Event) -> None:
-        self.events.append(event)
-        self._all.add(event)
-        self.is_torn = False
-        numbers = (event.version, event.parent, event.restores)
-        self.newest_version = max(self.newest_version, *(n for n in numbers if n is not None))
-        if event.kind == "confirmed":
-            self.confirmed.add(event.version)
-        self.rolled_back |= _rolled_back_by(event)
-
-
-def _rolled_back_by(event: Event) -> set[int]:
-    return {event.parent} if event.kind == "rolled back" and event.parent is not None else set()
 
 
 def is_in(folder: Path) -> bool:
@@ -473,28 +408,3 @@ def record_of(folder: Path) -> VersionRecord | None:
 def _number_of(path: Path) -> int | None:
     digits = re.match(r"\.*(\d+)", path.name, re.ASCII)
     return int(digits[1]) if digits else None
-
-
-def _files_in(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_all(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """To the disk itself; a directory's entries too, where the system can."""
-    if os.name != "posix" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,7 +35,7 @@ _ROUNDS_NEWER = 4  # that make a candidate worth more than one which a look coul
 
 
 @dataclass(frozen=True)
-class Keeping:
+class StoreOptions:
     """Where versions go, and what is to be noted with them.
 
     Args:
@@ -53,12 +53,12 @@ class Trainer:
     Args:
         drafter: Of the kind that serves, with its weights. It is never asked for a draft.
         budget: Of time; kept by whatever clock it has.
-        keeping: Where versions go; None to keep none.
+        store: Where versions go; None to keep none.
         origin: What learning began with, if the drafter's weights are later ones.
 
     Raises:
         FolderTaken: if another one keeps its versions in the folder.
-        ValueError: as `Versions.latest_good` and `Version.resume`.
+        ValueError: as `Versions.latest_good` and `Versions.resume`.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Trainer:
         seed: int = 0,
         budget: ClockBudget | None = None,
         publishing: PublishConfig | None = None,
-        keeping: Keeping | None = None,
+        store: StoreOptions | None = None,
         origin: DrafterWeights | None = None,
     ) -> None:
         drafter.drafts = False
-        self._drafter, self._keeping = drafter, keeping
+        self._drafter, self._store = drafter, store
         self.num_unsaved = 0  # versions that could not be written
         self.learning = InlineLearning(drafter, config=config, seed=seed, budget=budget, on_failure=self._fail)
         try:
             self.publisher = (
-                self._resumed(publishing, origin) if keeping else Publisher(drafter, publishing, origin=origin)
+                self._resumed(publishing, origin) if store else Publisher(drafter, publishing, origin=origin)
             )
         except BaseException:
             self.close()
@@ -106,8 +106,8 @@ class Trainer:
         events = self.publisher.history[-num_new:] if num_new else ()
         if version and events[-1].kind == "rolled back":
             self.learning.restart(version.params)
-        if self._keeping:
-            self._keep(self._keeping, events, version)
+        if self._store:
+            self._keep(self._store, events, version)
         return version
 
     def _judge(self) -> DrafterWeights | None:
@@ -134,8 +134,8 @@ class Trainer:
 
     def close(self) -> None:
         """Lets others write to the folder of versions. Nothing is to be offered any more."""
-        if self._keeping:
-            self._keeping.versions.close()
+        if self._store:
+            self._store.versions.close()
 
     def figures(self) -> dict[str, Any]:
         """How it fares, in plain numbers and words."""
@@ -161,17 +161,17 @@ class Trainer:
 
     def _resumed(self, publishing: PublishConfig | None, origin: DrafterWeights | None) -> Publisher:
         """Goes on with what lies on disk, if that is what is served; else what is served is the first to be kept."""
-        assert self._keeping
-        served, versions = self._drafter.weights, self._keeping.versions
+        assert self._store
+        served, versions = self._drafter.weights, self._store.versions
         with suppress(OSError):  # said when the first version can't be saved
             versions.hold()
-        found = versions.latest_good(self._keeping.target_fingerprint)
-        if found is None or found.number != served.version:
+        found = versions.latest_good(self._store.target_fingerprint)
+        if found is None or found.version != served.version:
             next_version = max(served.version + 1, versions.next_version)
             publisher = Publisher(self._drafter, publishing, next_version=next_version, origin=origin)
-            self._keep(self._keeping, [started(served.version)], served)
+            self._keep(self._store, [started(served.version)], served)
             return publisher
-        state, served = found.resume(self._drafter, self._keeping.learner), self._drafter.weights
+        state, served = versions.resume(found, self._drafter, self._store.learner), self._drafter.weights
         if state is not None:
             self.learning.resume(state)
         return Publisher(
@@ -180,13 +180,13 @@ class Trainer:
             served=served,
             next_version=versions.next_version,
             origin=origin,
-            promoted=found.record.event,
+            promoted=found.event,
             previous=versions.watched(found),
         )
 
-    def _keep(self, keeping: Keeping, events: Sequence[Event], version: DrafterWeights | None) -> None:
+    def _keep(self, store: StoreOptions, events: Sequence[Event], version: DrafterWeights | None) -> None:
         """Writes down what happened; a version that can't be written is served all the same, and the next one tried."""
-        versions = keeping.versions
+        versions = store.versions
         try:
             for event in events[:-1] if version else events:
                 versions.note(event)
@@ -195,8 +195,8 @@ class Trainer:
                     self._drafter,
                     version,
                     events[-1],
-                    keeping.target_fingerprint,
-                    keeping.learner,
+                    store.target_fingerprint,
+                    store.learner,
                     self.learning.state,
                 )
         except (NotSaved, ValueError) as error:

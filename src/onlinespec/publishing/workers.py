@@ -27,24 +27,23 @@ import torch
 from onlinespec.config import LearnConfig, PublishConfig, Tuning
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters import load_drafter
-from onlinespec.drafters.contract import Drafter
 from onlinespec.learning.schedule import ClockBudget
 from onlinespec.models.loading import Target
-from onlinespec.publishing.label_head import Ends
+from onlinespec.publishing.label_head import EmbeddingAndHead
 from onlinespec.publishing.protocol import (
     Batch,
     Incoming,
+    LogLine,
     Message,
     Outgoing,
-    Published,
+    Publish,
     Report,
-    Said,
-    Setting,
+    SetShare,
     decode,
     encode,
 )
 from onlinespec.publishing.store import Versions
-from onlinespec.publishing.trainer import Keeping, Trainer
+from onlinespec.publishing.trainer import StoreOptions, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ _NO_FIGURES: dict[str, Any] = {  # before the first report
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainerSpec:
     """How a trainer is made: a drafter of its own, like the one that serves, and how it learns.
 
     Args:
@@ -97,27 +96,30 @@ class Recipe:
         drafter = load_drafter(self.drafter, target, self.seed, self.tuning)
         origin = drafter.weights
         drafter.swap(serving)
-        keeping = Keeping(Versions(self.versions), target.fingerprint, self.learner) if self.versions else None
-        return Trainer(drafter, self.config, self.seed, budget, self.publishing, keeping, origin)
+        store = StoreOptions(Versions(self.versions), target.fingerprint, self.learner) if self.versions else None
+        return Trainer(drafter, self.config, self.seed, budget, self.publishing, store, origin)
 
 
 class BackgroundLearning(ABC):
     """What decoding sees of learning that runs beside it.
 
     Args:
-        drafter: The one that serves; its weights are swapped in `offer`, and nowhere else.
+        serving: The weights that serve now.
+        publish: Takes over a version to serve from the next step on; called in `offer`, and nowhere else.
         most_waiting: Records in the queue; of more the oldest are dropped.
     """
 
     diagnostic_seconds = 0.0
 
-    def __init__(self, drafter: Drafter, most_waiting: int = 4096) -> None:
-        self._drafter, self._most_waiting = drafter, most_waiting
+    def __init__(
+        self, serving: DrafterWeights, publish: Callable[[DrafterWeights], None], most_waiting: int = 4096
+    ) -> None:
+        self._version, self._take_over, self._most_waiting = serving.version, publish, most_waiting
         self._waiting: deque[Feedback] = deque()
         self._changed = threading.Condition()  # guards what is shared below
         self._newest: DrafterWeights | None = None
         self._is_stopping = False
-        self._figures: dict[str, Any] = _NO_FIGURES | {"published": drafter.weights.version}
+        self._figures: dict[str, Any] = _NO_FIGURES | {"published": serving.version}
         self.num_dropped = self.num_offered = 0
         self.num_published = 0
         self.failure = ""  # why nothing is learned any more
@@ -135,8 +137,13 @@ class BackgroundLearning(ABC):
                     self._waiting.popleft()
                     self.num_dropped += 1
                 self._changed.notify_all()
-        if newest:
-            self._drafter.swap(newest)
+        if newest and newest.version != self._version:
+            try:
+                self._take_over(newest)
+            except Exception as error:  # a version that can't be taken over is not served, and serving goes on
+                self._fail(f"version {newest.version} could not be taken over, {type(error).__name__}: {error}")
+                return
+            self._version = newest.version
             self.num_published += 1
 
     def figures(self) -> dict[str, Any]:
@@ -144,7 +151,7 @@ class BackgroundLearning(ABC):
         with self._changed:
             return {
                 **self._figures,
-                "weights_version": self._drafter.weights.version,
+                "weights_version": self._version,
                 "waiting": len(self._waiting),
                 "offered": self.num_offered,
                 "dropped": self.num_dropped,
@@ -177,7 +184,7 @@ class BackgroundLearning(ABC):
             self._waiting.clear()
         return taken
 
-    def _publish(self, weights: DrafterWeights) -> None:
+    def _offer_version(self, weights: DrafterWeights) -> None:
         with self._changed:
             self._newest = weights
 
@@ -190,7 +197,7 @@ class BackgroundLearning(ABC):
             self._waiting.clear()
         log.error(
             "learning stopped (%s); the drafter stays at weights version %d and serving goes on",
-            reason, self._drafter.weights.version,
+            reason, self._version,
         )  # fmt: skip
 
     def _end(self) -> None:
@@ -203,14 +210,21 @@ class ThreadLearning(BackgroundLearning):
     """Learns in a thread of this process, on the target's own device.
 
     Raises:
-        FolderTaken: if another one keeps its versions in the recipe's folder.
+        FolderTaken: if another one keeps its versions in the spec's folder.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, recipe: Recipe, most_waiting: int = 4096) -> None:
-        super().__init__(drafter, most_waiting)
-        self._budget = ClockBudget(recipe.share, taken=time.thread_time)
+    def __init__(
+        self,
+        target: Target,
+        spec: TrainerSpec,
+        serving: DrafterWeights,
+        publish: Callable[[DrafterWeights], None],
+        most_waiting: int = 4096,
+    ) -> None:
+        super().__init__(serving, publish, most_waiting)
+        self._budget = ClockBudget(spec.share, taken=time.thread_time)
         self._share_spent = 0.0
-        self.trainer = recipe.trainer(target, drafter.weights, self._budget)
+        self.trainer = spec.trainer(target, serving, self._budget)
         self._thread = threading.Thread(target=self._run, name="onlinespec-learning", daemon=True)
 
     def start(self) -> None:
@@ -237,7 +251,7 @@ class ThreadLearning(BackgroundLearning):
             while records := self._take():
                 for record in records:  # one by one: each may bring a round
                     if published := self.trainer.offer([record]):
-                        self._publish(published)
+                        self._offer_version(published)
                 self._share_spent = self._budget.share_spent
                 if reason := self.trainer.failure:
                     return self._fail(reason)
@@ -252,15 +266,22 @@ class ProcessLearning(BackgroundLearning):
         ValueError: if the target's labels need more than its head.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, recipe: Recipe, most_waiting: int = 4096) -> None:
-        super().__init__(drafter, most_waiting)
-        self._versions = recipe.versions
+    def __init__(
+        self,
+        target: Target,
+        spec: TrainerSpec,
+        serving: DrafterWeights,
+        publish: Callable[[DrafterWeights], None],
+        most_waiting: int = 4096,
+    ) -> None:
+        super().__init__(serving, publish, most_waiting)
+        self._versions = spec.versions
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._theirs = theirs
-        arguments = theirs, Ends.of(target), recipe, encode(Published.of(drafter.weights))
+        arguments = theirs, EmbeddingAndHead.of(target), spec, encode(Publish.of(serving))
         self.process = context.Process(target=_learn, args=arguments, name="onlinespec-learning", daemon=True)
-        self._settings: deque[Setting] = deque()
+        self._settings: deque[SetShare] = deque()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for work, name in ((self._send, "onlinespec-records"), (self._receive, "onlinespec-versions"))
@@ -270,7 +291,7 @@ class ProcessLearning(BackgroundLearning):
         """Begins to learn.
 
         Raises:
-            FolderTaken: if another one keeps its versions in the recipe's folder.
+            FolderTaken: if another one keeps its versions in the spec's folder.
         """
         if self._versions:  # refused here, where someone hears of it; the process itself holds the folder then
             with Versions(self._versions) as versions, contextlib.suppress(OSError):
@@ -282,7 +303,7 @@ class ProcessLearning(BackgroundLearning):
             thread.start()
 
     def set_share(self, share: float) -> None:
-        self._settings.append(Setting(share))
+        self._settings.append(SetShare(share))
 
     def stop(self, seconds: float = 10.0) -> None:
         atexit.unregister(self.stop)
@@ -314,13 +335,13 @@ class ProcessLearning(BackgroundLearning):
         try:
             while True:
                 match decode(self._connection.recv_bytes()):
-                    case Published() as published:
-                        self._publish(published.weights())
+                    case Publish() as published:
+                        self._offer_version(published.checked())
                     case Report(figures):
                         self._figures = figures
                         if reason := figures.get("failure"):
                             self._fail(reason)
-                    case Said(logger, level, text):
+                    case LogLine(logger, level, text):
                         logging.getLogger(logger).log(level, "%s", text)
         except (EOFError, OSError):
             self.process.join(1.0)
@@ -332,7 +353,7 @@ class ProcessLearning(BackgroundLearning):
 # --- in the process ---------------------------------------------------------------------------------------------
 
 
-def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -> None:
+def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, serving: bytes) -> None:
     """The process's whole life: records in, versions out, until the other end is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # whoever serves decides when it is over
         signal.signal(number, signal.SIG_IGN)
@@ -343,15 +364,15 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
 
     logging.basicConfig(level=logging.INFO, handlers=[_Forwarding(send)])
     published = decode(serving)
-    assert isinstance(published, Published)
-    figures = _NO_FIGURES | {"published": published.version}
+    assert isinstance(published, Publish)
+    figures = _NO_FIGURES | {"published": published.weights.version}
     try:
-        budget = ClockBudget(recipe.share)
-        trainer = recipe.trainer(ends.target(), published.weights(), budget)
+        budget = ClockBudget(spec.share)
+        trainer = spec.trainer(ends.target(), published.checked(), budget)
         with contextlib.suppress(OSError, AttributeError):
-            os.nice(recipe.niceness)
+            os.nice(spec.niceness)
         budget.begin()
-        _answer(connection, send, recipe, trainer, budget)
+        _answer(connection, send, spec, trainer, budget)
         figures = trainer.figures() | {"share_spent": budget.share_spent}
     except Exception as error:  # as in a thread: it is said by who serves
         figures |= {"failure": f"{type(error).__name__}: {error}"}
@@ -360,10 +381,10 @@ def _learn(connection: Connection, ends: Ends, recipe: Recipe, serving: bytes) -
 
 
 def _answer(
-    connection: Connection, send: Callable[[Message], None], recipe: Recipe, trainer: Trainer, budget: ClockBudget
+    connection: Connection, send: Callable[[Message], None], spec: TrainerSpec, trainer: Trainer, budget: ClockBudget
 ) -> None:
     """Takes what comes, until that is the end, or the other end is gone, or nothing is learned any more."""
-    incoming, reported, resting_share = Incoming(), -_REPORT_SECONDS, recipe.share
+    incoming, reported, resting_share = Incoming(), -_REPORT_SECONDS, spec.share
     with contextlib.suppress(EOFError, OSError):
         while not trainer.failure:
             if time.monotonic() - reported > _REPORT_SECONDS:
@@ -377,11 +398,11 @@ def _answer(
                 case Batch() as batch:
                     for record in incoming.records(batch):  # one by one: each may bring a round
                         if version := trainer.offer([record]):
-                            send(Published.of(version))
-                case Setting(share):
+                            send(Publish.of(version))
+                case SetShare(share):
                     resting_share = share
             is_resting = trainer.learning.cadence.is_resting
-            budget.work_share = min(recipe.share, resting_share) if is_resting else recipe.share
+            budget.work_share = min(spec.share, resting_share) if is_resting else spec.share
 
 
 class _Forwarding(logging.Handler):
@@ -393,4 +414,4 @@ class _Forwarding(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
-            self._to(Said(record.name, record.levelno, record.getMessage()))
+            self._to(LogLine(record.name, record.levelno, record.getMessage()))
