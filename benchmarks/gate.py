@@ -25,8 +25,8 @@ from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
 from onlinespec.engine.step import Learning
 from onlinespec.experiments.provenance import provenance
+from onlinespec.learning.budget import Budget, StepMeter
 from onlinespec.learning.learner_spec import parse
-from onlinespec.learning.schedule import Budget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Replaying, record
@@ -77,7 +77,7 @@ class Gated:
 
 
 def budget_of(config: LearnConfig) -> Budget:
-    return Budget(config.budget, config.round_cost, config.row_cost, config.max_rows)
+    return Budget(config.budget, StepMeter(config.round_cost, config.row_cost, config.max_rows))
 
 
 def main(command: Gate) -> None:

@@ -298,7 +298,7 @@ def test_rounds_become_rare_where_they_bring_nothing_and_only_there(drafter, ste
     learning = learn(drafter, step_size=step_size, config=replace(OFTEN, min_interval=4, max_interval=64))
     for _ in range(4):
         complete(drafter, learning, num_tokens=25)
-    assert (learning.cadence.interval == 64) == is_rare
+    assert (learning.schedule.interval == 64) == is_rare
 
 
 # Whether the traffic has moved
@@ -345,10 +345,10 @@ def test_the_loop_tells_a_drift_when_the_traffic_moves_and_none_before(warm):
     learning = learn(warm, config=replace(OFTEN, max_rows=32))
     for i in range(10):
         complete(warm, learning, num_draft_tokens=(1, 2, 4, 8, 16)[i % 5])
-    assert learning.cadence.num_drifts == 0
+    assert learning.schedule.num_drifts == 0
     num_rounds = learning.num_rounds
     complete(warm, learning, prompt=[250, 3, 77, 12])
-    assert learning.cadence.num_drifts == 1
+    assert learning.schedule.num_drifts == 1
     assert learning.num_rounds - num_rounds < 8
 
 
@@ -395,7 +395,7 @@ def test_a_step_size_ten_times_too_large_ruins_no_drafter(warm, monkeypatch):
         warm.swap(DrafterWeights(params, version=1))
         learning = learn(warm, step_size=0.05)
         if not is_guarded:
-            monkeypatch.setattr(learning.cadence, "is_jump", lambda loss: False)
+            monkeypatch.setattr(learning.schedule, "is_jump", lambda loss: False)
         lengths[is_guarded] = acceptance_of(learning, warm)
         assert (learning.num_undone > 0) == is_guarded
     assert lengths[False] < 1.5 < 2.0 < lengths[True] < start
@@ -782,6 +782,6 @@ def test_learning_together_equals_no_learning_in_tokens(drafter):
     ids=["4 nats for cross-entropies", "as given", "never", "never in other units"],
 )
 def test_rounds_are_rarer_below_the_settings_own_full_loss(settings, interval):
-    cadence = InlineLearning(Eagle.fresh(TARGET), config=LearnConfig(**settings)).cadence
-    cadence.observe_round(1.0)
-    assert cadence.interval == interval
+    schedule = InlineLearning(Eagle.fresh(TARGET), config=LearnConfig(**settings)).schedule
+    schedule.observe_round(1.0)
+    assert schedule.interval == interval

@@ -22,8 +22,8 @@ from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import TargetRows, cross_entropy
+from onlinespec.learning.budget import Budget, ClockMeter
 from onlinespec.learning.learner_spec import parse
-from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel, uniforms
 from onlinespec.publishing.gate import Publisher
@@ -707,7 +707,7 @@ def test_a_restart_knows_what_learning_began_with(tmp_path):
     target = rigs.random_target()
     spec = TrainerSpec("eagle")
     served = DrafterWeights({n: p + 0.01 for n, p in load_drafter("eagle", target).weights.params.items()}, 3)
-    publisher = spec.trainer(target, served, ClockBudget(1.0)).publisher
+    publisher = spec.trainer(target, served, Budget(1.0, ClockMeter())).publisher
     first = load_drafter("eagle", target).weights.params
     assert all(torch.equal(publisher._origin.params[name], first[name]) for name in first)
     assert publisher.served.version == 3

@@ -22,8 +22,8 @@ from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights
 from onlinespec.engine.scheduler import Limits, Scheduler
 from onlinespec.engine.step import DecodeLoop
+from onlinespec.learning.budget import Budget, ClockMeter
 from onlinespec.learning.learner_spec import parse
-from onlinespec.learning.schedule import ClockBudget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.label_head import EmbeddingAndHead
 from onlinespec.publishing.store import FolderTaken, Versions
@@ -263,62 +263,10 @@ def test_the_ends_of_a_target_give_its_labels_and_never_run():
         target.decoder.forward(torch.tensor([1]), [0], [1], None)
 
 
-# The budget by the clock
-
-
-class Clocks:
-    def __init__(self):
-        self.taken = self.passed = 100.0
-
-    def budget(self, share):
-        return ClockBudget(share, lambda: self.taken, lambda: self.passed)
-
-
-@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
-def test_learning_takes_its_share_of_the_time_that_passes(share):
-    clocks = Clocks()
-    budget = clocks.budget(share)
-    for _ in range(20_000):
-        clocks.passed += 0.01
-        if budget.has_room:
-            clocks.taken += 0.05
-    assert budget.spent / 200 == pytest.approx(share, abs=0.02)
-    assert budget.share_spent == pytest.approx(share, abs=0.02)
-
-
-def test_an_idle_hour_is_no_reason_to_learn_for_minutes():
-    clocks = Clocks()
-    budget = clocks.budget(0.5)
-    clocks.passed += 3600
-    rounds = 0
-    while budget.has_room:
-        clocks.taken += 0.1
-        rounds += 1
-    assert rounds <= 21
-
-
-@pytest.mark.parametrize("reading", [0.0, 0.02])
-def test_a_share_can_be_changed_on_the_way(reading):
-    """Of work; reading what is served goes on, however much that takes, as long as both are within the whole."""
-    clocks = Clocks()
-    budget = clocks.budget(0.5)
-    for share in (0.5, 0.01, 0.25):
-        budget.work_share, before, worked = share, budget.spent, 0.0
-        for _ in range(50_000):
-            clocks.passed += 0.01
-            clocks.taken += reading * 0.01
-            if budget.has_room:
-                clocks.taken += 0.05
-                worked += 0.05
-                budget.spend(0)
-        assert worked / 500 == pytest.approx(min(share, 0.5 - reading), abs=0.01)
-        assert (budget.spent - before) / 500 <= 0.51
-
-
 def test_rounds_and_comparisons_take_turns_where_time_is_scarce(monkeypatch):
     """Each would take all of it: either is due whenever there is time again."""
     clock = SimpleNamespace(taken=0.0, passed=0.0)
-    budget = ClockBudget(0.1, lambda: clock.taken, lambda: clock.passed)
+    budget = Budget(0.1, ClockMeter(lambda: clock.taken, lambda: clock.passed))
     trainer, done = Trainer(load_drafter("eagle", TARGET), EAGER.config, budget=budget), []
 
     def work(what):
@@ -326,7 +274,7 @@ def test_rounds_and_comparisons_take_turns_where_time_is_scarce(monkeypatch):
         clock.taken += 1
 
     def offer(records):
-        if budget.has_room:
+        if budget.has_room():
             work("round")
             trainer.learning.num_rounds += 1
 

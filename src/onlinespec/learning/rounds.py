@@ -16,7 +16,7 @@ class Round(Struct, frozen=True, kw_only=True):
     step: int  # decoded so far
     request: int  # finished so far
     data: str
-    interval: float  # steps to the next round, as the cadence has it
+    interval: float  # steps to the next round, as the schedule has it
     loss: float | None  # the one that is trained, on the round's fresh rows, before the update; None without one
     kl: float  # KL(target || draft) of raw rows, nats
     token_loss: float  # cross-entropy of the committed tokens, nats

@@ -1,6 +1,6 @@
 """The round: Feedback becomes a batch, the batch a gradient, the gradient new weights, between two steps.
 
-Inline and deterministic: the cadence says when a round is due, the budget whether it may be. The target's layers are
+Inline and deterministic: the schedule says when a round is due, the budget whether it may be. The target's layers are
 never run; labels are its head applied to the hidden states that verification left. A round that fails, for whatever
 reason, freezes the drafter at its last good weights; decoding goes on.
 """
@@ -24,11 +24,12 @@ from onlinespec.host import to_host
 from onlinespec.learners import Evaluation, Learner
 from onlinespec.learners.geometry import is_finite
 from onlinespec.learners.losses import RowLoss
+from onlinespec.learning.budget import Budget, StepMeter
 from onlinespec.learning.finite import FiniteTexts
 from onlinespec.learning.learner_spec import full_loss_of, learner_of
 from onlinespec.learning.replay import ReplayBuffer
 from onlinespec.learning.rounds import Round
-from onlinespec.learning.schedule import Budget, Cadence, ClockBudget
+from onlinespec.learning.schedule import UpdateSchedule
 from onlinespec.learning.telemetry import Telemetry
 from onlinespec.registry import LOSSES, resolve
 
@@ -60,7 +61,7 @@ class InlineLearning:
         learner: Learner | None = None,
         config: LearnConfig | None = None,
         seed: int = 0,
-        budget: Budget | ClockBudget | None = None,
+        budget: Budget | None = None,
         on_failure: Callable[[str], None] | None = None,
         publish: Callable[[DrafterWeights], None] | None = None,
     ) -> None:
@@ -68,12 +69,11 @@ class InlineLearning:
         self._publish, self.weights = publish or drafter.swap, drafter.weights
         self._drafter, self._learner = drafter, learner or learner_of(self.config, drafter.weights.params)
         self._row_loss: RowLoss = resolve(LOSSES, self.config.loss, "loss")
-        self.cadence = Cadence(
+        self.schedule = UpdateSchedule(
             self.config.min_interval, self.config.max_interval, self.config.least_gain, full_loss_of(self.config)
         )
-        self.budget = budget or Budget(
-            self.config.budget, self.config.round_cost, self.config.row_cost, self.config.max_rows
-        )
+        meter = StepMeter(self.config.round_cost, self.config.row_cost, self.config.max_rows)
+        self.budget = budget or Budget(self.config.budget, meter)
         self.replay = self._memory(seed) if self.config.replay_every else None
         self.finite = FiniteTexts()
         self._waiting: deque[Feedback] = deque(maxlen=self.config.max_rows)
@@ -82,7 +82,7 @@ class InlineLearning:
         self._earlier: Any = None  # the learner's state before the last round; None if there is nothing to undo
         self._domain = ""
         self._last_good = drafter.weights  # the newest that scored a finite loss, or the start
-        self._anchor = drafter.weights.params  # what the cadence compares with
+        self._anchor = drafter.weights.params  # what the schedule compares with
         self.num_rounds = 0
         self.num_undone = 0  # rounds whose update was taken back by the next one
         self.num_rows = 0  # trained so far, replayed ones included
@@ -111,13 +111,13 @@ class InlineLearning:
         if self.is_frozen or not self._learner.needs_gradient:
             return
         if feedback:
-            self.budget.earn([record.num_draft_tokens + 1 for record in feedback])
+            self.budget.observe_step([record.num_draft_tokens + 1 for record in feedback])
         feedback = self.finite.of(feedback)
         for record in feedback:
             self._waiting.append(record)
             self._steps_waited += 1
             self._requests_waited += record.is_last
-            self.cadence.observe_step(record.num_accepted, record.num_draft_tokens, id(record.trace))
+            self.schedule.observe_step(record.num_accepted, record.num_draft_tokens, id(record.trace))
         if self.telemetry:
             self.telemetry.observe_steps(feedback, self.weights.params)
         if self._is_due:
@@ -132,11 +132,11 @@ class InlineLearning:
 
     def set_share(self, share: float) -> None:
         """Learning may take this share of decoding time from now on."""
-        self.budget.share = share
+        self.budget.set_share(share)
 
     def measured(self) -> list[Round]:
         """What telemetry has of every round, and behind them of what was served since."""
-        return self.telemetry.with_rest(self.cadence.interval) if self.telemetry else []
+        return self.telemetry.with_rest(self.schedule.interval) if self.telemetry else []
 
     def report(self) -> dict[str, Any]:
         """What the learner says of itself: meta weights, hint errors."""
@@ -163,15 +163,15 @@ class InlineLearning:
         self._state, self._earlier = self._learner.init(params), None
         self._draft_with(DrafterWeights(params, self.weights.version + 1))
         self._last_good, self._anchor = self.weights, params
-        self.cadence.restart()
+        self.schedule.restart()
 
     @property
     def _is_due(self) -> bool:
-        if not self.budget.has_room:
+        if not self.budget.has_room():
             return False
         if self.config.requests_per_round:
             return self._requests_waited >= self.config.requests_per_round
-        return self._steps_waited >= self.cadence.interval
+        return self._steps_waited >= self.schedule.interval
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -224,7 +224,7 @@ class InlineLearning:
                 batch,
                 lambda: scores.fresh(before).loss,
                 before,
-                self.cadence.interval,
+                self.schedule.interval,
                 lambda: self._learner.report(state),
                 played.agreement,
                 is_undoing=better is not None,
@@ -236,7 +236,7 @@ class InlineLearning:
         They are scored only if the loss has jumped. Where the traffic has moved they are as far off as the newer ones,
         which stay.
         """
-        if self._earlier is None or not self.cadence.is_jump(played.loss):
+        if self._earlier is None or not self.schedule.is_jump(played.loss):
             return None
         earlier = scores.fresh(self._learner.played(self._earlier))
         return earlier if earlier.loss < played.loss else None
@@ -253,11 +253,11 @@ class InlineLearning:
         return self.replay.draw(self.config.max_rows)
 
     def _pace(self, scores: _Scores, kept: Params, score: FreshScore, newest: Feedback) -> None:
-        """Tells the cadence what the weights that stay have scored, and every few rounds what those have brought."""
-        if self.cadence.observe_round(score.loss, score.num_agreed, score.num_rows, id(newest.trace)):
+        """Tells the schedule what the weights that stay have scored, and every few rounds what those have brought."""
+        if self.schedule.observe_round(score.loss, score.num_agreed, score.num_rows, id(newest.trace)):
             self._anchor = kept
-        if self.cadence.wants_probe:
-            self.cadence.observe_gain(scores.fresh(self._anchor).loss - scores.fresh(kept).loss)
+        if self.schedule.wants_probe:
+            self.schedule.observe_gain(scores.fresh(self._anchor).loss - scores.fresh(kept).loss)
             self._anchor = kept
 
     def _expect(self) -> None:

@@ -20,7 +20,7 @@ from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.draft_vocab import DraftVocab
-from onlinespec.learning.schedule import ClockBudget
+from onlinespec.learning.budget import Budget
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.gate import Publisher, started
 from onlinespec.publishing.protocol import Event
@@ -66,7 +66,7 @@ class Trainer:
         drafter: Drafter,
         config: LearnConfig | None = None,
         seed: int = 0,
-        budget: ClockBudget | None = None,
+        budget: Budget | None = None,
         publishing: PublishConfig | None = None,
         store: StoreOptions | None = None,
         origin: DrafterWeights | None = None,
@@ -112,18 +112,18 @@ class Trainer:
 
     def _judge(self) -> DrafterWeights | None:
         """A version to serve from now on, if there is time to compare and one drafts better."""
-        if not self.learning.budget.may_judge:
+        if not self.learning.budget.has_room_to_compare():
             return None
         self._judged = self.learning.num_rounds
         version = self.publisher.check()
-        self.learning.budget.spend(num_rows=0, num_evaluations=0)
+        self.learning.budget.spend()
         return version
 
     def _propose(self) -> None:
         """A candidate, when there is something new to it; after a drift one that has learned of it."""
         learning = self.learning
-        if learning.cadence.num_drifts > self._num_drifts:
-            self._num_drifts = learning.cadence.num_drifts
+        if learning.schedule.num_drifts > self._num_drifts:
+            self._num_drifts = learning.schedule.num_drifts
             self._proposed = learning.num_rounds + _ROUNDS_AFTER_DRIFT - 1
             self.publisher.begin_anew()
         num_newer = learning.num_rounds - self._proposed
@@ -145,8 +145,8 @@ class Trainer:
             "rows": learning.num_rows,
             "left_out": learning.finite.num_left_out,
             "loss": None if math.isnan(learning.last_loss) else learning.last_loss,
-            "interval": learning.cadence.interval,
-            "drifts": learning.cadence.num_drifts,
+            "interval": learning.schedule.interval,
+            "drifts": learning.schedule.num_drifts,
             "undone": learning.num_undone,
             "learner": learning.report(),
             "memory_bytes": memory.num_bytes if memory else 0,

@@ -27,7 +27,7 @@ import torch
 from onlinespec.config import LearnConfig, PublishConfig, Tuning
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters import load_drafter
-from onlinespec.learning.schedule import ClockBudget
+from onlinespec.learning.budget import Budget, ClockMeter
 from onlinespec.models.loading import Target
 from onlinespec.publishing.label_head import EmbeddingAndHead
 from onlinespec.publishing.protocol import (
@@ -91,7 +91,7 @@ class TrainerSpec:
     publishing: PublishConfig = field(default_factory=PublishConfig)
     versions: str = ""
 
-    def trainer(self, target: Target, serving: DrafterWeights, budget: ClockBudget) -> Trainer:
+    def trainer(self, target: Target, serving: DrafterWeights, budget: Budget) -> Trainer:
         """Raises as `load_drafter`."""
         drafter = load_drafter(self.drafter, target, self.seed, self.tuning)
         origin = drafter.weights
@@ -222,7 +222,7 @@ class ThreadLearning(BackgroundLearning):
         most_waiting: int = 4096,
     ) -> None:
         super().__init__(serving, publish, most_waiting)
-        self._budget = ClockBudget(spec.share, taken=time.thread_time)
+        self._budget = Budget(spec.share, ClockMeter(taken=time.thread_time))
         self._share_spent = 0.0
         self.trainer = spec.trainer(target, serving, self._budget)
         self._thread = threading.Thread(target=self._run, name="onlinespec-learning", daemon=True)
@@ -231,7 +231,7 @@ class ThreadLearning(BackgroundLearning):
         self._thread.start()
 
     def set_share(self, share: float) -> None:
-        self._budget.work_share = share
+        self._budget.set_share(share)
 
     def figures(self) -> dict[str, Any]:
         self._figures = self.trainer.figures() | {"share_spent": self._share_spent}
@@ -367,7 +367,7 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
     assert isinstance(published, Publish)
     figures = _NO_FIGURES | {"published": published.weights.version}
     try:
-        budget = ClockBudget(spec.share)
+        budget = Budget(spec.share, ClockMeter())
         trainer = spec.trainer(ends.target(), published.checked(), budget)
         with contextlib.suppress(OSError, AttributeError):
             os.nice(spec.niceness)
@@ -381,7 +381,7 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
 
 
 def _answer(
-    connection: Connection, send: Callable[[Message], None], spec: TrainerSpec, trainer: Trainer, budget: ClockBudget
+    connection: Connection, send: Callable[[Message], None], spec: TrainerSpec, trainer: Trainer, budget: Budget
 ) -> None:
     """Takes what comes, until that is the end, or the other end is gone, or nothing is learned any more."""
     incoming, reported, resting_share = Incoming(), -_REPORT_SECONDS, spec.share
@@ -401,8 +401,8 @@ def _answer(
                             send(Publish.of(version))
                 case SetShare(share):
                     resting_share = share
-            is_resting = trainer.learning.cadence.is_resting
-            budget.work_share = min(spec.share, resting_share) if is_resting else spec.share
+            is_resting = trainer.learning.schedule.is_resting
+            budget.set_share(min(spec.share, resting_share) if is_resting else spec.share)
 
 
 class _Forwarding(logging.Handler):

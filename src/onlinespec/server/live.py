@@ -95,7 +95,7 @@ class Live:
         if isinstance(learning, BackgroundLearning):
             return learning.figures()
         if isinstance(learning, InlineLearning):
-            return {"rounds": learning.num_rounds, "rows": learning.num_rows, "drifts": learning.cadence.num_drifts}
+            return {"rounds": learning.num_rounds, "rows": learning.num_rows, "drifts": learning.schedule.num_drifts}
         return {}
 
     def _notice(self) -> None:
