@@ -27,11 +27,12 @@ from random import Random
 import torch
 import tyro
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.drafters import load_drafter
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.request import ContextOverflow, Request
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.provenance import provenance
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
 from onlinespec.registry import WORKLOADS

@@ -19,17 +19,19 @@ from pathlib import Path
 import torch
 import tyro
 
-from onlinespec.config import GenerationParams, LearnConfig, PublishConfig
+from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, Feedback
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import Learning
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.budget import Budget, StepMeter
 from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Replaying, record
+from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.trainer import Trainer
 from onlinespec.workloads import load_workload
 

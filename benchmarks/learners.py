@@ -29,13 +29,14 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.experiments.metrics import total
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.rounds import summarise
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Recorded, Replaying, record

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.config import GenerationParams
 from onlinespec.core import Feedback
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.replay_stream import Replaying, record

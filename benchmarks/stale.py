@@ -22,8 +22,8 @@ import tyro
 
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats, DrafterWeights
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.learner_spec import parse

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams
+from onlinespec.learning.settings import LearnConfig
 
 WRONG = [
     (SamplingParams, "temperature", [-0.1, math.inf, math.nan]),

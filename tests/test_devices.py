@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from onlinespec import host
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.drafters import load_drafter
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.registry import DRAFTERS, LEARNERS
 

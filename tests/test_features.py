@@ -13,7 +13,8 @@ from waiting import HANG_SECONDS, wait_until
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Features
 from onlinespec.engine.prefix_cache import PrefixCache
-from onlinespec.engine.scheduler import Limits, Scheduler
+from onlinespec.engine.scheduler import Scheduler
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.replay import ReplayBuffer

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from rigs import plain, run_together
 from toy import steady
 
-from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, LearnConfig, SamplingParams, Tuning
-from onlinespec.drafters import load_drafter
+from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams
+from onlinespec.drafters.loading import load_drafter
+from onlinespec.drafters.settings import Tuning
 from onlinespec.engine.request import ContextOverflow
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.compare import Comparison
+from onlinespec.experiments.settings import Comparison
 from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
-from onlinespec.offline.distill import Distillation
+from onlinespec.offline.settings import Distillation
 from onlinespec.workloads import load_workload
 
 TARGET = rigs.random_target(context=16_384)

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from onlinespec.config import GenerationParams, LearnConfig
-from onlinespec.drafters import load_drafter
+from onlinespec.config import GenerationParams
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.profile import steps_to_learn_from
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.round_costs import RoundCosts, measure_round_costs
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target

@@ -8,31 +8,39 @@ __version__ = "0.1.0"
 # transformers take seconds, and the command line answers without them where it can.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
+    from onlinespec.config import GenerationParams, SamplingParams
     from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
-    from onlinespec.drafters import load_drafter
     from onlinespec.drafters.contract import Drafter
+    from onlinespec.drafters.loading import load_drafter
+    from onlinespec.drafters.settings import Tuning
     from onlinespec.engine.request import ContextOverflow, Request, UnfitPrompt, UnknownToken
     from onlinespec.engine.step import DecodeLoop
-    from onlinespec.experiments.compare import Comparing, Comparison
+    from onlinespec.experiments.compare import Comparing
+    from onlinespec.experiments.settings import Comparison
     from onlinespec.learners import Learner, make_learner
     from onlinespec.learning.learner_spec import parse
+    from onlinespec.learning.settings import LearnConfig
     from onlinespec.learning.update import InlineLearning
     from onlinespec.models.loading import Target, load_target
-    from onlinespec.offline.distill import Distillation, Distilling
+    from onlinespec.offline.distill import Distilling
     from onlinespec.offline.replay_stream import Recorded, Replaying, record
+    from onlinespec.offline.settings import Distillation
     from onlinespec.registry import DRAFTERS, LEARNERS, LOSSES, PRESETS, WORKLOADS
     from onlinespec.workloads import load_workload
 
 _MODULES = {
-    "experiments.compare": ("Comparing", "Comparison"),
-    "config": ("GenerationParams", "LearnConfig", "SamplingParams", "Tuning"),
+    "experiments.compare": ("Comparing",),
+    "experiments.settings": ("Comparison",),
+    "config": ("GenerationParams", "SamplingParams"),
     "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
     "engine.request": ("ContextOverflow", "Request", "UnfitPrompt", "UnknownToken"),
     "engine.step": ("DecodeLoop",),
-    "offline.distill": ("Distillation", "Distilling"),
-    "drafters": ("load_drafter",),
+    "offline.distill": ("Distilling",),
+    "offline.settings": ("Distillation",),
+    "drafters.loading": ("load_drafter",),
     "drafters.contract": ("Drafter",),
+    "drafters.settings": ("Tuning",),
+    "learning.settings": ("LearnConfig",),
     "learning.update": ("InlineLearning",),
     "learners": ("Learner", "make_learner"),
     "learning.learner_spec": ("parse",),

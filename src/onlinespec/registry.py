@@ -1,4 +1,4 @@
-"""Names for what there is several of: drafters, learners, losses, geometries, workloads, and the models that ship.
+"""Names of what there is several of: drafters, learners, losses, workloads and more, and the models that ship.
 
 A name stands for "package.module:Class", imported when it is asked for, so that the command line can list them all
 without importing torch. A new variant is one file and one line here.
@@ -41,6 +41,11 @@ GEOMETRIES = {
     "diagonal": "onlinespec.learners.geometry:Diagonal",
     "euclidean": "onlinespec.learners.geometry:Euclidean",
     "preconditioned": "onlinespec.learners.geometry:Preconditioned",
+}
+
+ACCEPTANCE = {  # how drafts are judged
+    "coupled": "onlinespec.lossless.verify:Coupled",
+    "rejection": "onlinespec.lossless.rejection:Rejection",
 }
 
 WORKLOADS = {

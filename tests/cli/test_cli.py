@@ -25,10 +25,11 @@ import onlinespec.lossless.verify
 from onlinespec import registry
 from onlinespec.cli import checks, compare, dispatch, distill, progress
 from onlinespec.config import GenerationParams, SamplingParams
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.compare import Comparing, Comparison, Progress
+from onlinespec.experiments.compare import Comparing, Progress
 from onlinespec.experiments.report_schema import read_report
+from onlinespec.experiments.settings import Comparison
 from onlinespec.learning.round_costs import RoundCosts
 from onlinespec.models import linear
 from onlinespec.models.loading import load_target

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from rigs import SOFT, Recorder, hidden_states, other_weights, plain, run_together
 from toy import chi_square_p, enumerate_law, sequence_counts, steady
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats, DrafterWeights, Features, RequestInfo
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.lossless.rejection import Rejection

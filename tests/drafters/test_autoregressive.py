@@ -9,7 +9,7 @@ from rigs import SOFT, hidden_states
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import Features, RequestInfo
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.lossless.noise import Noise, StepNoise
 
 TARGET = rigs.random_target()

@@ -5,8 +5,8 @@ import torch
 from rigs import random_target
 from safetensors.torch import load_file, save_file
 
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.checkpoints import read_format, read_side, write_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.registry import DRAFTERS
 
 TARGET = random_target()

@@ -9,9 +9,9 @@ from rigs import SOFT, hidden_states, other_weights, plain
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import Features, Feedback, RequestInfo, Trace
 from onlinespec.drafters import draft_vocab as draft_vocab_module
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.drafters.training_rows import TrainingRows
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import soft_cross_entropy

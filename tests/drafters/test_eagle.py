@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from toy import steady
 
 import onlinespec.drafters.eagle as eagle_module
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats, Features, Feedback, RequestInfo, Trace
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.drafters.training_rows import TrainingRows
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import auto, soft_cross_entropy
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.sampling import process_logits
 from onlinespec.models.linear import PlainLinear, half_product

@@ -9,7 +9,7 @@ from toy import steady
 
 from onlinespec.config import SamplingParams
 from onlinespec.core import Features, RequestInfo
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.lossless.noise import StepNoise
 

@@ -15,15 +15,17 @@ from rigs import hidden_states, other_weights, run_together
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DrafterWeights, Features, Feedback, RequestInfo, Trace
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
+from onlinespec.drafters.settings import Tuning
 from onlinespec.drafters.small_lm.draft_model import OwnDraftModel
 from onlinespec.drafters.small_lm.drafter import SmallLM
 from onlinespec.drafters.training_rows import TrainingRows
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import auto, soft_cross_entropy
 from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import Noise, StepNoise
 from onlinespec.models.linear import PlainLinear, plain_product

@@ -7,7 +7,8 @@ from itertools import islice
 import pytest
 import rigs
 
-from onlinespec.cli.arguments import Serve
+from onlinespec.cli.arguments import EngineLimits
+from onlinespec.cli.commands import Serve
 from onlinespec.cli.serve import _control
 from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats
@@ -15,7 +16,7 @@ from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine import profile
 from onlinespec.engine.profile import measure_step_costs, steps_to_learn_from
-from onlinespec.engine.scheduler import Limits
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
 
 TARGET = rigs.random_target()
@@ -75,7 +76,7 @@ def bytes_of(num_tokens, drafter):
 def test_a_server_is_profiled_within_the_memory_that_its_requests_may_take(held):
     """Four requests of a hundred tokens, where those of the profile would come to a thousand."""
     budget = 4.5 * bytes_of(100, Eagle.fresh(TARGET)) / 1e6
-    command = Serve("random", max_running=4, cache_megabytes=budget)
+    command = Serve("random", limits=EngineLimits(4, cache_megabytes=budget))
     control = _control(command, TARGET, Eagle.fresh(TARGET), Limits(4, cache_megabytes=budget))
     assert control
     assert 0.9 * budget * 1e6 < max(held) <= budget * 1e6

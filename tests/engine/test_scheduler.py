@@ -13,7 +13,8 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.prefix_cache import PrefixCache
 from onlinespec.engine.request import ContextOverflow
-from onlinespec.engine.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler, TooLarge
+from onlinespec.engine.scheduler import CANCELLED, ERROR, Busy, Scheduler, TooLarge
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
 
 TARGET = rigs.random_target()

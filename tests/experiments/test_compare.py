@@ -11,11 +11,13 @@ from rigs import AcceptsEverything
 
 import onlinespec.experiments.compare
 import onlinespec.lossless.verify
-from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.config import GenerationParams
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.compare import TIE_GAP, Comparing, Comparison, is_tie
+from onlinespec.experiments.compare import TIE_GAP, Comparing, is_tie
 from onlinespec.experiments.report_schema import RequestRecord, Segment, Totals, Window, read_report
+from onlinespec.experiments.settings import Comparison
 from onlinespec.learning.round_costs import RoundCosts
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.loading import load_target
 
 LEARNERS = ("none", "frozen", "online_gradient")

@@ -10,11 +10,12 @@ import torch
 from checkpoints import save_tiny
 from torch import Tensor
 
-from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.config import GenerationParams
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.compare import is_tie
 from onlinespec.learners import make_learner
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
 

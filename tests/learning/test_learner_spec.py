@@ -6,10 +6,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from onlinespec.config import LearnConfig
 from onlinespec.learners import Euclidean, Evaluation
 from onlinespec.learners.geometry import Diagonal, Preconditioned
 from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.registry import LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
 
 LINES = [*LEARNERS, *PRESETS]

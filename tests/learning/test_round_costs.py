@@ -7,13 +7,14 @@ import time
 import pytest
 import rigs
 
-from onlinespec.config import GenerationParams, LearnConfig
+from onlinespec.config import GenerationParams
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine import profile
 from onlinespec.engine.profile import steps_to_learn_from
 from onlinespec.learning import round_costs
 from onlinespec.learning.replay import ReplayBuffer
 from onlinespec.learning.round_costs import RoundCosts, measure_round_costs
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.clock import HostClock
 
 TARGET = rigs.random_target()

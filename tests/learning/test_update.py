@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rigs import SOFT, Recorder, Script, plain, run_together
 from toy import steady
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats, DrafterWeights, Features, Feedback, Trace
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
@@ -21,6 +21,7 @@ from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.learning.learner_spec import PRESETS, learner_of, parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning, newest_rows
 from onlinespec.registry import LEARNERS, LOSSES
 

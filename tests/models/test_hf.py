@@ -27,13 +27,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.compare import is_tie
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import cross_entropy
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.hf import HFModel, check_architecture
 from onlinespec.models.loading import Target, load_target, read_model

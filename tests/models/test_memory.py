@@ -16,11 +16,12 @@ import torch
 from checkpoints import byte_tokenizer, save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
-from onlinespec.drafters import load_drafter
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.footprint import Beside, copies_of
 from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models import loading, memory
 from onlinespec.models.base import ModelConfig

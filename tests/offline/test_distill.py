@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from waiting import HANG_SECONDS, wait_until
 
 import onlinespec.offline.target_answers
-from onlinespec.config import GenerationParams, SamplingParams, Tuning
-from onlinespec.drafters import load_drafter
+from onlinespec.config import GenerationParams, SamplingParams
+from onlinespec.drafters.loading import load_drafter
+from onlinespec.drafters.settings import Tuning
 from onlinespec.models.loading import load_target
 from onlinespec.offline import distill as module
-from onlinespec.offline.distill import Distillation, Distilling, Score, schedule
+from onlinespec.offline.distill import Distilling, Score, schedule
+from onlinespec.offline.settings import Distillation
 from onlinespec.offline.target_answers import Answers
 from onlinespec.registry import DRAFTERS
 from onlinespec.workloads import Prompt

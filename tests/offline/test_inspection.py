@@ -5,9 +5,9 @@ import pytest
 from checkpoints import THROUGH_TRANSFORMERS, save_tiny
 from safetensors.torch import load_file, save_file
 
-from onlinespec.config import Tuning
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.checkpoints import SIDE_FILE
+from onlinespec.drafters.loading import load_drafter
+from onlinespec.drafters.settings import Tuning
 from onlinespec.models.loading import load_target
 from onlinespec.offline.inspection import describe, folders_of
 

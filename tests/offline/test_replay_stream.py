@@ -5,11 +5,12 @@ import rigs
 import torch
 from rigs import SOFT
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.offline.replay_stream import Replaying, record
 from onlinespec.workloads import Prompt

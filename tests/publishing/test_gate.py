@@ -16,7 +16,7 @@ from rigs import Recorder, run_together
 from toy import TableTarget
 
 from onlinespec import load_drafter
-from onlinespec.config import GenerationParams, PublishConfig, SamplingParams
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DrafterWeights, Features, Feedback, Trace
 from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.eagle import Eagle
@@ -28,6 +28,7 @@ from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel, uniforms
 from onlinespec.publishing.gate import Publisher
 from onlinespec.publishing.paired import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
+from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.workers import TrainerSpec
 
 VOCAB = 6

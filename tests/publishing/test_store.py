@@ -20,13 +20,14 @@ import torch
 from rigs import other_weights
 from safetensors.torch import load_file, save_file
 
-from onlinespec.cli.arguments import Inspect
+from onlinespec.cli.commands import Inspect
 from onlinespec.cli.inspect import inspect
 from onlinespec.cli.terminal import out
-from onlinespec.config import GenerationParams, PublishConfig
+from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights
-from onlinespec.drafters import checkpoints, load_drafter
+from onlinespec.drafters import checkpoints
 from onlinespec.drafters.eagle import Eagle
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import Evaluation, make_learner
 from onlinespec.learning.learner_spec import parse
@@ -35,6 +36,7 @@ from onlinespec.offline.inspection import describe, history_of
 from onlinespec.publishing import store as versions
 from onlinespec.publishing.gate import Publisher
 from onlinespec.publishing.protocol import Event, Paired
+from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.state_io import flattened, rebuilt
 from onlinespec.publishing.store import FolderTaken, NotSaved, Versions
 from onlinespec.registry import DRAFTERS, GEOMETRIES, LEARNERS

@@ -20,7 +20,8 @@ from waiting import HANG_SECONDS, wait_until
 from onlinespec import load_drafter
 from onlinespec.config import GenerationParams
 from onlinespec.core import DrafterWeights
-from onlinespec.engine.scheduler import Limits, Scheduler
+from onlinespec.engine.scheduler import Scheduler
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.budget import Budget, ClockMeter
 from onlinespec.learning.learner_spec import parse

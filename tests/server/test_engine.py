@@ -15,7 +15,8 @@ from onlinespec.config import GenerationParams
 from onlinespec.core import DecodeStats
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.request import ContextOverflow
-from onlinespec.engine.scheduler import CANCELLED, ERROR, Busy, Limits, Scheduler
+from onlinespec.engine.scheduler import CANCELLED, ERROR, Busy, Scheduler
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.server.engine import Closed, Engine
 

@@ -18,7 +18,7 @@ from waiting import HANG_SECONDS
 
 from onlinespec.control.chooser import Controller, StepRecord
 from onlinespec.core import Features, Feedback, Trace
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.step import DecodeLoop, Step
 from onlinespec.publishing.workers import ThreadLearning, TrainerSpec

@@ -24,10 +24,11 @@ from waiting import HANG_SECONDS, wait_until
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.prefix_cache import PrefixCache
-from onlinespec.engine.scheduler import Limits, Scheduler
+from onlinespec.engine.scheduler import Scheduler
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning

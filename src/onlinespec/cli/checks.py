@@ -8,12 +8,12 @@ import torch
 
 from onlinespec.cli.arguments import Learning, Machine
 from onlinespec.cli.terminal import err
-from onlinespec.config import LearnConfig
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
 from onlinespec.experiments.compare import why_not_writable
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
 from onlinespec.registry import LEARNER_NAMES, LOSSES, NONE, resolve
 

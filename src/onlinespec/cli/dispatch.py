@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff
 
 from onlinespec import __version__
-from onlinespec.cli.arguments import COMMANDS, Command, Compare, Demo, Distill, Generate, Inspect, Serve, check
+from onlinespec.cli.commands import COMMANDS, Command, Compare, Demo, Distill, Generate, Inspect, Serve, check
 from onlinespec.cli.terminal import complain, err
 
 

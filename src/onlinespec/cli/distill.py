@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from onlinespec.cli.arguments import Distill
 from onlinespec.cli.checks import check_parent, load, use
+from onlinespec.cli.commands import Distill
 from onlinespec.cli.terminal import err, interrupts_raised, out
-from onlinespec.config import LearnConfig, Tuning
 from onlinespec.learning.footprint import Beside
-from onlinespec.offline.distill import Distillation, Distilling, Outcome, Progress, Score
+from onlinespec.learning.settings import LearnConfig
+from onlinespec.offline.distill import Distilling, Outcome, Progress, Score
 
 _SECONDS_BETWEEN_LINES = 15.0
 _ENDS = {
@@ -29,23 +29,7 @@ _ENDS = {
 def distill(command: Distill) -> int:
     """Refuses what would fail later, loads, answers, trains."""
     use(command.machine)
-    settings = Distillation(
-        drafter=command.drafter,
-        data=command.data,
-        num_requests=command.num_requests,
-        temperature=command.temperature,
-        max_new_tokens=command.max_new_tokens,
-        num_draft_tokens=command.num_draft_tokens,
-        holdout=command.holdout,
-        epochs=command.epochs,
-        patience=command.patience,
-        batch_requests=command.batch_requests,
-        step_size=command.step_size,
-        minutes=command.minutes,
-        loss=command.loss,
-        tuning=Tuning(command.tune, command.adapter_rank) if command.tune else None,
-        seed=command.machine.seed,
-    )
+    settings = command.settings
     check_parent(command.out, "--out")
     beside = Beside(command.drafter, [LearnConfig(geometry="diagonal")])  # trained by Adam
     return _run(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from onlinespec.cli.arguments import Generate
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
+from onlinespec.cli.commands import Generate
 from onlinespec.cli.terminal import err, interrupts_raised
 from onlinespec.core import DecodeStats
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import told
 from onlinespec.learning.footprint import Beside

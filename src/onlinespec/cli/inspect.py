@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from onlinespec.cli.arguments import Inspect
+from onlinespec.cli.commands import Inspect
 from onlinespec.cli.terminal import escaped, out
 from onlinespec.offline.inspection import describe, folders_of, history_of
 from onlinespec.publishing.protocol import Event

@@ -9,24 +9,26 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from onlinespec.cli.arguments import Serve
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
+from onlinespec.cli.commands import Serve
 from onlinespec.cli.terminal import err
-from onlinespec.config import LearnConfig
 from onlinespec.control.chooser import Controller
 from onlinespec.core import DrafterWeights
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.prefix_cache import PrefixCache
 from onlinespec.engine.profile import measure_step_costs
-from onlinespec.engine.scheduler import Limits, Scheduler
+from onlinespec.engine.scheduler import Scheduler
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop, Learning
 from onlinespec.learning.footprint import Beside
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target
 from onlinespec.publishing.store import Versions
@@ -56,7 +58,7 @@ def serve(command: Serve) -> int:
     check_save(command.save, config)
     if config is None and command.versions:
         raise ValueError(f"plain decoding has no drafter to keep versions of; leave out --versions {command.versions}")
-    limits = _limits(command)
+    limits = command.limits.settings
     _settings(command)
     if command.reset_drafter and not command.versions:
         raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
@@ -197,13 +199,9 @@ def _facts(command: Serve, config: LearnConfig | None, target: Target) -> dict[s
     }
 
 
-def _limits(command: Serve) -> Limits:
-    return Limits(command.max_running, command.max_waiting, command.cache_megabytes)
-
-
 def _one_by_one(limits: Limits) -> Limits:
     """For targets that run through transformers, whose cache holds one request at a time."""
-    return Limits(1, limits.max_waiting, limits.cache_megabytes)
+    return replace(limits, max_running=1)
 
 
 def _settings(command: Serve, target: Target | None = None) -> ServerSettings:

@@ -15,9 +15,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from onlinespec.config import SamplingParams, Tuning
+from onlinespec.config import SamplingParams
 from onlinespec.core import Draft, DrafterWeights, Features, Feedback, Params, RequestInfo
 from onlinespec.drafters.draft_vocab import DraftVocab
+from onlinespec.drafters.settings import Tuning
 from onlinespec.learners.losses import RowLoss, TargetRows, soft_cross_entropy
 from onlinespec.lossless.noise import StepNoise
 from onlinespec.models.base import ModelConfig

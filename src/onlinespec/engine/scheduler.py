@@ -18,34 +18,15 @@ from functools import partial
 from threading import Condition
 from typing import Protocol
 
-from onlinespec.config import check_that, check_types
 from onlinespec.control.chooser import StepRecord
 from onlinespec.engine.request import ERROR, Request
+from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop, Learning, Step
 
 log = logging.getLogger(__name__)
 
 CANCELLED = "cancelled"  # a finish reason beside the loop's own
 _MOST_COMPLAINTS = 100  # kinds of failures that are remembered, so that each is said once
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a scheduler may hold at once."""
-
-    max_running: int = 16  # requests whose memory is taken
-    max_waiting: int = 256  # requests in the queue
-    cache_megabytes: float = 1024.0  # of keys, values and states of running requests
-    prefill_tokens: int = 128  # of prompts, read between two steps of others ...
-    prefill_alone: int = 512  # ... and at once while nothing else runs
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_that(self.max_running >= 1, "max_running", self.max_running, "at least 1")
-        check_that(self.max_waiting >= 0, "max_waiting", self.max_waiting, "0 or a count")
-        check_that(0 < self.cache_megabytes < float("inf"), "cache_megabytes", self.cache_megabytes, "positive")
-        for name in ("prefill_tokens", "prefill_alone"):
-            check_that(getattr(self, name) >= 32, name, getattr(self, name), "at least 32")
 
 
 @dataclass

@@ -19,100 +19,34 @@ from typing import Any
 import msgspec
 import torch
 
-from onlinespec.config import GenerationParams, LearnConfig, SamplingParams, Tuning, check_types
+from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.contract import Drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.profile import steps_to_learn_from
 from onlinespec.engine.request import Request, UnfitPrompt
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.metrics import figures, total, windows
 from onlinespec.experiments.provenance import provenance
 from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Segment, Totals, write_report
+from onlinespec.experiments.settings import Comparison
 from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.round_costs import measure_round_costs
 from onlinespec.learning.rounds import TelemetrySummary, summarise
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel
-from onlinespec.lossless.rejection import Rejection
 from onlinespec.lossless.sampling import process_step
-from onlinespec.lossless.verify import Coupled, Rule
+from onlinespec.lossless.verify import Rule
 from onlinespec.models.clock import clock_for
 from onlinespec.models.loading import Target
-from onlinespec.registry import FROZEN, NONE
+from onlinespec.registry import ACCEPTANCE, FROZEN, NONE, resolve
 from onlinespec.workloads import Prompt, Workload, load_workload
 
 log = logging.getLogger(__name__)
 
-ACCEPTANCE: dict[str, Callable[[], Rule]] = {"coupled": Coupled, "rejection": Rejection}
 TIE_GAP = 1e-4  # of the target's two largest logits; where they are closer, either token is a right answer
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What to compare, on what."""
-
-    drafter: str
-    learners: tuple[str, ...]  # none, or as `methods.parse` reads them
-    data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
-    num_requests: tuple[int, ...] = (50,)  # for all segments, or for each; 0 for all a file has
-    minutes: float = 0.0  # a slower stream has its segments cut, each to its share of the time; 0 for no limit
-    temperatures: tuple[float, ...] = (0.0,)
-    seed: int = 0
-    repeats: int = 1
-    window: int = 5  # requests per point of the report's plots
-    generation: GenerationParams = GenerationParams()
-    learn: LearnConfig = LearnConfig()  # for what the learners' own lines leave open
-    tuning: Tuning | None = None  # what of the drafter learns; None for its own choice
-    acceptance: str = "coupled"  # how drafts are judged; "rejection" is the papers' rule
-    measures_costs: bool = False  # of learning on this machine, instead of those in `learn`; the report says them
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("repeats", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.minutes < float("inf"):
-            raise ValueError(f"minutes is {self.minutes}; it must be 0 (no limit) or a positive number")
-        if self.acceptance not in ACCEPTANCE:
-            raise ValueError(f"acceptance is {self.acceptance!r}; it must be one of {', '.join(ACCEPTANCE)}")
-        for name in ("learners", "data", "temperatures"):
-            if not getattr(self, name):
-                raise ValueError(f"no {name} given; name at least one")
-        for name in ("learners", "temperatures"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} {', '.join(map(str, values))} name one twice; leave it out once")
-        for method in self.learners:
-            if method != NONE:
-                learner_of(parse(method, self.learn))
-        for temperature in self.temperatures:
-            replace(self.generation.sampling, temperature=temperature)  # refused now, not after the first run
-        for spec, count in self.segments:
-            if count < 0:
-                raise ValueError(f"num_requests is {count} for {spec}; it must be at least 0")
-            if count == 0 and spec.startswith("builtin:"):
-                raise ValueError(f"{spec} has no end; give a number of requests for it")
-            if count == 0 and self.minutes:
-                raise ValueError(
-                    f"minutes is {self.minutes} but num_requests 0 for {spec}: shares of time need a number"
-                )
-
-    @property
-    def segments(self) -> list[tuple[str, int]]:
-        """(data, number of requests) of every segment.
-
-        >>> Comparison("eagle", ("none",), ("a.jsonl", "b.jsonl"), num_requests=(7,)).segments
-        [('a.jsonl', 7), ('b.jsonl', 7)]
-        """
-        counts = self.num_requests * len(self.data) if len(self.num_requests) == 1 else self.num_requests
-        if len(counts) != len(self.data):
-            raise ValueError(
-                f"num_requests has {len(counts)} numbers for {len(self.data)} data; give one for all or one for each"
-            )
-        return list(zip(self.data, counts, strict=True))
 
 
 @dataclass
@@ -316,7 +250,7 @@ class Comparing:
         self._group_is_counted = False
 
     def _make_runner(self, name: str) -> _Runner:
-        rule = ACCEPTANCE[self.comparison.acceptance]()
+        rule: Rule = resolve(ACCEPTANCE, self.comparison.acceptance, "acceptance")()
         if name == NONE:
             return _Runner(name, DecodeLoop(self.target, rule=rule), None)
         drafter = self._load_drafter()

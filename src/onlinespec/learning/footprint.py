@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinespec.config import LearnConfig
 from onlinespec.drafters.checkpoints import drafter_folder, read_format
 from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.draft_vocab import draft_vocab_size
 from onlinespec.learners import Evaluation, Learner, Params
 from onlinespec.learning.learner_spec import learner_of
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.linear import draft_linear_for
 from onlinespec.models.memory import DrafterSize, Products, drafting_bytes, learning_bytes

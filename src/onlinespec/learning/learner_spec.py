@@ -16,10 +16,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from onlinespec.config import LearnConfig
 from onlinespec.core import Params
 from onlinespec.learners import Learner, make_learner
 from onlinespec.learners.step_sizes import step_size_for
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.registry import GEOMETRIES, LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
 
 _CROSS_ENTROPIES = ("auto", "soft_cross_entropy", "cross_entropy", "mix")

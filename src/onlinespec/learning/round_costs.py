@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from onlinespec.config import LearnConfig
 from onlinespec.core import Feedback
 from onlinespec.drafters.contract import Drafter
 from onlinespec.learners import make_learner
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.clock import Clock, HostClock
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from onlinespec.config import LearnConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.contract import Drafter, Loss
 from onlinespec.host import to_host
@@ -30,6 +29,7 @@ from onlinespec.learning.learner_spec import full_loss_of, learner_of
 from onlinespec.learning.replay import ReplayBuffer
 from onlinespec.learning.rounds import Round
 from onlinespec.learning.schedule import UpdateSchedule
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.telemetry import Telemetry
 from onlinespec.registry import LOSSES, resolve
 

@@ -27,16 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinespec.config import MAX_DRAFT_TOKENS, GenerationParams, SamplingParams, Tuning, check_types
 from onlinespec.core import DecodeStats, DrafterWeights, Params
-from onlinespec.drafters import load_drafter
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
+from onlinespec.drafters.loading import load_drafter
 from onlinespec.learners.losses import RowLoss
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
 from onlinespec.offline.replay_stream import Replaying
+from onlinespec.offline.settings import Distillation
 from onlinespec.offline.target_answers import Answers, told_if_full, written
 from onlinespec.registry import DRAFTERS, LOSSES, resolve
 from onlinespec.workloads import Prompt, load_workload
@@ -49,73 +49,6 @@ _OFFLINE_STEP = 2.0  # times the step of online rounds: it falls to zero at the 
 # In the work folder:
 _OURS = {"settings.json", "settings.partial", "finished.json", "finished.partial", "answers", "training"}
 _DECIDE_ANSWERS = ("target", "dtype", "prompts", "temperature", "max_new_tokens", "seed")  # and nothing else
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What to train, on what."""
-
-    drafter: str  # a table name for a fresh one, or a saved one to go on from
-    data: tuple[str, ...]
-    num_requests: tuple[int, ...] = (400,)  # for all data, or for each; 0 for all a file has
-    temperature: float | None = None  # of the answers; None: every other one greedy, the others at 1
-    max_new_tokens: int = 112
-    num_draft_tokens: int = 4  # at which acceptance is measured
-    holdout: int = 20  # one answer in so many is left out, at least 8
-    epochs: int = 4
-    patience: int = 2  # epochs without a longer acceptance before it stops
-    batch_requests: int = 4
-    step_size: float | None = None  # None: by the drafter's size, 2e-3 for a million weights, 3e-4 for a hundred
-    loss: str = "soft_cross_entropy"
-    minutes: float = 0.0  # for the whole, about: answers and then the epochs are cut to it; 0 for no limit
-    tuning: Tuning | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not self.data:
-            raise ValueError("no data given; name at least one")
-        if len(self.num_requests) not in (1, len(self.data)):
-            raise ValueError(
-                f"num_requests has {len(self.num_requests)} numbers for {len(self.data)} data; "
-                "give one for all or one for each"
-            )
-        least = {
-            "max_new_tokens": 1,
-            "num_draft_tokens": 1,
-            "holdout": 2,
-            "epochs": 1,
-            "patience": 1,
-            "batch_requests": 1,
-        }
-        for name, at_least in least.items():
-            if getattr(self, name) < at_least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {at_least}")
-        if self.num_draft_tokens > MAX_DRAFT_TOKENS:
-            raise ValueError(f"num_draft_tokens is {self.num_draft_tokens}; it must be at most {MAX_DRAFT_TOKENS}")
-        if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ValueError(f"step_size is {self.step_size}; it must be positive")
-        if not 0 <= self.minutes < math.inf:
-            raise ValueError(f"minutes is {self.minutes}; it must be 0 (no limit) or a positive number")
-        if min(self.num_requests) < 0:
-            raise ValueError(f"num_requests is {min(self.num_requests)}; it must be at least 0")
-        for spec, count in self.parts:
-            if count == 0 and spec.startswith("builtin:"):
-                raise ValueError(f"{spec} has no end; give a number of requests for it")
-        resolve(LOSSES, self.loss, "loss")
-        self.params_of(0), self.params_of(1)
-
-    @property
-    def parts(self) -> list[tuple[str, int]]:
-        """(data, number of requests) of each data."""
-        counts = self.num_requests * len(self.data) if len(self.num_requests) == 1 else self.num_requests
-        return list(zip(self.data, counts, strict=True))
-
-    def params_of(self, index: int) -> GenerationParams:
-        """How the prompt at a place of the stream is answered."""
-        temperature = float(index % 2) if self.temperature is None else self.temperature
-        seed = self.seed * 1_000_003 + index
-        return GenerationParams(self.max_new_tokens, 0, SamplingParams(temperature), seed=seed)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 
 import torch
 
-from onlinespec.config import PublishConfig
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.contract import Drafter
 from onlinespec.learners.geometry import is_finite
 from onlinespec.publishing.paired import Collapse, RequestOrder, Trial
 from onlinespec.publishing.protocol import Event, EventKind, Paired
+from onlinespec.publishing.settings import PublishConfig
 
 log = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 import torch
 
-from onlinespec.config import PublishConfig
 from onlinespec.core import Feedback, Params
 from onlinespec.drafters.agreement import agrees
 from onlinespec.drafters.contract import Drafter
 from onlinespec.host import to_host
 from onlinespec.learning.replay import Stored, Unfinished, detached, run_around
 from onlinespec.publishing.protocol import Paired
+from onlinespec.publishing.settings import PublishConfig
 
 _LEAST_DIFFERENCE = 1e-3  # in drafts kept per step; less may be rounding, and is not worth a swap
 _COLLAPSED = 0.5  # of the acceptance that the weights should have ...

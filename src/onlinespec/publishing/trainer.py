@@ -16,14 +16,15 @@ from typing import Any
 
 import msgspec
 
-from onlinespec.config import LearnConfig, PublishConfig
 from onlinespec.core import DrafterWeights, Feedback
 from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.draft_vocab import DraftVocab
 from onlinespec.learning.budget import Budget
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.gate import Publisher, started
 from onlinespec.publishing.protocol import Event
+from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.store import NotSaved, Versions
 
 log = logging.getLogger(__name__)

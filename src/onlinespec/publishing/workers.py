@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from onlinespec.config import LearnConfig, PublishConfig, Tuning
 from onlinespec.core import DrafterWeights, Feedback
-from onlinespec.drafters import load_drafter
+from onlinespec.drafters.loading import load_drafter
+from onlinespec.drafters.settings import Tuning
 from onlinespec.learning.budget import Budget, ClockMeter
+from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.loading import Target
 from onlinespec.publishing.label_head import EmbeddingAndHead
 from onlinespec.publishing.protocol import (
@@ -42,6 +43,7 @@ from onlinespec.publishing.protocol import (
     decode,
     encode,
 )
+from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.store import Versions
 from onlinespec.publishing.trainer import StoreOptions, Trainer
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinespec.config import Tuning
 from onlinespec.core import Params
+from onlinespec.drafters.settings import Tuning
 from onlinespec.models.checkpoint import check_tensors, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

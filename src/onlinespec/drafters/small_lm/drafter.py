@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onlinespec.config import MAX_DRAFT_TOKENS, Tuning
+from onlinespec.config import MAX_DRAFT_TOKENS
 from onlinespec.core import DrafterWeights, Features, Params, RequestInfo
 from onlinespec.drafters.autoregressive import Autoregressive
 from onlinespec.drafters.checkpoints import draft_tokens_in, draft_tokens_of, read_side, write_drafter
 from onlinespec.drafters.draft_vocab import DraftTokens, DraftVocab
 from onlinespec.drafters.head_training import Head, draft_dtype_for
+from onlinespec.drafters.settings import Tuning
 from onlinespec.drafters.small_lm import adapters
 from onlinespec.drafters.small_lm.draft_model import DraftModel, HFDraftModel, OwnDraftModel
 from onlinespec.drafters.training_rows import Layout

@@ -1,0 +1,82 @@
+"""What to compare, on what. Imports no torch, unless a learner is to be checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from onlinespec.config import GenerationParams, check_types
+from onlinespec.drafters.settings import Tuning
+from onlinespec.learning.settings import LearnConfig
+from onlinespec.registry import ACCEPTANCE, NONE
+
+
+def check_learner(method: str, defaults: LearnConfig) -> None:
+    """Refuses a learner's line that can't be read. Imports torch, which learners need."""
+    from onlinespec.learning.learner_spec import learner_of, parse
+
+    learner_of(parse(method, defaults))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, on what."""
+
+    drafter: str
+    learners: tuple[str, ...]  # none, or as `methods.parse` reads them
+    data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
+    num_requests: tuple[int, ...] = (50,)  # for all segments, or for each; 0 for all a file has
+    minutes: float = 0.0  # a slower stream has its segments cut, each to its share of the time; 0 for no limit
+    temperatures: tuple[float, ...] = (0.0,)
+    seed: int = 0
+    repeats: int = 1
+    window: int = 5  # requests per point of the report's plots
+    generation: GenerationParams = GenerationParams()
+    learn: LearnConfig = LearnConfig()  # for what the learners' own lines leave open
+    tuning: Tuning | None = None  # what of the drafter learns; None for its own choice
+    acceptance: str = "coupled"  # how drafts are judged; "rejection" is the papers' rule
+    measures_costs: bool = False  # of learning on this machine, instead of those in `learn`; the report says them
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("repeats", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.minutes < float("inf"):
+            raise ValueError(f"minutes is {self.minutes}; it must be 0 (no limit) or a positive number")
+        if self.acceptance not in ACCEPTANCE:
+            raise ValueError(f"acceptance is {self.acceptance!r}; it must be one of {', '.join(ACCEPTANCE)}")
+        for name in ("learners", "data", "temperatures"):
+            if not getattr(self, name):
+                raise ValueError(f"no {name} given; name at least one")
+        for name in ("learners", "temperatures"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {', '.join(map(str, values))} name one twice; leave it out once")
+        for method in self.learners:
+            if method != NONE:
+                check_learner(method, self.learn)
+        for temperature in self.temperatures:
+            replace(self.generation.sampling, temperature=temperature)  # refused now, not after the first run
+        for spec, count in self.segments:
+            if count < 0:
+                raise ValueError(f"num_requests is {count} for {spec}; it must be at least 0")
+            if count == 0 and spec.startswith("builtin:"):
+                raise ValueError(f"{spec} has no end; give a number of requests for it")
+            if count == 0 and self.minutes:
+                raise ValueError(
+                    f"minutes is {self.minutes} but num_requests 0 for {spec}: shares of time need a number"
+                )
+
+    @property
+    def segments(self) -> list[tuple[str, int]]:
+        """(data, number of requests) of every segment.
+
+        >>> Comparison("eagle", ("none",), ("a.jsonl", "b.jsonl"), num_requests=(7,)).segments
+        [('a.jsonl', 7), ('b.jsonl', 7)]
+        """
+        counts = self.num_requests * len(self.data) if len(self.num_requests) == 1 else self.num_requests
+        if len(counts) != len(self.data):
+            raise ValueError(
+                f"num_requests has {len(counts)} numbers for {len(self.data)} data; give one for all or one for each"
+            )
+        return list(zip(self.data, counts, strict=True))
