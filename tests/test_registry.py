@@ -3,9 +3,8 @@ from collections import OrderedDict
 
 import pytest
 
-from onlinespec.drafters import DRAFTERS
 from onlinespec.learners import GEOMETRIES, LEARNERS
-from onlinespec.registry import resolve
+from onlinespec.registry import DRAFTERS, resolve
 from onlinespec.workloads import WORKLOADS
 
 TABLE = {"ordered": "collections:OrderedDict", "plain": "builtins:dict"}

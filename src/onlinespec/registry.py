@@ -49,10 +49,10 @@ ACCEPTANCE = {  # how drafts are judged
 }
 
 WORKLOADS = {
-    "prose": "onlinespec.workloads.prose:Prose",
-    "code": "onlinespec.workloads.code:Code",
-    "sql": "onlinespec.workloads.sql:Sql",
-    "arithmetic": "onlinespec.workloads.arithmetic:Arithmetic",
+    "prose": "onlinespec.workloads.builtin:Prose",
+    "code": "onlinespec.workloads.builtin:Code",
+    "sql": "onlinespec.workloads.builtin:Sql",
+    "arithmetic": "onlinespec.workloads.builtin:Arithmetic",
 }
 
 _SHIPPED = Path(__file__).parent / "demo"

@@ -53,6 +53,6 @@ def test_a_command_has_these_flags_and_no_others(command):
 def test_every_flag_says_what_it_is_for(command):
     lines = [line.strip("│ ") for line in help_of(command).splitlines()]
     for flag in FLAGS[command].split():
-        (first,) = [i for i, line in enumerate(lines) if re.match(rf"(-\w \w+, )?--{flag}\b(?!-)", line)]
+        first = next(i for i, line in enumerate(lines) if re.match(rf"(-\w \w+, )?--{flag}\b(?!-)", line))
         told = " ".join([re.sub(r"^.*?(  |$)", "", lines[first]), lines[first + 1]])
         assert len(told.split()) >= 3, f"--{flag} of {command}: {told}"

@@ -531,11 +531,6 @@ def test_settings_that_make_no_sense_are_refused(settings, words):
         replace(comparison_of("some.jsonl"), **settings)
 
 
-def test_data_without_an_end_needs_a_number_of_requests():
-    with pytest.raises(ValueError, match="builtin:sql has no end"):
-        comparison_of("builtin:sql")
-
-
 @pytest.mark.parametrize("name", ["report.json", "requests.jsonl"])
 def test_results_are_never_overwritten(target, data, tmp_path, name):
     (tmp_path / "out").mkdir()

@@ -612,7 +612,6 @@ def test_equal_acceptance_is_decided_by_the_loss(target, data, tmp_path, monkeyp
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"loss": "magic"}, 'unknown loss "magic"'),
         ({"data": ()}, "no data given"),
-        ({"data": ("builtin:sql",), "num_requests": (0,)}, "builtin:sql has no end"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name_and_value(changes, message):

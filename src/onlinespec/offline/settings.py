@@ -72,9 +72,6 @@ class Distillation:
             raise ValueError(f"minutes is {self.minutes}; it must be 0 (no limit) or a positive number")
         if min(self.num_requests) < 0:
             raise ValueError(f"num_requests is {min(self.num_requests)}; it must be at least 0")
-        for spec, count in self.parts:
-            if count == 0 and spec.startswith("builtin:"):
-                raise ValueError(f"{spec} has no end; give a number of requests for it")
         if self.loss not in LOSSES:
             resolve(LOSSES, self.loss, "loss")
         self.params_of(0), self.params_of(1)

@@ -1,11 +1,11 @@
-"""Streams of prompts: jsonl files, Hub data sets, and seeded built-ins that need no download."""
+"""Streams of prompts: jsonl files, Hub data sets, and built-ins that need no download."""
 
 from typing import cast
 
 from onlinespec.registry import WORKLOADS, resolve
-from onlinespec.workloads.base import Prompt, Split, Workload, split_of
+from onlinespec.workloads.base import Prompt, Split, Workload
 
-__all__ = ["WORKLOADS", "Prompt", "Split", "Workload", "load_workload", "split_of"]
+__all__ = ["Prompt", "Split", "Workload", "load_workload"]
 
 
 def load_workload(spec: str) -> Workload:

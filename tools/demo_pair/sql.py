@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from onlinespec.workloads.base import Draw, Prompt, Split, endless
-from onlinespec.workloads.lexicon import CITIES, COUNTRIES, MEN, WOMEN
-from onlinespec.workloads.sql_themes import POOLS, THEMES
+from demo_pair.generate import Draw, endless
+from demo_pair.lexicon import CITIES, COUNTRIES, MEN, WOMEN
+from demo_pair.sql_themes import POOLS, THEMES
+from onlinespec.workloads.base import Prompt, Split
 
 INSTRUCTION = (
     "Could you translate the following question into SQL. "

@@ -14,7 +14,8 @@ from pathlib import Path
 from random import Random
 from textwrap import dedent
 
-from onlinespec.workloads.base import Prompt, Split, check_split, split_of
+from demo_pair.generate import split_of
+from onlinespec.workloads.base import Prompt, Split, check_split
 
 INSTRUCTION = "Please generate code based on the following doc:\n"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}

@@ -9,8 +9,9 @@ from fractions import Fraction
 from functools import cache
 from random import Random
 
-from onlinespec.workloads.base import Draw, Prompt, Split, endless
-from onlinespec.workloads.lexicon import MEN, WOMEN
+from demo_pair.generate import Draw, endless
+from demo_pair.lexicon import MEN, WOMEN
+from onlinespec.workloads.base import Prompt, Split
 
 Number = int | Fraction
 Worked = tuple[str, list[str], Number]  # the problem, the lines of the solution, the result

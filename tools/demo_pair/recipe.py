@@ -1,11 +1,12 @@
 """How the shipped pair was made; anyone can run it again, with or without the extra text.
 
-    python -m onlinespec.demo.recipe target --work DIR [--data DIR] --tokens 9e6
-    torchrun --nproc-per-node 2 -m onlinespec.demo.recipe target ...    # two processes share each batch
-    python -m onlinespec.demo.recipe export --work DIR --out src/onlinespec/demo/target
-    python -m onlinespec.demo.recipe drafter --target src/onlinespec/demo/target --out src/onlinespec/demo/drafter
-    python -m onlinespec.demo.recipe drafter --family small_lm --num-requests 1000 --epochs 6 --target ... --out D
-    python -m onlinespec.demo.recipe half --drafter D --out src/onlinespec/demo/small_lm
+    export PYTHONPATH=tools
+    python -m demo_pair.recipe target --work DIR [--data DIR] --tokens 9e6
+    torchrun --nproc-per-node 2 -m demo_pair.recipe target ...    # two processes share each batch
+    python -m demo_pair.recipe export --work DIR --out src/onlinespec/demo/target
+    python -m demo_pair.recipe drafter --target src/onlinespec/demo/target --out src/onlinespec/demo/drafter
+    python -m demo_pair.recipe drafter --family small_lm --num-requests 1000 --epochs 6 --target ... --out D
+    python -m demo_pair.recipe half --drafter D --out src/onlinespec/demo/small_lm
 
 `target` makes the tokenizer, then trains; stop it at any time and start it again with the same arguments, it goes on
 where its last checkpoint was. A larger `--tokens` on a finished run trains further.
@@ -27,7 +28,7 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from onlinespec.demo.corpus import Corpus, Document, packed_rows
+from demo_pair.corpus import Corpus, Document, packed_rows
 from onlinespec.drafters.checkpoints import read_side, write_drafter
 from onlinespec.models.checkpoint import read_json, read_weights
 from onlinespec.models.linear import has_bfloat16_units

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onlinespec.registry import WORKLOADS
-from onlinespec.workloads import load_workload
+from demo_pair.freeze import GENERATORS
 
 # Share of each source among the training documents' tokens; sources that were not given drop out.
 MIX = {
@@ -41,7 +40,7 @@ class Document:
 
 def builtin_documents(name: str, seed: int) -> Iterator[Document]:
     """The training split of a built-in, over and over; finite ones start again with the next seed."""
-    workload = load_workload(f"builtin:{name}")
+    workload = GENERATORS[name]()
     while True:
         for prompt in workload.prompts(seed, split="train"):
             if prompt.reference:
@@ -70,9 +69,9 @@ class Corpus:
     def __init__(self, data: Path | None, seed: int) -> None:
         files = {path.name.split(".")[0]: path for path in sorted(data.glob("*.train.jsonl*"))} if data else {}
         self.sources = {
-            name: builtin_documents(name, seed) if name in WORKLOADS else file_documents(files[name], seed)
+            name: builtin_documents(name, seed) if name in GENERATORS else file_documents(files[name], seed)
             for name in MIX
-            if name in WORKLOADS or name in files
+            if name in GENERATORS or name in files
         }
         self.num_tokens = dict.fromkeys(self.sources, 1)
 

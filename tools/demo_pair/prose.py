@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from functools import cache
 from random import Random
 
-from onlinespec.workloads.base import Prompt, Split, endless
-from onlinespec.workloads.lexicon import MEN, WOMEN
-from onlinespec.workloads.prose_lexicon import (
+from demo_pair.generate import endless
+from demo_pair.lexicon import MEN, WOMEN
+from demo_pair.prose_lexicon import (
     ANIMALS,
     CLOSINGS,
     EVENTS,
@@ -28,6 +28,7 @@ from onlinespec.workloads.prose_lexicon import (
     WEATHERS,
     WORK,
 )  # fmt: skip
+from onlinespec.workloads.base import Prompt, Split
 
 NUM_WORDS = range(60, 111)
 WOMAN = {"he": "she", "his": "her", "him": "her", "himself": "herself", "He": "She", "His": "Her"}

@@ -1,1 +1,0 @@
-"""The small models that ship with the package (`registry.SHIPPED_TARGETS`), and how they were made."""
