@@ -21,8 +21,9 @@ from onlinespec.learning.replay import ReplayBuffer
 from onlinespec.learning.update import InlineLearning
 from onlinespec.offline.replay_stream import Replaying, record
 from onlinespec.offline.target_answers import Answers
+from onlinespec.publishing.learning_process import ProcessLearning
 from onlinespec.publishing.protocol import Incoming, Outgoing, decode, encode
-from onlinespec.publishing.workers import ProcessLearning, ThreadLearning, TrainerSpec
+from onlinespec.publishing.workers import ThreadLearning, TrainerSpec
 from onlinespec.workloads import Prompt
 
 TARGET = rigs.random_target()

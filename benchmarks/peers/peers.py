@@ -29,8 +29,8 @@ from ratios import Tables, run_tables
 from rich.progress import track
 
 from onlinespec.config import GenerationParams
-from onlinespec.experiments.compare import TIE_GAP
 from onlinespec.experiments.provenance import provenance
+from onlinespec.experiments.ties import TIE_GAP
 from onlinespec.models.checkpoint import find_folder
 from onlinespec.models.loading import Target, load_target
 from onlinespec.workloads import load_workload

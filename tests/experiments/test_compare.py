@@ -10,12 +10,14 @@ from checkpoints import add_tokens, save_tiny
 from rigs import AcceptsEverything
 
 import onlinespec.experiments.compare
+import onlinespec.experiments.ties
 import onlinespec.lossless.verify
 from onlinespec.config import GenerationParams
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.compare import TIE_GAP, Comparing, is_tie
+from onlinespec.experiments.compare import Comparing
 from onlinespec.experiments.report_schema import RequestRecord, Segment, Totals, Window, read_report
 from onlinespec.experiments.settings import Comparison
+from onlinespec.experiments.ties import TIE_GAP, is_tie
 from onlinespec.learning.round_costs import RoundCosts
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.loading import load_target
@@ -330,7 +332,7 @@ def test_a_tie_is_judged_by_the_positions_that_decoding_had(tmp_path, monkeypatc
     other = int(target.decoder.head(state)[0].topk(2)[1][1])
     answer = answer_of(plain.trace.token_ids[: plain.num_prompt_tokens], [*plain.output_ids[:3], other])
     for share, is_near in ((1.01, True), (0.99, False)):
-        monkeypatch.setattr(onlinespec.experiments.compare, "TIE_GAP", share * (best - second))
+        monkeypatch.setattr(onlinespec.experiments.ties, "TIE_GAP", share * (best - second))
         assert is_tie(target, answer, plain) is is_near
 
 

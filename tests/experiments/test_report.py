@@ -14,9 +14,10 @@ from rich.console import Console
 
 from onlinespec.experiments.report import plots
 from onlinespec.experiments.report.charts import MOST_POINTS, SMOOTHING, Track, over_runs, positions, themes_of
+from onlinespec.experiments.report.figures import METRICS
 from onlinespec.experiments.report.page import render_html, summary_table, write_html
 from onlinespec.experiments.report.plots import COLOURS, MARKERS, styles_of
-from onlinespec.experiments.report.summaries import METRICS, groups_of, learner_names
+from onlinespec.experiments.report.summaries import groups_of, learner_names
 from onlinespec.experiments.report_schema import Report, Run, Segment, Totals, Window
 from onlinespec.learning.rounds import Round, summarise
 

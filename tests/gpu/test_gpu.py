@@ -13,7 +13,7 @@ from torch import Tensor
 from onlinespec.config import GenerationParams
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.compare import is_tie
+from onlinespec.experiments.ties import is_tie
 from onlinespec.learners import make_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning

@@ -31,7 +31,7 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.compare import is_tie
+from onlinespec.experiments.ties import is_tie
 from onlinespec.learners import make_learner
 from onlinespec.learners.losses import cross_entropy
 from onlinespec.learning.settings import LearnConfig

@@ -22,7 +22,9 @@ from onlinespec.drafters.loading import load_drafter
 from onlinespec.drafters.settings import Tuning
 from onlinespec.models.loading import load_target
 from onlinespec.offline import distill as module
-from onlinespec.offline.distill import Distilling, Score, schedule
+from onlinespec.offline.distill import Distilling
+from onlinespec.offline.outcome import Score
+from onlinespec.offline.pace import schedule
 from onlinespec.offline.settings import Distillation
 from onlinespec.offline.target_answers import Answers
 from onlinespec.registry import DRAFTERS
@@ -280,7 +282,7 @@ def test_ctrl_c_amid_a_move_of_the_weights_goes_back_to_the_last_checkpoint(whol
 def test_stopped_between_saving_and_clearing_up_it_only_clears_up(whole, target, tmp_path, monkeypatch):
     settings, undisturbed = whole
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_discard", halt)
+        patch.setattr(module, "discard", halt)
         with pytest.raises(Stop):
             Distilling(target, settings, tmp_path / "d").run()
     seen = []
@@ -293,11 +295,11 @@ def test_stopped_between_saving_and_clearing_up_it_only_clears_up(whole, target,
 
 def test_stopped_while_clearing_up_it_is_finished(target, data, tmp_path, monkeypatch):
     def torn(folder):
-        folder.rename(module._removed(folder))
+        folder.rename(module.removed(folder))
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_discard", torn)
+        patch.setattr(module, "discard", torn)
         with pytest.raises(Stop):
             Distilling(target, settings_for(data, epochs=1), tmp_path / "d").run()
     assert {path.name for path in tmp_path.iterdir()} == {"d", ".d.work.removed"}
@@ -408,7 +410,7 @@ def test_out_of_time_it_answers_and_trains_on_fewer_and_saves(target, data, tmp_
 
 @full
 def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, data, tmp_path, monkeypatch):
-    class Clock(module._Clock):
+    class Clock(module.Clock):
         ticks = 0
 
         @property
@@ -422,7 +424,7 @@ def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, da
         step_sizes.append(optimizer.param_groups[0]["lr"])
         step(self, state, optimizer, chosen)
 
-    monkeypatch.setattr(module, "_Clock", Clock)
+    monkeypatch.setattr(module, "Clock", Clock)
     monkeypatch.setattr(Distilling, "_step", seen)
     outcome = Distilling(target, settings_for(data, epochs=100, patience=99, minutes=1.0), tmp_path / "d").run()
     assert outcome.ended_by == "minutes"
@@ -435,7 +437,7 @@ def test_the_step_size_falls_to_zero_by_the_clock_where_time_is_short(target, da
 @pytest.mark.parametrize(("num_weights", "step_size"), [(900_000, 2e-3), (2_000_000, 2e-3), (200_000_000, 2e-4)])
 def test_the_step_size_is_twice_that_of_online_rounds(num_weights, step_size):
     weights = {"one": torch.empty(num_weights // 2), "other": torch.empty(num_weights // 2)}
-    assert module._step_size_for(weights) == pytest.approx(step_size)
+    assert module.offline_step_size(weights) == pytest.approx(step_size)
 
 
 # Refusals
@@ -483,7 +485,7 @@ def test_a_drafter_may_be_trained_on_in_its_own_folder(target, data, tmp_path, m
         Distilling(target, settings, folder)
     stopped = Distilling(target, settings, folder, restart=True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_discard", halt)
+        patch.setattr(module, "discard", halt)
         with pytest.raises(Stop):
             stopped.run()
     saved = weights_of(folder)

@@ -27,9 +27,10 @@ from onlinespec.learning.budget import Budget, ClockMeter
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.label_head import EmbeddingAndHead
+from onlinespec.publishing.learning_process import ProcessLearning
 from onlinespec.publishing.store import FolderTaken, Versions
 from onlinespec.publishing.trainer import StoreOptions, Trainer
-from onlinespec.publishing.workers import ProcessLearning, ThreadLearning, TrainerSpec
+from onlinespec.publishing.workers import ThreadLearning, TrainerSpec
 
 TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200 + i, 31] for i in range(4)]

@@ -33,7 +33,8 @@ from onlinespec.drafters.checkpoints import read_side, write_drafter
 from onlinespec.models.checkpoint import read_json, read_weights
 from onlinespec.models.linear import has_bfloat16_units
 from onlinespec.models.loading import load_target
-from onlinespec.offline.distill import Distilling, schedule
+from onlinespec.offline.distill import Distilling
+from onlinespec.offline.pace import schedule
 from onlinespec.offline.settings import Distillation
 
 log = logging.getLogger("onlinespec.recipe")

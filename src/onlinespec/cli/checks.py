@@ -10,7 +10,7 @@ from onlinespec.cli.arguments import Learning, Machine
 from onlinespec.cli.terminal import err
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
-from onlinespec.experiments.compare import why_not_writable
+from onlinespec.experiments.results_folder import why_not_writable
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.learner_spec import learner_of, parse
 from onlinespec.learning.settings import LearnConfig

@@ -13,9 +13,10 @@ from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.commands import Compare, Demo
 from onlinespec.cli.progress import shown
 from onlinespec.cli.terminal import complain, err, interrupts_raised, out
-from onlinespec.experiments.compare import Comparing, check_results_folder
+from onlinespec.experiments.compare import Comparing
 from onlinespec.experiments.report.page import summary_table, write_html
 from onlinespec.experiments.report_schema import Report
+from onlinespec.experiments.results_folder import check_results_folder
 from onlinespec.experiments.settings import Comparison
 from onlinespec.learning.footprint import Beside
 from onlinespec.models.loading import Target

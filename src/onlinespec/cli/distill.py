@@ -16,7 +16,8 @@ from onlinespec.cli.commands import Distill
 from onlinespec.cli.terminal import err, interrupts_raised, out
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.settings import LearnConfig
-from onlinespec.offline.distill import Distilling, Outcome, Progress, Score
+from onlinespec.offline.distill import Distilling
+from onlinespec.offline.outcome import Outcome, Progress, Score
 
 _SECONDS_BETWEEN_LINES = 15.0
 _ENDS = {

@@ -31,8 +31,9 @@ from onlinespec.learning.footprint import Beside
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target
+from onlinespec.publishing.learning_process import ProcessLearning
 from onlinespec.publishing.store import Versions
-from onlinespec.publishing.workers import ProcessLearning, ThreadLearning, TrainerSpec
+from onlinespec.publishing.workers import ThreadLearning, TrainerSpec
 from onlinespec.registry import FROZEN, NONE
 
 try:

@@ -8,7 +8,6 @@ whose text depends on the drafts, the greedy ones alone).
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.core import DecodeStats
@@ -29,15 +27,15 @@ from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.metrics import figures, total, windows
 from onlinespec.experiments.provenance import provenance
 from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Segment, Totals, write_report
+from onlinespec.experiments.results_folder import claim
 from onlinespec.experiments.settings import Comparison
+from onlinespec.experiments.ties import is_tie
 from onlinespec.learners.losses import told
 from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.learning.learner_spec import parse
 from onlinespec.learning.round_costs import measure_round_costs
 from onlinespec.learning.rounds import TelemetrySummary, summarise
 from onlinespec.learning.update import InlineLearning
-from onlinespec.lossless.noise import gumbel
-from onlinespec.lossless.sampling import process_step
 from onlinespec.lossless.verify import Rule
 from onlinespec.models.clock import clock_for
 from onlinespec.models.loading import Target
@@ -45,8 +43,6 @@ from onlinespec.registry import ACCEPTANCE, FROZEN, NONE, resolve
 from onlinespec.workloads import Prompt, Workload, load_workload
 
 log = logging.getLogger(__name__)
-
-TIE_GAP = 1e-4  # of the target's two largest logits; where they are closer, either token is a right answer
 
 
 @dataclass
@@ -96,7 +92,7 @@ class Comparing:
         self._workloads: dict[str, Workload] = {spec: load_workload(spec) for spec in comparison.data}
         self._make_group()  # so that a drafter or a learner that does not exist is found before anything is written
         if out:
-            _claim(out)
+            claim(out)
 
     @property
     def drafters(self) -> dict[str, tuple[Drafter, bool]]:
@@ -339,61 +335,3 @@ class Comparing:
         if self._out:
             write_report(self._out / "report.json", report)
         return report
-
-
-def is_tie(target: Target, answer: Request, plain: Request) -> bool:
-    """Whether the first difference of two answers to one request is at a near-tie.
-
-    The target's logits of both tokens, as they were chosen (penalties, noise), lie within TIE_GAP of its best, or
-    within what rounding both to the target's dtype may put between them. Costs a forward; called only when they differ.
-    """
-    pairs = list(zip(answer.output_ids, plain.output_ids, strict=False))
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if first is None:
-        return False
-    num_prompt_tokens, sampling = plain.num_prompt_tokens, plain.params.sampling
-    ids = plain.trace.token_ids[: num_prompt_tokens + first]
-    cache, decoder = target.decoder.new_cache(), target.decoder
-    cache.take(0, plain.max_tokens)  # as when it was decoded: a scaling may go by it
-    output = decoder.forward(torch.tensor(ids, device=decoder.device), [0], [len(ids)], cache, [1])
-    uncut = replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
-    no_drafts = torch.empty(0, dtype=torch.int64, device=decoder.device)
-    scores_V = process_step(output.logits_MV, uncut, ids, num_prompt_tokens, no_drafts)[0].double()
-    if plain.noise:
-        scores_V = scores_V + gumbel(plain.noise.row(len(ids)))
-    both = scores_V[list(pairs[first])]
-    best = float(scores_V.max() if uncut == sampling else both.max())
-    rounding = 2 * float(output.logits_MV.float().abs().max()) * torch.finfo(decoder.dtype).eps
-    return best - float(both.min()) < max(TIE_GAP, rounding) / (sampling.temperature or 1.0)
-
-
-def check_results_folder(out: Path) -> None:
-    """Makes sure, without leaving a trace, that results can be written to a folder and that none are overwritten.
-
-    Raises:
-        ValueError: if the folder can't be written to or holds results already.
-    """
-    lines, report = out / "requests.jsonl", out / "report.json"
-    if lines.stat().st_size if lines.exists() else report.exists():  # a run that finished no request holds nothing
-        raise ValueError(
-            f"{out} holds results already, and a run that was stopped is not continued; "
-            "choose another --out, or move them away"
-        )
-    if reason := why_not_writable(out):
-        raise ValueError(f"results can't be written to {out}: {reason}; choose another --out")
-
-
-def why_not_writable(folder: Path) -> str:
-    """Why no file can be made in a folder, which need not exist yet; empty if one can. Leaves nothing behind."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".onlinespec-", dir=existing):
-            return ""
-    except OSError as error:
-        return f"{existing}: {error.strerror}"
-
-
-def _claim(out: Path) -> None:
-    check_results_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "requests.jsonl").touch()

@@ -8,11 +8,9 @@ have other bits for other numbers of rows.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from onlinespec.core import Features
 from onlinespec.models.base import Model, ModelConfig, Output, check_call, last_rows
+from onlinespec.models.hf_body import entering, find_body, find_layers, leaving, without_layers
 from onlinespec.models.kv_cache import Slots
 from onlinespec.models.layer import LayerConfig
 from onlinespec.models.rope import Rope
@@ -89,9 +87,9 @@ class HFModel(Model[HFCache]):
         self.config = model_config(model.config, self._name)
         self.embedding_VD = self._matrix(model.get_input_embeddings(), "embedding")
         self.head_VD = self._matrix(model.get_output_embeddings(), "head")
-        self._body = _find_body(model)
-        self._behind = _without_layers(model, self._body)
-        self._layers = _find_layers(self._body, self.config.num_layers)
+        self._body = find_body(model)
+        self._behind = without_layers(model, self._body)
+        self._layers = find_layers(self._body, self.config.num_layers)
         self.num_forwards = 0
         with torch.inference_mode():
             self._try()
@@ -184,9 +182,9 @@ class HFModel(Model[HFCache]):
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers or ()):
                 if index == 0 and 0 in aux:
-                    stack.enter_context(layer.register_forward_pre_hook(_entering(aux[0]), with_kwargs=True))
+                    stack.enter_context(layer.register_forward_pre_hook(entering(aux[0]), with_kwargs=True))
                 if index + 1 in aux:
-                    stack.enter_context(layer.register_forward_hook(_leaving(aux[index + 1])))
+                    stack.enter_context(layer.register_forward_hook(leaving(aux[index + 1])))
             yield
 
     # --- what is relied on, tried once ------------------------------------------------------------------------------
@@ -362,63 +360,3 @@ def _quiet() -> Iterator[None]:
 
 
 # --- the two halves of a model ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class _States(BaseModelOutputWithPast):  # type: ignore[misc]
-    """What the layers of any family would return, less all that is beside the point."""
-
-    cross_attentions: None = None
-    router_logits: None = None
-
-
-class _Given(nn.Module):
-    """Stands where a model's layers were, and returns the states it is given as theirs."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _States:
-        return _States(last_hidden_state=inputs_embeds)
-
-
-def _find_body(model: PreTrainedModel) -> nn.Module:
-    """What turns tokens into final states: what the family calls its decoder, else the part that is a model."""
-    parts = [model.get_decoder(), *(part for part in model.children() if isinstance(part, PreTrainedModel))]
-    body = next((part for part in parts if part is not model), None)
-    if body is None:
-        raise ValueError(f"{type(model).__name__} is not supported: its layers can't be told from its head")
-    return body
-
-
-def _without_layers(model: PreTrainedModel, body: nn.Module) -> nn.Module:
-    """A copy that shares all weights and takes final states as `inputs_embeds`: only what stands behind them runs."""
-    *way, last = next(path for path, module in model.named_modules() if module is body).split(".")
-    shell = owner = _shallow(model)
-    for step in way:
-        owner._modules[step] = _shallow(owner.get_submodule(step))
-        owner = owner.get_submodule(step)
-    owner._modules[last] = _Given()
-    return shell
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
-def _find_layers(body: nn.Module, count: int) -> nn.ModuleList | None:
-    """The outermost list of as many modules as there are layers."""
-    return next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-
-
-def _entering(rows: list[Tensor]) -> Any:
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append((args[0] if args else kwargs["hidden_states"])[0])
-
-    return keep
-
-
-def _leaving(rows: list[Tensor]) -> Any:
-    def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        rows.append((output[0] if isinstance(output, tuple) else output)[0])
-
-    return keep

@@ -10,14 +10,13 @@ Reference: text of the target itself as training text, as in Online Speculative 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -27,17 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onlinespec.core import DecodeStats, DrafterWeights, Params
+from onlinespec.core import DecodeStats, DrafterWeights
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.learners.losses import RowLoss
-from onlinespec.learners.step_sizes import step_size_for
 from onlinespec.models.checkpoint import read_json
 from onlinespec.models.loading import Target
+from onlinespec.offline.outcome import Outcome, Progress, Score, TrainingState
+from onlinespec.offline.pace import Clock, make_optimizer, offline_step_size, schedule
 from onlinespec.offline.replay_stream import Replaying
 from onlinespec.offline.settings import Distillation
 from onlinespec.offline.target_answers import Answers, told_if_full, written
+from onlinespec.offline.work_files import bytes_of, digest, discard, removed, write
 from onlinespec.registry import DRAFTERS, LOSSES, resolve
 from onlinespec.workloads import Prompt, load_workload
 
@@ -45,79 +46,9 @@ _LEAST_HELD_OUT = 8
 _CHECKPOINT_SECONDS = 20.0
 _CHECKPOINT_SHARE = 0.1  # most of the time that writing them may take
 _ANSWERING_SHARE = 0.6  # of a time limit: what the target may take for its answers
-_OFFLINE_STEP = 2.0  # times the step of online rounds: it falls to zero at the end, where theirs stays
 # In the work folder:
 _OURS = {"settings.json", "settings.partial", "finished.json", "finished.partial", "answers", "training"}
 _DECIDE_ANSWERS = ("target", "dtype", "prompts", "temperature", "max_new_tokens", "seed")  # and nothing else
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a drafter does on the answers that were left out."""
-
-    acceptance_length: float
-    loss: float  # nats per row, at the first depth
-    epoch: int  # after which, or in which if time ran out; 0 is before
-    step: int = 0  # of training, after which
-
-    def beats(self, other: Score) -> bool:
-        """Longer acceptance; of equal ones the smaller loss: a cold drafter learns before it shows."""
-        return (self.acceptance_length, -self.loss) > (other.acceptance_length, -other.loss)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told as it goes."""
-
-    phase: str  # "answering", "training" or "scoring"
-    done: int
-    total: int
-    rate: str = ""  # what is done per second, in words
-    scores: tuple[Score, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it."""
-
-    folder: Path
-    scores: tuple[Score, ...]  # before, and after every epoch
-    best: Score
-    num_prompts: int
-    num_skipped: int  # that do not fit the target: longer than its context, or with tokens that it lacks
-    num_repeated: int  # word for word as an earlier one
-    num_tokens: int  # of all answers
-    num_held_out: int
-    num_steps: int
-    step_size: float
-    ended_by: str  # "epochs", "patience" or "minutes"
-    seconds: dict[str, float]  # by phase, interrupted runs included as far as what they did was kept
-
-
-@dataclass
-class _State:
-    """Training between two steps: all that decides how it goes on."""
-
-    params: Params
-    step: int
-    best: Params
-    scores: list[Score]
-    seconds: float
-    is_whole: bool = True  # false while a step or a score is being taken over
-    num_rows: int = 0  # trained by this process
-
-    @property
-    def best_score(self) -> Score:
-        """The first that no other beats."""
-        best = self.scores[0]
-        for score in self.scores[1:]:
-            best = score if score.beats(best) else best
-        return best
-
-    @property
-    def played(self) -> Params:
-        """The weights, without their gradients."""
-        return {name: p.detach() for name, p in self.params.items()}
 
 
 class Distilling:
@@ -137,7 +68,7 @@ class Distilling:
         self._drafter = self._load()
         if not self._drafter.is_trainable:
             raise ValueError(f"drafter {distillation.drafter} does not learn; choose another, eagle say")
-        self.step_size = distillation.step_size or _step_size_for(self._drafter.weights.params)
+        self.step_size = distillation.step_size or offline_step_size(self._drafter.weights.params)
         self._row_loss: RowLoss = resolve(LOSSES, distillation.loss, "loss")
         self._on_progress: Callable[[Progress], None] = lambda progress: None
         self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
@@ -185,10 +116,10 @@ class Distilling:
         )
         self._save(state, outcome)
         if keep_text:
-            _write(self.work / "finished.json", json.dumps(asdict(outcome.best), indent=2))
-            _discard(self.work / "training")
+            write(self.work / "finished.json", json.dumps(asdict(outcome.best), indent=2))
+            discard(self.work / "training")
         else:
-            _discard(self.work)
+            discard(self.work)
         return outcome
 
     # --- before it begins ---------------------------------------------------------------------------------------
@@ -208,7 +139,7 @@ class Distilling:
         if tuning and tuning.what == "adapters" and is_same_place:
             raise ValueError(f"adapters refer to {self.out}, so they can't be written over it; choose another --out")
         for place in (self.work / "training", self.work):
-            shutil.rmtree(_removed(place), ignore_errors=True)  # whose removal a kill stopped
+            shutil.rmtree(removed(place), ignore_errors=True)  # whose removal a kill stopped
         if self.work.exists() and not (self.work.is_dir() and {path.name for path in self.work.iterdir()} <= _OURS):
             raise ValueError(f"{self.work}, where the work would lie, holds something else; choose another --out")
         is_finished = not self.work.exists() or (self.work / "finished.json").is_file()
@@ -222,12 +153,12 @@ class Distilling:
                 before = self._settings_before(path)
             has_answers = before and all(before.get(name) == noted[name] for name in _DECIDE_ANSWERS)
             for place in (self.work / "training",) if has_answers else (self.work,):
-                _discard(place)
+                discard(place)
             (self.work / "finished.json").unlink(missing_ok=True)
             before = {}
         if not before:
             version = self._drafter.weights.version + (self.settings.drafter not in DRAFTERS)
-            _write(path, json.dumps(noted | {"version": version}, indent=2))
+            write(path, json.dumps(noted | {"version": version}, indent=2))
             return version
         if (self.work / "training").exists():  # then weights come from there, and the drafter may be replaced already
             noted["drafter_weights"] = before.get("drafter_weights")
@@ -252,8 +183,8 @@ class Distilling:
         noted = asdict(self.settings) | {
             "target": self.target.fingerprint,
             "dtype": str(self.target.decoder.dtype),
-            "prompts": _digest(f"{prompt.id}\n{prompt.text}\n".encode() for prompt in self._prompts),
-            "drafter_weights": _digest(_bytes_of(p) for p in self._drafter.weights.params.values()),
+            "prompts": digest(f"{prompt.id}\n{prompt.text}\n".encode() for prompt in self._prompts),
+            "drafter_weights": digest(bytes_of(p) for p in self._drafter.weights.params.values()),
         }
         content: dict[str, Any] = json.loads(json.dumps(noted))
         return content
@@ -300,7 +231,7 @@ class Distilling:
         held_out = sorted(Random(f"holdout/{self.settings.seed}").sample(range(count), num_held_out))
         return sorted(set(range(count)) - set(held_out)), held_out
 
-    def _train(self, trained: Sequence[int], held_out: Sequence[int]) -> tuple[_State, str]:
+    def _train(self, trained: Sequence[int], held_out: Sequence[int]) -> tuple[TrainingState, str]:
         """What is left of it; the state at its end, and what ended it."""
         state, optimizer = self._resumed() or self._begun()
         try:
@@ -311,9 +242,9 @@ class Distilling:
             raise
 
     def _steps(
-        self, state: _State, optimizer: torch.optim.Optimizer, trained: Sequence[int], held_out: Sequence[int]
+        self, state: TrainingState, optimizer: torch.optim.Optimizer, trained: Sequence[int], held_out: Sequence[int]
     ) -> str:
-        clock, steps_per_epoch = _Clock(state.seconds), len(trained) // self.settings.batch_requests
+        clock, steps_per_epoch = Clock(state.seconds), len(trained) // self.settings.batch_requests
         num_steps = self.settings.epochs * steps_per_epoch
         seconds = max(self._seconds_for_all - self._answers.seconds, self._seconds_for_all * (1 - _ANSWERING_SHARE))
         saved, pause = clock.now, _CHECKPOINT_SECONDS
@@ -346,7 +277,7 @@ class Distilling:
         size = self.settings.batch_requests
         return self._order[1][place * size : (place + 1) * size]
 
-    def _step(self, state: _State, optimizer: torch.optim.Optimizer, chosen: Sequence[int]) -> None:
+    def _step(self, state: TrainingState, optimizer: torch.optim.Optimizer, chosen: Sequence[int]) -> None:
         batch = self._drafter.batch([self._answers.feedback(i) for i in chosen])
         loss = self._drafter.loss(state.params, batch, self._row_loss) if batch else None
         if loss:
@@ -361,7 +292,7 @@ class Distilling:
         state.step += 1
         state.is_whole = True
 
-    def _take_score(self, state: _State, held_out: Sequence[int], epoch: int) -> None:
+    def _take_score(self, state: TrainingState, held_out: Sequence[int], epoch: int) -> None:
         for p in state.played.values():
             self._check_finite(p, "weights", state.step)
         score = self._score(state, held_out, epoch)
@@ -378,11 +309,11 @@ class Distilling:
                 f"--step-size than {self.step_size:g}, and --restart (which keeps the answers)"
             )
 
-    def _has_stalled(self, state: _State) -> bool:
+    def _has_stalled(self, state: TrainingState) -> bool:
         """Whether so many epochs brought nothing."""
         return len(state.scores) - 1 - state.scores.index(state.best_score) >= self.settings.patience
 
-    def _score(self, state: _State, held_out: Sequence[int], epoch: int) -> Score:
+    def _score(self, state: TrainingState, held_out: Sequence[int], epoch: int) -> Score:
         """On the answers left out, by a drafter of its own: what it sees while drafting must not reach training."""
         drafter = self._load()
         drafter.swap(DrafterWeights(state.played, 0))
@@ -398,12 +329,12 @@ class Distilling:
 
     # --- on disk ------------------------------------------------------------------------------------------------
 
-    def _begun(self) -> tuple[_State, torch.optim.Optimizer]:
+    def _begun(self) -> tuple[TrainingState, torch.optim.Optimizer]:
         start = self._drafter.weights.params
         params = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
-        return _State(params, 0, dict(start), [], 0.0), _optimizer(params, self.step_size)
+        return TrainingState(params, 0, dict(start), [], 0.0), make_optimizer(params, self.step_size)
 
-    def _resumed(self) -> tuple[_State, torch.optim.Optimizer] | None:
+    def _resumed(self) -> tuple[TrainingState, torch.optim.Optimizer] | None:
         path = self.work / "training" / "checkpoint.pt"
         if not path.is_file():
             return None
@@ -412,12 +343,12 @@ class Distilling:
         except Exception as error:  # a damaged file fails in many ways
             raise ValueError(f"{path} can't be read ({error}); delete it to train from the start") from error
         params = {name: p.requires_grad_() for name, p in kept["params"].items()}
-        optimizer = _optimizer(params, self.step_size)
+        optimizer = make_optimizer(params, self.step_size)
         optimizer.load_state_dict(kept["optimizer"])
         scores = [Score(*score) for score in kept["scores"]]
-        return _State(params, kept["step"], kept["best"], scores, kept["seconds"]), optimizer
+        return TrainingState(params, kept["step"], kept["best"], scores, kept["seconds"]), optimizer
 
-    def _checkpoint(self, state: _State, optimizer: torch.optim.Optimizer) -> None:
+    def _checkpoint(self, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
         path = self.work / "training" / "checkpoint.pt"
         path.parent.mkdir(exist_ok=True)
         content = {
@@ -431,7 +362,7 @@ class Distilling:
         with written(path) as partial:
             torch.save(content, partial)
 
-    def _save(self, state: _State, outcome: Outcome) -> None:
+    def _save(self, state: TrainingState, outcome: Outcome) -> None:
         drafter = self._load()
         start = drafter.weights.version
         drafter.swap(DrafterWeights(state.best, self._version))
@@ -446,60 +377,3 @@ class Distilling:
         }
         with told_if_full(self.out):
             drafter.save(self.out)
-
-
-class _Clock:
-    """Seconds of training: those of earlier processes and of this one."""
-
-    def __init__(self, before: float) -> None:
-        self._before, self._began = before, time.monotonic()
-
-    @property
-    def since_start(self) -> float:
-        return time.monotonic() - self._began
-
-    @property
-    def now(self) -> float:
-        return self._before + self.since_start
-
-
-def schedule(progress: float) -> float:
-    """Warm up over 2 %, stay, then fall linearly to zero from 60 % on."""
-    return min(1.0, progress / 0.02, max(0.0, (1 - progress) / 0.4))
-
-
-def _optimizer(params: Params, step_size: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params.values(), lr=step_size, betas=(0.9, 0.99), weight_decay=0.0)
-
-
-def _step_size_for(params: Params) -> float:
-    """By how many weights learn: 2e-3 up to two million, 2.8e-4 for a hundred million."""
-    return _OFFLINE_STEP * step_size_for(params)
-
-
-def _digest(pieces: Iterable[bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()[:16]
-
-
-def _bytes_of(weights: Tensor) -> memoryview:
-    return weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
-
-
-def _discard(folder: Path) -> None:
-    """Removes a folder. It is gone from its place at once, whatever stops the removal."""
-    if folder.exists():
-        folder.rename(_removed(folder))
-        shutil.rmtree(_removed(folder), ignore_errors=True)
-
-
-def _removed(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.removed")

@@ -21,6 +21,7 @@ from onlinespec.models.checkpoint import architecture_of, find_folder, fingerpri
 from onlinespec.models.families import ARCHITECTURES
 from onlinespec.models.loading import path_of
 from onlinespec.publishing import store as versions
+from onlinespec.publishing.layout import is_in, record_of
 from onlinespec.publishing.protocol import Event
 from onlinespec.registry import SHIPPED_DRAFTERS, SHIPPED_TARGETS
 
@@ -53,7 +54,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: if a file is missing, or it is none of these.
     """
-    if versions.is_in(folder):
+    if is_in(folder):
         return _versions_facts(folder)
     if adapters.is_in(folder):
         return _adapter_facts(folder)
@@ -72,7 +73,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def history_of(folder: Path) -> list[Event]:
     """What happened to the versions in a directory, the oldest first; empty for any other."""
-    return versions.Versions(folder).history() if versions.is_in(folder) else []
+    return versions.Versions(folder).history() if is_in(folder) else []
 
 
 def _versions_facts(folder: Path) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _noted(folder: Path) -> dict[str, Any]:
     if not side:
         return {"history": f"none: no {SIDE_FILE}, so it was written by another program, or that file is lost"}
     noted = {key: value for key, value in side.items() if key != "notes"} | dict(side.get("notes", {}))
-    if record := versions.record_of(folder):
+    if record := record_of(folder):
         noted |= {"learner": record.learner, "how it came about": f"{record.created}: {record.event.told}"}
     return {key.replace("_", " "): value for key, value in noted.items()}
 

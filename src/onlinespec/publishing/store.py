@@ -1,16 +1,8 @@
 """Versions of a drafter on disk, with the state of the learner that made them.
 
-    FOLDER/versions/000012/    a version: the drafter in its published format, so that --drafter takes it as it is
-        learner.safetensors    the exact weights and the learner's state, each tensor once ...
-        learner.json           ... and how they hang together
-        version.json           number, origin, target, and a checksum of every other file
-    FOLDER/history.jsonl       what happened, a line each, never rewritten
-
-    FOLDER/.lock               held by the one that writes
-
-A version is written aside, flushed to the disk and renamed into place: it is there whole or not at all. What was noted
-in history.jsonl stays, whatever becomes of the version's own folder. A folder has one writer at a time, which holds its
-lock; reading needs none.
+`layout.py` has a picture of the folder. A version is written aside, flushed to the disk and renamed into place: it is
+there whole or not at all. What was noted in history.jsonl stays, whatever becomes of the version's own folder. A folder
+has one writer at a time, which holds its lock; reading needs none.
 """
 
 from __future__ import annotations
@@ -20,7 +12,6 @@ import copy
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -37,15 +28,12 @@ from onlinespec.drafters.contract import Drafter
 from onlinespec.models.checkpoint import read_tensors
 from onlinespec.publishing.durable import files_in, flush, flush_all, sha256_of
 from onlinespec.publishing.history import History, rolled_back_by
+from onlinespec.publishing.layout import DIGITS, HISTORY, LOCK, RECORD, STATE, TENSORS, VERSIONS, number_of, record_of
 from onlinespec.publishing.protocol import Event, VersionRecord
 from onlinespec.publishing.state_io import flattened, rebuilt
 
 log = logging.getLogger(__name__)
 
-_RECORD = "version.json"
-_TENSORS, _STATE = "learner.safetensors", "learner.json"
-_VERSIONS, _HISTORY, _LOCK = "versions", "history.jsonl", ".lock"
-_DIGITS = 6
 _READABLE = 0o644  # safetensors' own files are their owner's alone
 _HANDOVER_SECONDS = 5.0  # to wait for a lock: a learning process whose server was killed ends with its round or save
 
@@ -72,7 +60,7 @@ class Versions:
         if keep < 1:
             raise ValueError(f"keep is {keep}; it must be at least 1")
         self.folder, self.keep = Path(folder), keep
-        self._place, self._history = self.folder / _VERSIONS, self.folder / _HISTORY
+        self._place, self._history = self.folder / VERSIONS, self.folder / HISTORY
         self._lock: FileLock | None = None  # while it is held
         self._kept_history: History | None = None  # all of history.jsonl, while no one else can add to it
         self._told: set[str] = set()  # complaints that were logged
@@ -95,7 +83,7 @@ class Versions:
         if self._lock:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / _LOCK, thread_local=False)
+        lock = FileLock(self.folder / LOCK, thread_local=False)
         try:
             lock.acquire(timeout=_HANDOVER_SECONDS)
         except Timeout as error:
@@ -148,9 +136,9 @@ class Versions:
             self._sweep()
             partial = folder.with_name(f".{folder.name}.tmp")
             twin.save(partial)
-            save_file(tensors, partial / _TENSORS)
-            (partial / _TENSORS).chmod(_READABLE)
-            (partial / _STATE).write_text(json.dumps(tree), encoding="utf-8")
+            save_file(tensors, partial / TENSORS)
+            (partial / TENSORS).chmod(_READABLE)
+            (partial / STATE).write_text(json.dumps(tree), encoding="utf-8")
             record = VersionRecord(
                 version=weights.version,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,7 +147,7 @@ class Versions:
                 event=event,
                 files={name: sha256_of(partial / name) for name in files_in(partial)},
             )
-            (partial / _RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+            (partial / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
             flush_all(partial)
             os.rename(partial, folder)
             try:
@@ -194,7 +182,7 @@ class Versions:
         self.hold()
         last, numbers = self.next_version - 1, self.numbers()
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        names = (f"{_VERSIONS}.reset-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+        names = (f"{VERSIONS}.reset-{stamp}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
         aside = next(path for name in names if not (path := self.folder / name).exists())
         os.rename(self._place, aside)
         flush(self.folder)
@@ -207,8 +195,8 @@ class Versions:
     @property
     def next_version(self) -> int:
         """The first number that was never used here, not even for what was lost since; 0 in a new folder."""
-        places = [self._place, *self.folder.glob(f"{_VERSIONS}.reset-*")]
-        written = [_number_of(path) for place in places if place.is_dir() for path in place.iterdir()]
+        places = [self._place, *self.folder.glob(f"{VERSIONS}.reset-*")]
+        written = [number_of(path) for place in places if place.is_dir() for path in place.iterdir()]
         return 1 + max([n for n in written if n is not None] + [self._noted().newest_version])
 
     def latest_good(self, target_fingerprint: str | None) -> VersionRecord | None:
@@ -278,7 +266,7 @@ class Versions:
 
     def folder_of(self, number: int) -> Path:
         """Where a version lies, if there is one: a drafter in its published format."""
-        return self._place / f"{number:0{_DIGITS}d}"
+        return self._place / f"{number:0{DIGITS}d}"
 
     def numbers(self) -> list[int]:
         """Of the versions on disk, whole or not."""
@@ -307,7 +295,7 @@ class Versions:
         """
         folder = self.folder_of(number)
         try:
-            record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=VersionRecord)
+            record = msgspec.json.decode((folder / RECORD).read_bytes(), type=VersionRecord)
             wrong = [name for name, expected in record.files.items() if sha256_of(folder / name) != expected]
         except (OSError, msgspec.DecodeError) as error:
             raise ValueError(f"{folder} is not whole ({error})") from error
@@ -325,8 +313,8 @@ class Versions:
 
     def _learned(self, number: int, device: torch.device) -> Any:
         folder = self.folder_of(number)
-        tree = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        return rebuilt(read_tensors(folder / _TENSORS, device, dtype=None), tree)
+        tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return rebuilt(read_tensors(folder / TENSORS, device, dtype=None), tree)
 
     def _noted(self) -> History:
         """The history; read anew each time by one that does not hold the folder."""
@@ -390,21 +378,3 @@ class Versions:
         if message not in self._told:
             self._told.add(message)
             log.warning("%s", message)
-
-
-def is_in(folder: Path) -> bool:
-    """Whether a directory holds versions, or their history."""
-    return (folder / _VERSIONS).is_dir() or (folder / _HISTORY).is_file()
-
-
-def record_of(folder: Path) -> VersionRecord | None:
-    """What a version's own directory says of it, unchecked; None for any other directory."""
-    try:
-        return msgspec.json.decode((folder / _RECORD).read_bytes(), type=VersionRecord)
-    except (OSError, msgspec.DecodeError):
-        return None
-
-
-def _number_of(path: Path) -> int | None:
-    digits = re.match(r"\.*(\d+)", path.name, re.ASCII)
-    return int(digits[1]) if digits else None

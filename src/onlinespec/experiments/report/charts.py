@@ -14,17 +14,9 @@ from itertools import accumulate
 from math import fsum, isfinite, isnan, nan
 from typing import Any, NamedTuple
 
+from onlinespec.experiments.report.figures import METRICS, Metric, rounds_of, spread_of
 from onlinespec.experiments.report.plots import Chart, Curve, Style, styles_of
-from onlinespec.experiments.report.summaries import (
-    FROZEN,
-    METRICS,
-    Group,
-    LearnerSummary,
-    Metric,
-    Points,
-    rounds_of,
-    spread_of,
-)
+from onlinespec.experiments.report.summaries import FROZEN, Group, LearnerSummary, Points
 from onlinespec.experiments.report_schema import Run
 from onlinespec.learning.rounds import Round
 

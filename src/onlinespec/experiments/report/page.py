@@ -17,16 +17,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from onlinespec.experiments.report.summaries import (
-    FROZEN,
-    METRICS,
-    PLAIN,
-    Figure,
-    Spread,
-    groups_of,
-    learner_names,
-    number,
-)
+from onlinespec.experiments.report.figures import METRICS, Figure, Spread, number
+from onlinespec.experiments.report.summaries import FROZEN, PLAIN, groups_of, learner_names
 from onlinespec.experiments.report_schema import Report, write_atomically
 
 # --- for the terminal ---
