@@ -29,7 +29,7 @@ VOCABULARIES = (4_096, 49_152, 151_936)
 def steps_of(target, drafter_name, learner, prompts, temperature, rule, num_draft_tokens):
     """(accepted, steps) of every prompt."""
     drafter = osp.load_drafter(drafter_name, target)
-    learning = osp.InlineLearning(drafter, config=osp.parse(learner)) if drafter.is_trainable else None
+    learning = osp.InlineLearning(drafter, config=osp.parse_learner(learner)) if drafter.is_trainable else None
     loop = osp.DecodeLoop(target, drafter, learning, rule=rule)
     params = osp.GenerationParams(96, num_draft_tokens, osp.SamplingParams(temperature))
     stats = [loop.complete(target.encode(p.text), replace(params, seed=i)).stats for i, p in enumerate(prompts)]

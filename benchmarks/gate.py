@@ -26,7 +26,7 @@ from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import Learning
 from onlinespec.experiments.provenance import provenance
 from onlinespec.learning.budget import Budget, StepMeter
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
@@ -49,7 +49,7 @@ class Gate:
     learner: str = LearnConfig.learner
     budget: float = 0.24
     """Of decoding, in steps."""
-    looks: tuple[int, ...] = PublishConfig().trial_looks
+    looks: tuple[int, ...] = PublishConfig().test_looks
     show: bool = False
     """What became of every candidate."""
     seed: int = 0
@@ -62,7 +62,7 @@ class Gated:
     diagnostic_seconds = 0.0
 
     def __init__(self, command: Gate, serving: Drafter, learning: Drafter, config: LearnConfig) -> None:
-        publishing = replace(PublishConfig(), trial_looks=command.looks)
+        publishing = replace(PublishConfig(), test_looks=command.looks)
         self.trainer = Trainer(learning, config, command.seed, budget_of(config), publishing)
         self._serving, self._show, self.num_published = serving, command.show, 0
 
@@ -72,7 +72,7 @@ class Gated:
             self._serving.swap(weights)
             self.num_published += 1
         if self._show and publisher.num_events > before:
-            print(f"{feedback[0].request_id}: {publisher.history[-1].told}")
+            print(f"{feedback[0].request_id}: {publisher.history[-1].summary}")
 
     def set_share(self, share: float) -> None:
         """The budget is fixed here."""
@@ -95,7 +95,7 @@ def main(command: Gate) -> None:
     def fresh() -> Drafter:
         return load_drafter(command.drafter, target, command.seed)
 
-    config = replace(parse(command.learner), budget=command.budget)
+    config = replace(parse_learner(command.learner), budget=command.budget)
     inline, serving = fresh(), fresh()
     gated = Gated(command, serving, fresh(), config)
     arms: dict[str, tuple[Drafter, Learning | None]] = {

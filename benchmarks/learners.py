@@ -34,7 +34,7 @@ from onlinespec.core import DecodeStats
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.experiments.metrics import total
 from onlinespec.experiments.provenance import provenance
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.rounds import summarise
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
@@ -231,7 +231,7 @@ def run_replay(options: Replay) -> None:
             round_cost=round_cost,
             row_cost=row_cost,
         )
-        config = parse(method, even)
+        config = parse_learner(method, even)
         learning = InlineLearning(drafter, config=config, seed=seed)
         replaying = Replaying(target, drafter, learning, NUM_DRAFT_TOKENS, seed)
         began = time.monotonic()
@@ -394,7 +394,7 @@ def _hindsight_row(cells: Cells, temperature: float, stream: str) -> list[str]:
 
 
 def _step_size(method: str) -> str:
-    step_size = parse(method).step_size
+    step_size = parse_learner(method).step_size
     return f"{1e-3 if step_size is None else step_size:g}"  # what a drafter of a million weights has by default
 
 

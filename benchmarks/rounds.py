@@ -25,7 +25,7 @@ from onlinespec.config import GenerationParams
 from onlinespec.core import Feedback
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.experiments.provenance import provenance
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
@@ -90,7 +90,7 @@ def run(options: Rounds) -> None:
     prompts = islice(load_workload(options.data).prompts(0), 2 + options.repeats // 2)
     answers = list(record(target, prompts, GenerationParams(96)))
     config = LearnConfig(max_rows=options.rows, min_interval=24, max_interval=24, replay_every=0, budget=float("inf"))
-    runs = {m: Timed(load_drafter(options.drafter, target), config=parse(m, config)) for m in METHODS}
+    runs = {m: Timed(load_drafter(options.drafter, target), config=parse_learner(m, config)) for m in METHODS}
     replaying = Replaying(target, load_drafter(options.drafter, target), Together(list(runs.values())), 2)
     for answer in answers:
         replaying.replay(answer)

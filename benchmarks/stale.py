@@ -26,7 +26,7 @@ from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.provenance import provenance
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target, load_target
 from onlinespec.workloads import load_workload
@@ -74,7 +74,7 @@ def _learned(
     command: Stale, target: Target, drafter: Drafter, prompts: list[list[int]]
 ) -> tuple[DrafterWeights, DrafterWeights]:
     """Weights before and after the last round of a stream."""
-    config = parse("online_gradient/budget=inf/min_interval=16/max_interval=16")
+    config = parse_learner("online_gradient/budget=inf/min_interval=16/max_interval=16")
     loop = DecodeLoop(target, drafter, InlineLearning(drafter, config=config))
     before = after = drafter.weights
     for prompt in prompts:

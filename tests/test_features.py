@@ -16,7 +16,7 @@ from onlinespec.engine.prefix_cache import PrefixCache
 from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.replay import ReplayBuffer
 from onlinespec.learning.update import InlineLearning
 from onlinespec.offline.replay_stream import Replaying, record
@@ -144,7 +144,7 @@ def noted(folder, kind=""):
 def test_in_rounds_and_in_what_they_replay(tmp_path, monkeypatch):
     monkeypatch.setenv(aux_drafters.NOTES, str(tmp_path))
     drafter = Noting.fresh(TARGET)
-    learning = InlineLearning(drafter, config=parse(OFTEN))
+    learning = InlineLearning(drafter, config=parse_learner(OFTEN))
     for i in range(4):
         DecodeLoop(TARGET, drafter, learning).complete(prompt(9 + i, i), GenerationParams(20), request_id=str(i))
     assert learning.num_rounds > 2
@@ -153,7 +153,7 @@ def test_in_rounds_and_in_what_they_replay(tmp_path, monkeypatch):
     assert noted(tmp_path, "replayed")
 
 
-SPEC = TrainerSpec("aux_drafters:Noting", config=parse(OFTEN), share=1.0)
+SPEC = TrainerSpec("aux_drafters:Noting", config=parse_learner(OFTEN), share=1.0)
 
 
 @pytest.mark.parametrize("way", [ThreadLearning, ProcessLearning])

@@ -24,7 +24,7 @@ from onlinespec.drafters.settings import Tuning
 from onlinespec.engine.request import ContextOverflow
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.settings import Comparison
-from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.learner_spec import learner_of, parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import load_target
@@ -108,7 +108,7 @@ def test_another_type_is_refused_with_the_value_and_what_it_must_be(make, messag
     )
 )
 def test_any_line_is_a_learner_or_an_error_in_words(line):
-    assert refusal(lambda: learner_of(parse(line))) != ""
+    assert refusal(lambda: learner_of(parse_learner(line))) != ""
 
 
 # Prompts

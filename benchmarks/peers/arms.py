@@ -19,7 +19,7 @@ from onlinespec.config import GenerationParams
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.profile import steps_to_learn_from
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.round_costs import RoundCosts, measure_round_costs
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
@@ -184,7 +184,7 @@ def _ours(name: str, learner: str) -> Callable[[Models], Ours]:
         pair = models.pair
         drafter = load_drafter(pair.drafter(name), pair.target)
         costs = models.costs[name]._asdict() if learner != FROZEN else {}
-        learning = InlineLearning(drafter, config=parse(learner, replace(LearnConfig(), **costs)))
+        learning = InlineLearning(drafter, config=parse_learner(learner, replace(LearnConfig(), **costs)))
         return Ours(DecodeLoop(pair.target, drafter, learning), pair.params)
 
     return make

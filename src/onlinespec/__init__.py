@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onlinespec.experiments.compare import Comparing
     from onlinespec.experiments.settings import Comparison
     from onlinespec.learners import Learner, make_learner
-    from onlinespec.learning.learner_spec import parse
+    from onlinespec.learning.learner_spec import parse_learner
     from onlinespec.learning.settings import LearnConfig
     from onlinespec.learning.update import InlineLearning
     from onlinespec.models.loading import Target, load_target
@@ -43,7 +43,7 @@ _MODULES = {
     "learning.settings": ("LearnConfig",),
     "learning.update": ("InlineLearning",),
     "learners": ("Learner", "make_learner"),
-    "learning.learner_spec": ("parse",),
+    "learning.learner_spec": ("parse_learner",),
     "models.loading": ("Target", "load_target"),
     "offline.replay_stream": ("Recorded", "Replaying", "record"),
     "registry": ("DRAFTERS", "LEARNERS", "LOSSES", "PRESETS", "WORKLOADS"),
@@ -84,7 +84,7 @@ __all__ = [
     "load_target",
     "load_workload",
     "make_learner",
-    "parse",
+    "parse_learner",
     "record",
 ]
 

@@ -59,7 +59,7 @@ _SHIPPED = Path(__file__).parent / "demo"
 SHIPPED_TARGETS = {"demo": _SHIPPED / "target"}
 SHIPPED_DRAFTERS = {"demo": _SHIPPED / "drafter", "demo/small_lm": _SHIPPED / "small_lm"}
 
-# Names for whole settings, as the lines they stand for; see `methods.parse`.
+# Names for whole settings, as the lines they stand for; see `parse_learner`.
 PRESETS = {
     # Online Speculative Decoding, arXiv:2310.07177: one Adam step per eight requests, on rejected positions, used once.
     "osd": "online_gradient/step_size=1e-4/geometry=diagonal/clip_norm=inf/full_loss=0/rows=rejected"

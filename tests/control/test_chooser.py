@@ -129,12 +129,12 @@ def test_better_weights_are_tried_at_once_where_drafting_is_off():
         controller.choose(["a"], [4])
         controller.observe(StepRecord(["a"], [0], [0], 0.0, costs))
     assert controller.choose(["a"], [4]) == [0]
-    controller.renew()
+    controller.on_new_weights()
     assert controller.choose(["a"], [4]) != [0]
     seen(controller, 60, num_accepted=4)
     assert controller.report()["is_drafting"]
     before = controller.report()
-    controller.renew()  # changes nothing while it is on
+    controller.on_new_weights()  # changes nothing while it is on
     assert controller.report() == before
 
 

@@ -25,7 +25,7 @@ from onlinespec.learners.losses import auto, soft_cross_entropy
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.sampling import process_logits
-from onlinespec.models.linear import PlainLinear, half_product
+from onlinespec.models.linear import PlainLinear, bf16_matmul
 from onlinespec.models.loading import load_target
 
 PROMPT = [5, 9, 200, 31, 77, 14, 9]
@@ -567,5 +567,5 @@ def test_gradients_from_bfloat16_products_point_where_the_plain_ones_do(eagle):
         return torch.cat([grad.flatten() for grad in grads])
 
     plain = gradient()
-    eagle._product = half_product
+    eagle._product = bf16_matmul
     assert torch.cosine_similarity(gradient(), plain, dim=0) > 0.99

@@ -24,7 +24,7 @@ from onlinespec.drafters.small_lm.drafter import SmallLM
 from onlinespec.drafters.training_rows import TrainingRows
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import auto, soft_cross_entropy
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import Noise, StepNoise
@@ -281,7 +281,7 @@ def test_what_is_not_tuned_never_moves():
     for name, still in {"layers": ["model.embed_tokens.weight", "lm_head.weight"], "all": []}.items():
         drafter = make(name)
         before = {n: t.clone() for n, t in drafter._effective(drafter.weights.params).items()}
-        learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=4/budget=inf"))
+        learning = InlineLearning(drafter, config=parse_learner("online_gradient/min_interval=4/budget=inf"))
         DecodeLoop(TARGET, drafter, learning).complete(random_text(9), GenerationParams(max_new_tokens=28))
         assert learning.num_rounds > 3
         after = drafter._effective(drafter.weights.params)
@@ -310,7 +310,9 @@ def test_it_learns_a_target_online_until_most_drafts_are_kept(tuning, method):
     blank = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3 if p.dim() > 1 else p
              for i, (n, p) in enumerate(drafter.weights.params.items())}  # fmt: skip
     drafter.swap(DrafterWeights(blank, 0))
-    learning = InlineLearning(drafter, config=parse(f"{method}/budget=inf/max_interval=8", LearnConfig(step_size=3e-3)))
+    learning = InlineLearning(
+        drafter, config=parse_learner(f"{method}/budget=inf/max_interval=8", LearnConfig(step_size=3e-3))
+    )
     loop = DecodeLoop(target, drafter, learning)
     params = GenerationParams(max_new_tokens=48, num_draft_tokens=3)
     lengths = []
@@ -488,7 +490,7 @@ def drafted_while_serving(drafter, target, monkeypatch, sampling, may_learn=True
         return draft
 
     monkeypatch.setattr(drafter, "propose", noting)
-    config = parse("online_gradient/min_interval=4/max_interval=4/budget=inf/step_size=0.01")
+    config = parse_learner("online_gradient/min_interval=4/max_interval=4/budget=inf/step_size=0.01")
     learning = InlineLearning(drafter, config=config) if may_learn else None
     loop = DecodeLoop(target, drafter, learning)
     for seed in range(3):
@@ -612,7 +614,7 @@ def test_several_sets_of_any_family_have_the_losses_of_each_alone(other, target)
 
 def test_any_family_learns_online_and_is_read_back_as_transformers_reads_it(other, target, tmp_path):
     drafter = load_drafter(other, target)
-    learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=8/max_interval=8/budget=inf"))
+    learning = InlineLearning(drafter, config=parse_learner("online_gradient/min_interval=8/max_interval=8/budget=inf"))
     loop, prompt = DecodeLoop(target, drafter, learning), random_text(12)
     losses = []
     for _ in range(5):

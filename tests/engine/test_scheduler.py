@@ -307,7 +307,7 @@ class Noting:
     def forget(self, request_id):
         self.forgotten.append(request_id)
 
-    def renew(self):
+    def on_new_weights(self):
         self.num_renewed += 1
 
 

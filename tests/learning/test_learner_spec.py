@@ -8,7 +8,7 @@ import torch
 
 from onlinespec.learners import Euclidean, Evaluation
 from onlinespec.learners.geometry import Diagonal, Preconditioned
-from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.learner_spec import learner_of, parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.registry import LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
 
@@ -62,21 +62,21 @@ def line(name, settings):
 
 @pytest.mark.parametrize("name", LINES)
 def test_every_name_alone_is_a_line_that_makes_a_learner(name):
-    config = parse(name)
+    config = parse_learner(name)
     assert type(learner_of(config)) is resolve(LEARNERS, config.learner, "learner")
 
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_learners_name_alone_changes_nothing_else(name):
-    assert parse(name) == LearnConfig(learner=name)
+    assert parse_learner(name) == LearnConfig(learner=name)
 
 
 @pytest.mark.parametrize("name", LINES)
 @pytest.mark.parametrize("key", [field.name for field in fields(LearnConfig) if field.name in SHARED])
 def test_every_learner_has_every_shared_setting(name, key):
     text, value = SHARED[key]
-    changed = parse(f"{name}/{key}={text}")
-    assert changed == replace(parse(name), **{key: value})
+    changed = parse_learner(f"{name}/{key}={text}")
+    assert changed == replace(parse_learner(name), **{key: value})
     assert type(getattr(changed, key)) is type(value)
 
 
@@ -86,7 +86,7 @@ def test_every_setting_of_learning_has_a_line_above():
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_learners_own_settings_reach_it_with_their_types(name):
-    config = parse(line(name, OWN[name]))
+    config = parse_learner(line(name, OWN[name]))
     values = {key: value for key, (_, value) in OWN[name].items()}
     assert config == LearnConfig(learner=name, options=values)
     learner = learner_of(config)
@@ -103,22 +103,22 @@ def test_all_that_a_learner_is_made_from_can_be_said(name):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_step_size_geometry_and_clip_norm_reach_the_learner(name):
-    learner = learner_of(parse(f"{name}/step_size=3e-4/geometry=euclidean/clip_norm=0.5"))
+    learner = learner_of(parse_learner(f"{name}/step_size=3e-4/geometry=euclidean/clip_norm=0.5"))
     assert (learner.step_size, learner.geometry, learner.clip_norm) == (3e-4, Euclidean(), 0.5)
 
 
 @pytest.mark.parametrize("geometry", [Diagonal, Preconditioned])
 def test_where_steps_shorten_reaches_the_geometries_that_can(geometry):
     line = f"optimistic/geometry={geometry.__name__.lower()}/full_loss=0.5"
-    assert learner_of(parse(line)).geometry == geometry(full_loss=0.5)
+    assert learner_of(parse_learner(line)).geometry == geometry(full_loss=0.5)
 
 
 @pytest.mark.parametrize(
     ("loss", "full_loss"), [("auto", 4), ("soft_cross_entropy", 4), ("jsd", 0), ("total_variation", 0)]
 )
 def test_steps_shorten_by_themselves_only_with_losses_that_are_cross_entropies(loss, full_loss):
-    assert learner_of(parse(f"optimistic/loss={loss}")).geometry == Preconditioned(full_loss=full_loss)
-    assert learner_of(parse(f"optimistic/loss={loss}/full_loss=2")).geometry == Preconditioned(full_loss=2)
+    assert learner_of(parse_learner(f"optimistic/loss={loss}")).geometry == Preconditioned(full_loss=full_loss)
+    assert learner_of(parse_learner(f"optimistic/loss={loss}/full_loss=2")).geometry == Preconditioned(full_loss=2)
 
 
 @pytest.mark.parametrize("name", ["Unannotated", "part"])
@@ -132,7 +132,7 @@ def test_a_geometry_of_others_gets_where_steps_shorten_if_it_takes_that(tmp_path
         "        super().__init__(second_decay=0.5, full_loss=full_loss)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    geometry = learner_of(parse(f"optimistic/geometry=geometries_of_others:{name}/full_loss=3")).geometry
+    geometry = learner_of(parse_learner(f"optimistic/geometry=geometries_of_others:{name}/full_loss=3")).geometry
     assert (geometry.second_decay, geometry.full_loss) == (0.5, 3)
 
 
@@ -140,17 +140,17 @@ def test_a_geometry_of_others_gets_where_steps_shorten_if_it_takes_that(tmp_path
     ("text", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("0", False)]
 )
 def test_yes_and_no_are_written_as_true_and_false_or_digits(text, value):
-    assert parse(f"online_gradient/telemetry={text}").telemetry is value
+    assert parse_learner(f"online_gradient/telemetry={text}").telemetry is value
 
 
 @pytest.mark.parametrize("order", list(permutations(["min_interval=400", "max_interval=500", "step_size=0.5"])))
 def test_settings_come_in_any_order(order):
-    config = parse("/".join(["online_gradient", *order]))
+    config = parse_learner("/".join(["online_gradient", *order]))
     assert (config.min_interval, config.max_interval, config.step_size) == (400, 500, 0.5)
 
 
 def test_the_last_word_counts():
-    assert parse("optimistic/step_size=1/step_size=2/hint_decay=0/hint_decay=0.5") == LearnConfig(
+    assert parse_learner("optimistic/step_size=1/step_size=2/hint_decay=0/hint_decay=0.5") == LearnConfig(
         learner="optimistic", step_size=2.0, options={"hint_decay": 0.5}
     )
 
@@ -160,14 +160,14 @@ def test_the_last_word_counts():
 
 def test_what_a_line_does_not_name_is_as_in_the_defaults():
     defaults = LearnConfig(step_size=0.25, loss="jsd", max_rows=7, telemetry=True)
-    config = parse("optimistic/max_rows=9/hint_decay=0.5", defaults)
+    config = parse_learner("optimistic/max_rows=9/hint_decay=0.5", defaults)
     assert config == replace(defaults, learner="optimistic", max_rows=9, options={"hint_decay": 0.5})
 
 
 def test_defaults_keep_their_own_settings_for_the_same_learner_only():
-    defaults = parse("optimistic/hint_decay=0.5")
-    assert learner_of(parse("optimistic/hint_by_domain=true", defaults)).hint_decay == 0.5
-    assert parse("frozen", defaults) == LearnConfig(learner="frozen")
+    defaults = parse_learner("optimistic/hint_decay=0.5")
+    assert learner_of(parse_learner("optimistic/hint_by_domain=true", defaults)).hint_decay == 0.5
+    assert parse_learner("frozen", defaults) == LearnConfig(learner="frozen")
     assert defaults.options == {"hint_decay": 0.5}
 
 
@@ -176,20 +176,20 @@ def test_defaults_keep_their_own_settings_for_the_same_learner_only():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_itself_a_line(name):
-    assert parse(PRESETS[name]) == parse(name)
+    assert parse_learner(PRESETS[name]) == parse_learner(name)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_says_more_than_the_defaults(name):
     defaults = LearnConfig(step_size=0.25, loss="jsd", budget=0.5, row_cost=0.7)
-    config = parse(name, defaults)
-    assert config.step_size == parse(name).step_size
+    config = parse_learner(name, defaults)
+    assert config.step_size == parse_learner(name).step_size
     assert config.row_cost == 0.7  # which it does not name
 
 
 def test_a_preset_can_be_changed_further():
-    config = parse("osd/rows=all/step_size=3e-4")
-    assert config == replace(parse("osd"), rows="all", step_size=3e-4)
+    config = parse_learner("osd/rows=all/step_size=3e-4")
+    assert config == replace(parse_learner("osd"), rows="all", step_size=3e-4)
 
 
 def test_no_preset_hides_a_learner():
@@ -197,7 +197,7 @@ def test_no_preset_hides_a_learner():
 
 
 def test_osd_is_what_the_paper_does():
-    config = parse("osd")
+    config = parse_learner("osd")
     assert (config.learner, config.loss, config.rows) == ("online_gradient", "soft_cross_entropy", "rejected")
     assert (config.requests_per_round, config.replay_every) == (8, 0)
     assert (config.step_size, config.geometry, config.max_rows) == (1e-4, "diagonal", 1_000_000)
@@ -215,7 +215,7 @@ def test_every_name_is_in_the_one_list_once():
 
 def test_plain_decoding_has_no_settings_and_says_so():
     with pytest.raises(ValueError, match='"none" is plain decoding'):
-        parse("none")
+        parse_learner("none")
 
 
 # What is kept of a learner
@@ -238,13 +238,13 @@ def rounds_of(learner, count=6):
 
 @pytest.mark.parametrize("name", sorted(set(LINES) - {"optimistic"}))
 def test_what_plays_is_what_is_kept_by_a_learner_without_a_look_ahead(name):
-    learner = learner_of(parse(name))
+    learner = learner_of(parse_learner(name))
     state = rounds_of(learner)
     assert learner.settled(state) is learner.played(state)
 
 
 def test_what_is_kept_of_an_optimistic_learner_is_what_it_learned_and_not_its_look_ahead():
-    learner = learner_of(parse("optimistic/step_size=0.1"))
+    learner = learner_of(parse_learner("optimistic/step_size=0.1"))
     state = rounds_of(learner)
     assert learner.settled(state) is state.point.played
     assert not torch.equal(learner.settled(state)["w"], learner.played(state)["w"])
@@ -253,7 +253,7 @@ def test_what_is_kept_of_an_optimistic_learner_is_what_it_learned_and_not_its_lo
 
 @pytest.mark.parametrize("is_best_played", [False, True])
 def test_what_is_kept_of_an_ensemble_is_made_of_what_its_experts_keep(is_best_played):
-    learner = learner_of(parse("ensemble/base=optimistic/step_size=0.1"))
+    learner = learner_of(parse_learner("ensemble/base=optimistic/step_size=0.1"))
     state = rounds_of(learner)
     if is_best_played:
         best = state.meta_weights.index(max(state.meta_weights))
@@ -302,12 +302,12 @@ def theirs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Boosted", "make", "Plain"])
 def test_a_learner_from_elsewhere_takes_settings_like_ours(theirs, name):
-    learner = learner_of(parse(f"{theirs}:{name}/step_size=0.5/boost=2"))
+    learner = learner_of(parse_learner(f"{theirs}:{name}/step_size=0.5/boost=2"))
     assert (learner.step_size, learner.boost) == (0.5, 2.0)
 
 
 def test_a_learner_that_extends_ours_has_its_settings_too(theirs):
-    config = parse(f"{theirs}:Boosted/pool=1:2/clip_norm=inf")
+    config = parse_learner(f"{theirs}:Boosted/pool=1:2/clip_norm=inf")
     assert config.learner == f"{theirs}:Boosted"
     assert (learner_of(config).pool, type(learner_of(config).geometry)) == ((1, 2), Preconditioned)
 
@@ -332,7 +332,7 @@ def test_a_learner_that_extends_ours_has_its_settings_too(theirs):
 )
 def test_a_name_that_is_not_known_is_answered_with_the_known_ones(method, named):
     with pytest.raises(ValueError, match=r"known|no module") as raised:
-        parse(method)
+        parse_learner(method)
     for part in named:
         assert part in str(raised.value)
 
@@ -351,7 +351,7 @@ def test_a_name_that_is_not_known_is_answered_with_the_known_ones(method, named)
 )
 def test_a_value_of_the_wrong_kind_is_refused_with_what_is_meant(setting, words):
     with pytest.raises(ValueError, match=re.escape(f"{setting}: {words}") + "$"):
-        parse(f"ensemble/{setting}")
+        parse_learner(f"ensemble/{setting}")
 
 
 @pytest.mark.parametrize(
@@ -377,10 +377,10 @@ def test_a_value_of_the_wrong_kind_is_refused_with_what_is_meant(setting, words)
 def test_a_value_out_of_range_is_refused_with_its_name(method):
     name = method.partition("/")[2].partition("=")[0]
     with pytest.raises(ValueError, match=rf"{name}.* "):
-        learner_of(parse(method))
+        learner_of(parse_learner(method))
 
 
 @pytest.mark.parametrize("method", ["ensemble/base=ensembel", "optimistic/geometry=round"])
 def test_a_name_inside_a_setting_is_answered_with_the_known_ones(method):
     with pytest.raises(ValueError, match=r"unknown .*; known: "):
-        learner_of(parse(method))
+        learner_of(parse_learner(method))

@@ -20,7 +20,7 @@ from onlinespec.drafters.small_lm.drafter import SmallLM
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import make_learner
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.learning.learner_spec import PRESETS, learner_of, parse
+from onlinespec.learning.learner_spec import PRESETS, learner_of, parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning, newest_rows
 from onlinespec.registry import LEARNERS, LOSSES
@@ -103,7 +103,7 @@ def test_a_failing_round_freezes_the_drafter_says_so_once_and_decoding_goes_on(d
 
 
 def test_weights_that_score_nothing_finite_are_never_the_last_good_ones(drafter):
-    config = parse("ensemble/geometry=euclidean/step_size_pool=1e-2:1e30", OFTEN)
+    config = parse_learner("ensemble/geometry=euclidean/step_size_pool=1e-2:1e30", OFTEN)
     learning, largest = InlineLearning(drafter, config=config), []
     for _ in DecodeLoop(TARGET, drafter, learning).generate(PROMPT, GenerationParams(60)):
         largest.append(max(float(p.abs().max()) for p in drafter.weights.params.values()))
@@ -164,7 +164,7 @@ def test_a_step_size_that_is_given_holds_whatever_learns():
     params = {"fc.weight": torch.empty(200_000_000, device="meta")}
     assert learner_of(LearnConfig(step_size=3e-3), params).step_size == 3e-3
     assert learner_of(LearnConfig(step_size=0.0), params).step_size == 0
-    assert learner_of(parse("osd"), params).step_size == 1e-4
+    assert learner_of(parse_learner("osd"), params).step_size == 1e-4
 
 
 def test_learning_takes_the_step_size_of_its_drafter(drafter, monkeypatch):
@@ -203,7 +203,7 @@ def test_the_same_stream_gives_the_same_weights(method):
     drafters = [Eagle.fresh(TARGET) for _ in range(2)]
     for drafter in drafters:
         jobs = [(PROMPT[i:], GenerationParams(25, 2, sampling=SOFT, seed=i)) for i in range(3)]
-        learning = InlineLearning(drafter, config=parse(method, replace(OFTEN, replay_every=2, budget=0.5)))
+        learning = InlineLearning(drafter, config=parse_learner(method, replace(OFTEN, replay_every=2, budget=0.5)))
         run_together(DecodeLoop(TARGET, drafter, learning), jobs, max_running=2)
     one, other = (drafter.weights for drafter in drafters)
     assert one.version == other.version > 3
@@ -234,7 +234,7 @@ def test_a_round_comes_after_as_many_steps_as_the_interval_says(drafter):
 
 
 def test_the_osd_preset_has_a_round_after_every_eighth_request_on_all_that_was_refused(drafter, trained):
-    learning = InlineLearning(drafter, config=parse("osd"))
+    learning = InlineLearning(drafter, config=parse_learner("osd"))
     recorder = Recorder(passed_on_to=learning)
     loop = DecodeLoop(TARGET, drafter, recorder)
     for i in range(17):
@@ -266,7 +266,7 @@ def test_learning_keeps_to_its_share_of_the_work(drafter, share, num_answers):
 def test_an_ensemble_pays_for_each_of_its_experts(drafter, name, least, most):
     config = replace(OFTEN, min_interval=4, max_interval=4, max_rows=16, budget=0.03, round_cost=0.0, row_cost=0.05)
     alone = learn(drafter, config=config)
-    together = InlineLearning(Eagle.fresh(TARGET), config=parse(name, config))
+    together = InlineLearning(Eagle.fresh(TARGET), config=parse_learner(name, config))
     for learning in (alone, together):
         for _ in range(8):
             complete(learning._drafter, learning, num_tokens=40)
@@ -408,7 +408,7 @@ def test_every_learner_has_a_step_size_that_does_harm():
 
 @pytest.mark.parametrize("name", HARMFUL)
 def test_a_round_that_did_harm_is_taken_back_under_every_learner(warm, name, monkeypatch):
-    learning = InlineLearning(warm, config=parse(f"{name}/step_size={HARMFUL[name]}", OFTEN))
+    learning = InlineLearning(warm, config=parse_learner(f"{name}/step_size={HARMFUL[name]}", OFTEN))
     undo, restored = learning._undo, []
 
     def spy(state):
@@ -436,7 +436,7 @@ def same(one, other):
 
 
 def test_a_learner_of_several_step_sizes_remembers_which_of_them_did_harm(warm):
-    learning = InlineLearning(warm, config=parse("ensemble/step_size=0.1", OFTEN))
+    learning = InlineLearning(warm, config=parse_learner("ensemble/step_size=0.1", OFTEN))
     while not learning.num_undone:
         assert learning.num_rounds < 100
         complete(warm, learning, num_tokens=10)
@@ -598,14 +598,14 @@ def test_what_fails_in_measuring_stops_the_measuring_alone(drafter, monkeypatch,
 
 def test_the_learners_own_report_is_kept(drafter):
     for method, field in (("optimistic", "hint_error"), ("ensemble", "meta_weights")):
-        learning = InlineLearning(drafter, config=parse(method, replace(OFTEN, telemetry=True)))
+        learning = InlineLearning(drafter, config=parse_learner(method, replace(OFTEN, telemetry=True)))
         complete(drafter, learning)
         assert all(field in r.learner for r in learning.telemetry.rounds)
 
 
 @pytest.mark.parametrize("method", [name for name in [*LEARNERS, *PRESETS] if name != "frozen"])
 def test_every_learner_tells_how_alike_its_gradients_are_and_for_how_many_rows(drafter, method):
-    learning = InlineLearning(drafter, config=parse(method, replace(OFTEN, telemetry=True)))
+    learning = InlineLearning(drafter, config=parse_learner(method, replace(OFTEN, telemetry=True)))
     num_requests, num_tokens = (20, 3) if method == "osd" else (2, 25)
     rows = sum(complete(drafter, learning, num_tokens, seed=i, sampling=SOFT).stats.tokens for i in range(num_requests))
     first, *others = learning.telemetry.rounds
@@ -620,14 +620,14 @@ def test_every_learner_tells_how_alike_its_gradients_are_and_for_how_many_rows(d
 
 @pytest.mark.parametrize("method", [*LEARNERS, *PRESETS])
 def test_decoding_stays_exact_under_every_learner(drafter, method):
-    learning = InlineLearning(drafter, config=parse(f"{method}/step_size=0.05/min_interval=4/max_interval=4"))
+    learning = InlineLearning(drafter, config=parse_learner(f"{method}/step_size=0.05/min_interval=4/max_interval=4"))
     for prompt in (PROMPT, PROMPT[:3]):
         assert complete(drafter, learning, prompt=prompt).output_ids == plain_ids(prompt)
     assert not learning.is_frozen
 
 
 def test_an_expert_that_blows_up_takes_no_one_with_it(drafter):
-    config = parse("ensemble/geometry=euclidean/step_size_pool=1e-2:1e30", OFTEN)
+    config = parse_learner("ensemble/geometry=euclidean/step_size_pool=1e-2:1e30", OFTEN)
     learning = InlineLearning(drafter, config=config)
     request = complete(drafter, learning, num_tokens=25)
     assert request.output_ids == plain_ids(PROMPT, 25)
@@ -637,7 +637,7 @@ def test_an_expert_that_blows_up_takes_no_one_with_it(drafter):
 
 
 def test_a_hint_by_domain_plays_as_soon_as_the_domain_is_known(drafter):
-    config = parse("optimistic/hint_by_domain=true/min_interval=8/max_interval=8", OFTEN)
+    config = parse_learner("optimistic/hint_by_domain=true/min_interval=8/max_interval=8", OFTEN)
     learning = InlineLearning(drafter, config=config)
     loop = DecodeLoop(TARGET, drafter, learning)
     loop.complete(PROMPT, GenerationParams(12), domain="a")
@@ -649,7 +649,7 @@ def test_a_hint_by_domain_plays_as_soon_as_the_domain_is_known(drafter):
 
 
 def test_a_new_domain_moves_nothing_once_a_round_has_failed(drafter, monkeypatch):
-    learning = InlineLearning(drafter, config=parse("optimistic/hint_by_domain=true", OFTEN))
+    learning = InlineLearning(drafter, config=parse_learner("optimistic/hint_by_domain=true", OFTEN))
     loop = DecodeLoop(TARGET, drafter, learning)
     loop.complete(PROMPT, GenerationParams(30), domain="a")
     monkeypatch.setattr(drafter, "losses", raise_something)

@@ -15,7 +15,7 @@ from onlinespec.models.layer import (
     make_plan,
     plain_keys_values,
     plain_layer,
-    turns_at,
+    rotary_at,
 )
 from onlinespec.models.linear import PlainLinear, linear_for
 from onlinespec.models.rope import Rope, RotaryTables
@@ -53,7 +53,7 @@ def weights_of(
 def test_fast_equals_plain(config, has_biases, has_head_norms, has_input_norm, make_linear):
     weights = weights_of(config, has_biases, has_head_norms, has_input_norm)
     x = torch.randn(45, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    turns = turns_at(torch.arange(45), config)
+    turns = rotary_at(torch.arange(45), config)
     keys, values = plain_keys_values(config, weights, x, turns)
     is_visible = torch.ones(45, 45).tril().bool()
     halves = [Seen(keys[part], values[part], is_visible[:, part]) for part in (slice(20), slice(20, 45))]

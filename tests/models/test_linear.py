@@ -11,10 +11,10 @@ from onlinespec.models.linear import (
     HalfLinear,
     PackedLinear,
     PlainLinear,
+    bf16_matmul,
     can_pack,
     can_pack_half,
     draft_linear_for,
-    half_product,
     has_bfloat16_units,
     learn_product_for,
     linear_for,
@@ -59,7 +59,7 @@ def test_a_frozen_product_has_the_gradient_of_the_plain_one(make_linear, num_row
 def test_a_half_product_and_both_its_gradients_are_the_plain_ones_but_for_rounding(num_rows, sets):
     x, weight, grad = draw(*sets, num_rows, 64), draw(*sets, 96, 64), draw(*sets, num_rows, 96)
     inputs = x.requires_grad_(), weight.requires_grad_()
-    half, plain = half_product(*inputs), plain_product(*inputs)
+    half, plain = bf16_matmul(*inputs), plain_product(*inputs)
     for one, other in zip(
         (half, *torch.autograd.grad(half, inputs, grad)),
         (plain, *torch.autograd.grad(plain, inputs, grad)),

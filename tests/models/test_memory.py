@@ -20,7 +20,7 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.footprint import Beside, copies_of
-from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.learner_spec import learner_of, parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models import loading, memory
@@ -278,7 +278,7 @@ def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_for
     seen = drafter.draft_vocab._counts_V.nbytes + drafter.draft_vocab._unseen_V.nbytes  # no tensors
     assert bytes_there() + seen - before == pytest.approx(told, rel=0.25)
 
-    config = parse(f"{method}/{ROUNDS}")
+    config = parse_learner(f"{method}/{ROUNDS}")
     told_learning = Beside(name, [config])(SHAPE, torch.float32, torch.device("cpu")) - told
     passing = 20_000 * 32 * (4 + 2) if products is HalfLinear else 0
     before = bytes_there()
@@ -326,7 +326,11 @@ def test_a_target_that_fits_alone_is_refused_where_its_drafter_does_not(folder, 
 
 
 def test_learners_hold_the_copies_that_their_states_say():
-    assert copies_of(learner_of(parse("frozen"))) == 1
-    plain, adam = (copies_of(learner_of(parse(f"online_gradient/geometry={g}"))) for g in ("euclidean", "diagonal"))
+    assert copies_of(learner_of(parse_learner("frozen"))) == 1
+    plain, adam = (
+        copies_of(learner_of(parse_learner(f"online_gradient/geometry={g}"))) for g in ("euclidean", "diagonal")
+    )
     assert adam == plain + 2, "two moments"
-    assert copies_of(learner_of(parse("ensemble"))) > 2 * copies_of(learner_of(parse("online_gradient")))
+    assert copies_of(learner_of(parse_learner("ensemble"))) > 2 * copies_of(
+        learner_of(parse_learner("online_gradient"))
+    )

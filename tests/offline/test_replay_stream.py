@@ -9,7 +9,7 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.ngram import Ngram
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.offline.replay_stream import Replaying, record
@@ -40,7 +40,7 @@ SHORT = {("frozen", "cut"), ("online_gradient", "soft"), ("ensemble/with_frozen=
 def test_counts_and_learned_weights_are_those_of_decoding(method, sampling):
     params = GenerationParams(30, 3, SAMPLING[sampling])
     drafters = [Eagle.fresh(TARGET) for _ in range(2)]
-    real, replayed = (InlineLearning(drafter, config=parse(method, OFTEN)) for drafter in drafters)
+    real, replayed = (InlineLearning(drafter, config=parse_learner(method, OFTEN)) for drafter in drafters)
     loop = DecodeLoop(TARGET, drafters[0], real)
     decoded = [
         loop.complete(TARGET.encode(p.text), replace(params, seed=i), request_id=p.id, domain=p.domain).stats

@@ -23,11 +23,11 @@ from onlinespec.drafters.eagle import Eagle
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import TargetRows, cross_entropy
 from onlinespec.learning.budget import Budget, ClockMeter
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel, uniforms
 from onlinespec.publishing.gate import Publisher
-from onlinespec.publishing.paired import Lengths, RequestOrder, Trial, lengths_of, paired, run_of
+from onlinespec.publishing.paired import Lengths, RequestOrder, lengths_of, paired, run_of
 from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.workers import TrainerSpec
 
@@ -168,7 +168,7 @@ def learned():
     """A target, and weights that learned some of its answers by heart."""
     target = rigs.random_target()
     drafter = Eagle.fresh(target)
-    config = parse("online_gradient/step_size=5e-3/min_interval=12/max_interval=12/replay_every=0/budget=inf")
+    config = parse_learner("online_gradient/step_size=5e-3/min_interval=12/max_interval=12/replay_every=0/budget=inf")
     loop = DecodeLoop(target, drafter, InlineLearning(drafter, config=config))
     jobs = [([5, 9, 200 + i % 2, 31], GenerationParams(24, num_draft_tokens=0)) for i in range(20)]
     run_together(loop, jobs, max_running=2)
@@ -231,8 +231,8 @@ def test_equal_weights_are_neither_better_nor_worse():
 
 def trial(served, candidate, config=DEFAULTS, **options):
     drafter = Bigram(served)
-    looks, order = config.trial_looks, RequestOrder()
-    return Trial(drafter, {"logits": served}, {"logits": candidate}, looks, config, order, since=0, **options)
+    looks, order = config.test_looks, RequestOrder()
+    return PairedTest(drafter, {"logits": served}, {"logits": candidate}, looks, config, order, since=0, **options)
 
 
 def drawn_trials(monkeypatch, gain, num_streams):
@@ -393,7 +393,7 @@ def test_requests_that_ran_when_a_candidate_was_made_are_no_evidence_for_it():
     publisher.propose({"logits": good})
     publisher.offer(ends)
     assert not any(publisher.check() for _ in range(40))
-    assert publisher._trial.num_requests == 0
+    assert publisher._paired_test.num_requests == 0
     weights, num_requests = checks(publisher, traffic(range(40, 80)))
     assert (weights.version, num_requests) == (1, 4)
 
@@ -408,7 +408,7 @@ def test_a_choice_of_a_request_that_ran_when_a_candidate_was_made_is_no_evidence
     for records in traffic(range(8)):
         publisher.offer([replace(record, choice=1) for record in records])
         assert publisher.check() is None
-    assert publisher._trial.num_requests == 0
+    assert publisher._paired_test.num_requests == 0
 
 
 def test_requests_that_ran_when_what_is_served_was_made_are_no_evidence_against_what_came_before():
@@ -420,12 +420,12 @@ def test_requests_that_ran_when_what_is_served_was_made_are_no_evidence_against_
     publisher._drafter.target_logits_VV = OTHER_TRAFFIC.logits
     publisher.offer(ends)
     assert not any(publisher.check() for _ in range(30))
-    assert publisher._watch.num_requests == 0
-    assert publisher._collapse.num_steps == 0
+    assert publisher._canary.num_requests == 0
+    assert publisher._health_check.num_steps == 0
     publisher.begin_anew()  # the way back is looked for beside the watch
     more_beginnings, more_ends = halves(range(600, 608), version=1, table=OTHER_TRAFFIC, num_accepted=1)
     publisher.offer(more_beginnings)
-    assert publisher._way_back is not None
+    assert publisher._fallback is not None
     publisher.offer(more_ends)
     weights = next(filter(None, (publisher.check() for _ in range(30))))
     assert publisher.history[-1].kind == "returned"  # by those that began after it was made, running or not
@@ -610,7 +610,7 @@ def test_drafts_that_fail_because_the_traffic_has_moved_are_no_collapse():
     for records in traffic(range(100, 112), version=1, table=new, num_accepted=0):
         publisher.offer(records)
         publisher.check()
-    assert publisher._watch.served_acceptance_prob < 0.2
+    assert publisher._canary.served_acceptance_prob < 0.2
     assert not any("was kept in" in event.reason for event in publisher.history)
 
 

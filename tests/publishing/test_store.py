@@ -30,7 +30,7 @@ from onlinespec.drafters.eagle import Eagle
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners import Evaluation, make_learner
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.offline.inspection import describe, history_of
 from onlinespec.publishing import store as versions
@@ -267,10 +267,10 @@ def test_learning_that_was_stopped_goes_on_as_if_it_had_not_been(method, tmp_pat
             loop.complete([5, 9, 200 + i, 31], GenerationParams(16), request_id=str(i))
 
     whole = Eagle.fresh(TARGET)
-    answer(whole, InlineLearning(whole, config=parse(line)), range(8))
+    answer(whole, InlineLearning(whole, config=parse_learner(line)), range(8))
 
     first = Eagle.fresh(TARGET)
-    learning = InlineLearning(first, config=parse(line))
+    learning = InlineLearning(first, config=parse_learner(line))
     answer(first, learning, range(4))
     event = happened("promoted", first.weights.version, 0)
     Versions(tmp_path).save(first, first.weights, event, NAME, line, learning._state)
@@ -278,7 +278,7 @@ def test_learning_that_was_stopped_goes_on_as_if_it_had_not_been(method, tmp_pat
     version = Versions(tmp_path).latest_good(NAME)
     again = load_drafter(folder_of(tmp_path, version), TARGET)
     state = Versions(tmp_path).resume(version, again, line)
-    learning = InlineLearning(again, config=parse(line))
+    learning = InlineLearning(again, config=parse_learner(line))
     learning._state = state
     answer(again, learning, range(4, 8))
     assert again.weights.version == whole.weights.version == 8

@@ -24,7 +24,7 @@ from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learning.budget import Budget, ClockMeter
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.label_head import EmbeddingAndHead
 from onlinespec.publishing.learning_process import ProcessLearning
@@ -36,7 +36,10 @@ TARGET = rigs.random_target()
 PROMPTS = [[5, 9, 200 + i, 31] for i in range(4)]
 PARAMS = GenerationParams(40, 2)
 EAGER = TrainerSpec(
-    "eagle", config=parse("online_gradient/step_size=5e-3/min_interval=8/max_interval=8"), share=10.0, niceness=0
+    "eagle",
+    config=parse_learner("online_gradient/step_size=5e-3/min_interval=8/max_interval=8"),
+    share=10.0,
+    niceness=0,
 )
 EXPLODING = "online_gradient/step_size=1e38/clip_norm=1e38/geometry=euclidean/min_interval=8/max_interval=8"
 full = pytest.mark.full
@@ -80,18 +83,18 @@ def until(condition, loop):
 @pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=full)])
 def test_what_is_learned_beside_serving_comes_to_be_served(way):
     loop, learning = make(way)
-    names = learning.figures().keys()  # the same before anything was learned
+    names = learning.statistics().keys()  # the same before anything was learned
     served = until(lambda: learning.num_published >= 2, loop)
     learning.stop(HANG_SECONDS)
     assert way == "thread" or learning.process.exitcode == 0
     assert_exact(served)
-    assert learning.figures().keys() == names | {"failure"}
+    assert learning.statistics().keys() == names | {"failure"}
     assert not learning.failure
     assert loop.drafter.weights.version >= 2
     first, last = served[:4], answers(loop, 4)
     accepted = [sum(request.stats.accepted for request in requests) for requests in (first, last)]
     assert accepted[1] > accepted[0] + 20
-    figures = learning.figures()
+    figures = learning.statistics()
     assert figures["rounds"] > 0
     assert figures["dropped"] == 0
     assert 0 < figures["share_spent"] < 1.5
@@ -112,7 +115,7 @@ def test_serving_never_waits_and_of_too_much_the_oldest_is_dropped(way):
 
 @pytest.mark.parametrize("way", ["thread", pytest.param("process", marks=full)])
 def test_a_learner_that_computes_nan_leaves_the_drafter_as_it_was(way, caplog):
-    loop, learning = make(way, replace(EAGER, config=parse(EXPLODING)))
+    loop, learning = make(way, replace(EAGER, config=parse_learner(EXPLODING)))
     start = loop.drafter.weights
     served = until(lambda: learning.failure, loop)
     assert_exact(served + answers(loop, 4))
@@ -154,11 +157,11 @@ def test_a_trainer_that_raises_outside_a_round_is_no_different(caplog, monkeypat
 
 def test_a_process_outlives_the_signals_for_who_serves_and_one_that_is_killed_is_said_once(caplog):
     loop, learning = make("process")
-    served = until(lambda: learning.figures()["rounds"], loop)
+    served = until(lambda: learning.statistics()["rounds"], loop)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(learning.process.pid, number)
-    rounds = learning.figures()["rounds"]
-    served += until(lambda: learning.figures()["rounds"] > rounds + 4, loop)
+    rounds = learning.statistics()["rounds"]
+    served += until(lambda: learning.statistics()["rounds"] > rounds + 4, loop)
     assert not learning.failure
     os.kill(learning.process.pid, signal.SIGKILL)
     served += until(lambda: learning.failure, loop)
@@ -177,7 +180,7 @@ def test_who_forgets_to_stop_a_process_can_still_end():
         "import sys, test_workers as here\n"
         "if __name__ == '__main__':\n"
         "    loop, learning = here.make('process')\n"
-        "    here.until(lambda: learning.figures().get('rounds'), loop)\n"
+        "    here.until(lambda: learning.statistics().get('rounds'), loop)\n"
         "    sys.exit(3)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
@@ -228,7 +231,7 @@ def test_a_version_that_can_not_be_taken_over_is_not_served_and_ends_learning_wi
         learning._offer_version(DrafterWeights(drafter.weights.params, version))
         assert_exact(answers(loop, 2))
     assert took[0] == 1
-    assert drafter.weights.version == learning.figures()["weights_version"] == 0
+    assert drafter.weights.version == learning.statistics()["weights_version"] == 0
     assert learning.num_published == 0
     assert "version 1 could not be taken over, RuntimeError: no room for it" in learning.failure
     assert caplog.text.count("learning stopped") == 1
@@ -309,7 +312,7 @@ def test_a_newer_candidate_takes_the_place_of_one_that_is_neither_better_nor_wor
 
 
 def test_what_is_offered_to_the_gate_is_what_was_learned_and_not_a_look_ahead(traffic, monkeypatch):
-    config = replace(parse("optimistic/step_size=5e-3/min_interval=8/max_interval=8"), budget=math.inf)
+    config = replace(parse_learner("optimistic/step_size=5e-3/min_interval=8/max_interval=8"), budget=math.inf)
     trainer, proposed = Trainer(load_drafter("eagle", TARGET), config), []
 
     def propose(candidate):
@@ -429,7 +432,7 @@ def test_a_state_that_is_not_finite_costs_its_own_text_and_learning_goes_on(way,
     def figures():
         if way == "inline":
             return {"rounds": learning.num_rounds, "left_out": learning.finite.num_left_out}
-        return learning.figures()
+        return learning.statistics()
 
     served = until(lambda: figures()["left_out"], loop)
     before = figures()["rounds"]
@@ -510,9 +513,9 @@ def test_a_process_whose_learner_can_not_be_saved_learns_and_publishes(tmp_path,
     (tmp_path / "odd_learner.py").write_text(ODD)
     monkeypatch.syspath_prepend(tmp_path)
     line = "odd_learner:Learner/step_size=5e-3/min_interval=8/max_interval=8"
-    spec = replace(EAGER, config=parse(line), learner=line, versions=str(tmp_path / "kept"))
+    spec = replace(EAGER, config=parse_learner(line), learner=line, versions=str(tmp_path / "kept"))
     loop, learning = make("process", spec)
-    served = until(lambda: learning.num_published >= 2 and learning.figures()["unsaved"] >= 2, loop)
+    served = until(lambda: learning.num_published >= 2 and learning.statistics()["unsaved"] >= 2, loop)
     learning.stop(HANG_SECONDS)
     assert not learning.failure
     assert_exact(served)
@@ -539,7 +542,7 @@ def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(w
         with pytest.raises(FolderTaken, match=f"another one keeps its versions in {tmp_path}"):
             WAYS[way](TARGET, spec, drafter.weights, drafter.swap).start()
     loop, learning = make(way, spec)
-    until(lambda: learning.figures()["rounds"], loop)
+    until(lambda: learning.statistics()["rounds"], loop)
     with pytest.raises(FolderTaken):
         Versions(tmp_path).hold()
     learning.stop(HANG_SECONDS)
@@ -560,8 +563,8 @@ def test_a_process_keeps_versions_and_the_next_one_goes_on(tmp_path):
     again = ProcessLearning(TARGET, spec, drafter.weights, drafter.swap)
     begin(again)
     loop = DecodeLoop(TARGET, drafter, again)
-    served = until(lambda: again.figures().get("rounds"), loop)
+    served = until(lambda: again.statistics().get("rounds"), loop)
     assert_exact(served)
-    assert again.figures()["published"] >= good.version
+    assert again.statistics()["published"] >= good.version
     again.stop(HANG_SECONDS)
     assert not again.failure

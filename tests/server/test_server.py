@@ -30,7 +30,7 @@ from onlinespec.engine.prefix_cache import PrefixCache
 from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.server.app import create_app
 from onlinespec.server.engine import Engine
@@ -225,7 +225,7 @@ def test_a_stream_tells_its_seed_with_its_usage(tiny):
 
 def test_a_seed_has_one_text_whatever_drafts_learns_or_runs_beside_it():
     drafter = load_drafter("eagle", TARGET)
-    learning = InlineLearning(drafter, config=parse("online_gradient/min_interval=4/budget=inf"))
+    learning = InlineLearning(drafter, config=parse_learner("online_gradient/min_interval=4/budget=inf"))
     prompts = ["of the sea", "of a baker", PROMPT]
     body = {"max_tokens": 24, "temperature": 0.9, "seed": 42}
     others = [{"prompt": f"number {i} " * 3, "max_tokens": 36, "temperature": i % 3} for i in range(6)]

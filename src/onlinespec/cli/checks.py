@@ -12,7 +12,7 @@ from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
 from onlinespec.experiments.results_folder import why_not_writable
 from onlinespec.learning.footprint import Beside
-from onlinespec.learning.learner_spec import learner_of, parse
+from onlinespec.learning.learner_spec import learner_of, parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
 from onlinespec.registry import LEARNER_NAMES, LOSSES, NONE, resolve
@@ -47,7 +47,7 @@ def checked_learner(line: str, learning: Learning) -> LearnConfig | None:
     if name not in LEARNER_NAMES and ":" not in name:
         known = ", ".join(LEARNER_NAMES)
         raise ValueError(f'unknown learner "{name}"; known: {known}; or give "pkg.module:Class"')
-    config = parse(line, learning.config())
+    config = parse_learner(line, learning.config())
     learner_of(config)
     resolve(LOSSES, config.loss, "loss")
     return config

@@ -10,7 +10,7 @@ from onlinespec.cli.terminal import err, interrupts_raised
 from onlinespec.core import DecodeStats
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learners.losses import told
+from onlinespec.learners.losses import describe_loss
 from onlinespec.learning.footprint import Beside
 from onlinespec.learning.update import InlineLearning
 from onlinespec.registry import FROZEN
@@ -59,7 +59,7 @@ def _answer(command: Generate, loop: DecodeLoop, learning: InlineLearning | None
     _print_figures(stats, num_rounds)
     if learning and num_rounds:
         temperature = command.params(target.sampling).sampling.temperature
-        err.print(f"learned by the loss {told(learning.config.loss, temperature)}", highlight=False)
+        err.print(f"learned by the loss {describe_loss(learning.config.loss, temperature)}", highlight=False)
     if command.save and loop.drafter:
         whose = f"drafter (weights version {loop.drafter.weights.version})"
         save(loop.drafter, command.save, num_rounds > 0, whose)

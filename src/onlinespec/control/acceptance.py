@@ -79,14 +79,14 @@ class Acceptance:
         is_alarm = abs(self._surprise) > self._ALARM * math.sqrt(self._surprise_variance + 0.25)
         if is_alarm:
             self._kept, self._reached = self._lately_kept.copy(), self._lately_reached.copy()
-            self.doubt(self._KEPT_AFTER_ALARM)
+            self.discount(self._KEPT_AFTER_ALARM)
             for request in self._requests.values():
                 request.fade(self._FADING_AFTER_ALARM)
             self._surprise = self._surprise_variance = 0.0
         self._estimate()
         return is_alarm
 
-    def doubt(self, num_tokens: float) -> None:
+    def discount(self, num_tokens: float) -> None:
         """Keeps what is believed, but no more firmly than so many tokens at each position would make it believed."""
         for position, reached in enumerate(self._reached):
             if reached > num_tokens:

@@ -94,7 +94,7 @@ class FixedController:
     def forget(self, request_id: Hashable) -> None:
         """Nothing was kept."""
 
-    def renew(self) -> None:
+    def on_new_weights(self) -> None:
         """Nothing is believed of the weights."""
 
     def report(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class Controller:
         if self._is_losing():
             return plain
         if self._is_trial_due:
-            return self._trial(limits)
+            return self._paired_test(limits)
         return self._probe(request_ids, limits) if self._is_probing else self._best.num_draft_tokens_B
 
     def _weigh(self, request_ids: Sequence[Hashable], limits: Sequence[int]) -> None:
@@ -258,7 +258,7 @@ class Controller:
     def _is_trial_due(self) -> bool:
         return not self._is_probing and (self._saved >= 0 or self._trial_steps_left > 0)
 
-    def _trial(self, limits: Sequence[int]) -> list[int]:
+    def _paired_test(self, limits: Sequence[int]) -> list[int]:
         if not self._trial_steps_left:
             self._trial_depth, self._trial_steps_left = self._costs.stalest(len(limits), max(limits)), self._TRIAL_STEPS
         self._trial_steps_left -= 1
@@ -278,7 +278,7 @@ class Controller:
         self._num_drafted_steps = self._num_drafts = self._num_losing = 0
         self._num_probes += 1
         self._saved = min(self._saved, 0.0)
-        self._acceptance.doubt(self._KEPT_IN_PROBE)
+        self._acceptance.discount(self._KEPT_IN_PROBE)
         self._measured = _Sums(
             *(m + self._PARDON * (e - m) for m, e in zip(self._measured, self._expected, strict=True))
         )
@@ -311,7 +311,7 @@ class Controller:
             self._expected = self._expected.plus(expected_tokens / len(record.request_ids), 1.0, self._FADING)
         self._account(seconds, tokens / len(record.request_ids), expected_tokens, is_trial)
 
-    def renew(self) -> None:
+    def on_new_weights(self) -> None:
         """Better weights draft from now on: while drafting is off, they are tried at once."""
         if not self._is_on:
             self._num_failed, self._saved = 0, max(self._saved, 0.0)

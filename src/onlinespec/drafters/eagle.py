@@ -46,7 +46,7 @@ from onlinespec.models.layer import (
     plain_keys_values,
     plain_layer,
     project,
-    turns_at,
+    rotary_at,
 )
 from onlinespec.models.linear import (
     MakeLinear,
@@ -207,7 +207,7 @@ class Eagle(Autoregressive):
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
         config, weights = self._layer_config, _layer_weights(params)
         embedded_ND = F.embedding(rows.read_ids_N, self._embedding_VD).float()
-        turns_NR = turns_at(rows.positions_N, config, rows.capacities)
+        rotary_NR = rotary_at(rows.positions_N, config, rows.capacities)
         sets = params["fc.weight"].shape[:-2]  # (), or how many
         device, states_MD = embedded_ND.device, rows.features_ND.expand(*sets, *rows.features_ND.shape)
         left, at = rows.left, np.arange(len(rows.left))  # what is kept is known to the host: no device is waited for
@@ -222,10 +222,10 @@ class Eagle(Autoregressive):
                 return
             at_M = to_device(at, device)
             inputs_MD = _fuse(params, embedded_ND[at_M], states_MD, self._product)
-            k, v = plain_keys_values(config, weights, inputs_MD, turns_NR[at_M], self._product)
+            k, v = plain_keys_values(config, weights, inputs_MD, rotary_NR[at_M], self._product)
             own = torch.eye(len(at_M), dtype=torch.bool, device=at_M.device) if depth else rows.is_visible_NN
             seen.append(Seen(k, v, own))
-            states_MD = plain_layer(config, weights, inputs_MD, turns_NR[at_M], seen, self._product)
+            states_MD = plain_layer(config, weights, inputs_MD, rotary_NR[at_M], seen, self._product)
             yield at_M, states_MD
 
     @torch.no_grad()
@@ -234,8 +234,8 @@ class Eagle(Autoregressive):
         embedded_CD = F.embedding(rows.context_ids_C, self._embedding_VD).float()
         features_CD = rows.context_features_CD.expand(*sets, *rows.context_features_CD.shape)
         inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)
-        turns_CR = turns_at(rows.context_positions_C, self._layer_config, rows.context_capacities)
-        keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, turns_CR, self._product)
+        rotary_CR = rotary_at(rows.context_positions_C, self._layer_config, rows.context_capacities)
+        keys_values = plain_keys_values(self._layer_config, weights, inputs_CD, rotary_CR, self._product)
         return Seen(*keys_values, rows.is_visible_NC)
 
 

@@ -30,7 +30,7 @@ _MOST_COMPLAINTS = 100  # kinds of failures that are remembered, so that each is
 
 
 @dataclass
-class Flow:
+class StepCounters:
     """What steps brought and cost so far, whoever's they were; counts only ever grow."""
 
     batches: int = 0  # steps of all that ran together
@@ -75,7 +75,7 @@ class Control(Protocol):
 
     def choose(self, request_ids: Sequence[Hashable], limits_B: Sequence[int]) -> list[int]: ...
     def observe(self, record: StepRecord) -> None: ...
-    def renew(self) -> None: ...
+    def on_new_weights(self) -> None: ...
     def forget(self, request_id: Hashable) -> None: ...
 
 
@@ -95,7 +95,7 @@ class Scheduler:
 
     def __init__(self, loop: DecodeLoop, limits: Limits | None = None, control: Control | None = None) -> None:
         self.loop, self.limits, self.control = loop, limits or Limits(), control
-        self.flow = Flow()
+        self.flow = StepCounters()
         self._learn_share = -1.0  # as learning was last told
         self._num_published = 0  # as control was last told
         self.waiting: deque[Request] = deque()
@@ -233,7 +233,7 @@ class Scheduler:
         """What learning and control must know of each other."""
         if learning.num_published != self._num_published:
             self._num_published = learning.num_published
-            control.renew()
+            control.on_new_weights()
         if control.learn_share != self._learn_share:
             self._learn_share = control.learn_share
             learning.set_share(self._learn_share)

@@ -30,9 +30,9 @@ from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Seg
 from onlinespec.experiments.results_folder import claim
 from onlinespec.experiments.settings import Comparison
 from onlinespec.experiments.ties import is_tie
-from onlinespec.learners.losses import told
+from onlinespec.learners.losses import describe_loss
 from onlinespec.learners.step_sizes import step_size_for
-from onlinespec.learning.learner_spec import parse
+from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.round_costs import measure_round_costs
 from onlinespec.learning.rounds import TelemetrySummary, summarise
 from onlinespec.learning.update import InlineLearning
@@ -85,7 +85,7 @@ class Comparing:
         )
         self._costs: dict[float, dict[str, Any]] = {}  # of learning, by temperature
         self._provenance["loss"] = {
-            name: [told(parse(name, comparison.learn).loss, t) for t in comparison.temperatures]
+            name: [describe_loss(parse_learner(name, comparison.learn).loss, t) for t in comparison.temperatures]
             for name in comparison.learners
             if name not in (NONE, FROZEN)
         }
@@ -250,7 +250,7 @@ class Comparing:
         if name == NONE:
             return _Runner(name, DecodeLoop(self.target, rule=rule), None)
         drafter = self._load_drafter()
-        config = parse(name, replace(self.comparison.learn, **self._costs.get(self._setting[0], {})))
+        config = parse_learner(name, replace(self.comparison.learn, **self._costs.get(self._setting[0], {})))
         if config.learner != FROZEN and not drafter.is_trainable:
             raise ValueError(
                 f"drafter {self.comparison.drafter} does not learn, so learner {name} has nothing to do; "

@@ -12,9 +12,9 @@ from onlinespec.registry import ACCEPTANCE, NONE
 
 def check_learner(method: str, defaults: LearnConfig) -> None:
     """Refuses a learner's line that can't be read. Imports torch, which learners need."""
-    from onlinespec.learning.learner_spec import learner_of, parse
+    from onlinespec.learning.learner_spec import learner_of, parse_learner
 
-    learner_of(parse(method, defaults))
+    learner_of(parse_learner(method, defaults))
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Comparison:
     """What to compare, on what."""
 
     drafter: str
-    learners: tuple[str, ...]  # none, or as `methods.parse` reads them
+    learners: tuple[str, ...]  # none, or as `parse_learner` reads them
     data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
     num_requests: tuple[int, ...] = (50,)  # for all segments, or for each; 0 for all a file has
     minutes: float = 0.0  # a slower stream has its segments cut, each to its share of the time; 0 for no limit

@@ -17,7 +17,7 @@ def make_learner(
 
     Raises:
         ValueError: for an unknown name, or a number out of range.
-        TypeError: for an option that this learner does not have; `methods.parse` says which there are.
+        TypeError: for an option that this learner does not have; `parse_learner` says which there are.
 
     >>> make_learner("optimistic", 1e-3, hint_decay=0.5).hint_decay
     0.5

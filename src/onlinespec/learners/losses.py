@@ -117,10 +117,10 @@ def _log(probs: Tensor) -> Tensor:
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-def told(name: str, temperature: float) -> str:
+def describe_loss(name: str, temperature: float) -> str:
     """A loss in words, for requests that decode at a temperature: what `auto` has chosen.
 
-    >>> told("auto", 0.0)
+    >>> describe_loss("auto", 0.0)
     'auto (greedy: 75 % the committed token, 25 % the whole row)'
     """
     if name != "auto":

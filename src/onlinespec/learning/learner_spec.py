@@ -29,10 +29,10 @@ _SHARED = ("step_size", "geometry", "clip_norm")
 _IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
+def parse_learner(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
     """The settings that a line stands for; what it does not name is as in `defaults`.
 
-    >>> parse("optimistic/step_size=3e-4/hint_decay=0.5").options
+    >>> parse_learner("optimistic/step_size=3e-4/hint_decay=0.5").options
     {'hint_decay': 0.5}
 
     Raises:
@@ -41,7 +41,7 @@ def parse(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
     name, *settings = method.split("/")
     config = defaults or LearnConfig()
     if name in PRESETS:
-        config = parse(PRESETS[name], config)
+        config = parse_learner(PRESETS[name], config)
     elif name != config.learner:
         config = replace(config, learner=name, options={})
     shared = {key: kind for key, kind in get_type_hints(LearnConfig).items() if key not in ("learner", "options")}

@@ -25,7 +25,7 @@ from onlinespec.models.layer import (
     plain_keys_values,
     plain_layer,
     rms_norm,
-    turns_at,
+    rotary_at,
 )
 from onlinespec.models.linear import Linear, MakeLinear, Product, linear_for, plain_product
 from onlinespec.models.rope import RotaryTables
@@ -125,17 +125,17 @@ def plain_states(
     Args:
         x_ND: Embedded tokens.
         is_visible_NN: Which of these rows each of them attends to, windows apart.
-        capacities: Most tokens of each row's request, as `turns_at` has it.
+        capacities: Most tokens of each row's request, as `rotary_at` has it.
     """
-    turns_NR, keys_values = turns_at(positions_N, config.layer, capacities), []
+    rotary_NR, keys_values = rotary_at(positions_N, config.layer, capacities), []
     for index in range(config.num_layers):
         layer, window = layer_weights(weights, index), config.window(index)
-        keys_values.append(plain_keys_values(config.layer, layer, x_ND, turns_NR, product))
+        keys_values.append(plain_keys_values(config.layer, layer, x_ND, rotary_NR, product))
         seen = [Seen(*keys_values[-1], _within(window, positions_N, positions_N, is_visible_NN))]
         if past:
             is_visible_NC = _within(window, positions_N, past.positions_C, past.is_visible_NC)
             seen.insert(0, Seen(*past.keys_values[index], is_visible_NC))
-        x_ND = plain_layer(config.layer, layer, x_ND, turns_NR, seen, product)
+        x_ND = plain_layer(config.layer, layer, x_ND, rotary_NR, seen, product)
     return rms_norm(x_ND, weights["model.norm.weight"], config.layer.rms_norm_eps), keys_values
 
 
@@ -148,14 +148,14 @@ def plain_keys_values_by_layer(
     capacities: Iterable[int] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """What one text leaves for rows after it, as in `plain_states`, without what only its own end would need."""
-    turns_SR, keys_values = turns_at(positions_S, config.layer, capacities), []
+    rotary_SR, keys_values = rotary_at(positions_S, config.layer, capacities), []
     is_before_SS = positions_S[:, None] >= positions_S
     for index in range(config.num_layers):
         layer = layer_weights(weights, index)
-        keys_values.append(plain_keys_values(config.layer, layer, x_SD, turns_SR, product))
+        keys_values.append(plain_keys_values(config.layer, layer, x_SD, rotary_SR, product))
         if index + 1 < config.num_layers:
             is_visible_SS = _within(config.window(index), positions_S, positions_S, is_before_SS)
-            x_SD = plain_layer(config.layer, layer, x_SD, turns_SR, [Seen(*keys_values[-1], is_visible_SS)], product)
+            x_SD = plain_layer(config.layer, layer, x_SD, rotary_SR, [Seen(*keys_values[-1], is_visible_SS)], product)
     return keys_values
 
 

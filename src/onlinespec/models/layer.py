@@ -66,7 +66,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps) * weight.unflatten(0, (-1, *[1] * (x.dim() - 2)))
 
 
-def turns_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int] | None = None) -> Tensor:
+def rotary_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int] | None = None) -> Tensor:
     """Rotations [N, R] of positions as complex numbers.
 
     Args:
@@ -75,17 +75,17 @@ def turns_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int]
     rope = config.rope
     lengths = [rope.length_of(int(n)) for n in capacities] if capacities is not None else []
     lengths = lengths or [0]
-    turns_NR = rope.turns(positions_N, config.head_dim, lengths[0])
+    rotary_NR = rope.rotary(positions_N, config.head_dim, lengths[0])
     for length in set(lengths[1:]) - {lengths[0]}:
         at_M = to_device([i for i, one in enumerate(lengths) if one == length], positions_N.device)
-        turns_NR[at_M] = rope.turns(positions_N[at_M], config.head_dim, length)
-    return turns_NR
+        rotary_NR[at_M] = rope.rotary(positions_N[at_M], config.head_dim, length)
+    return rotary_NR
 
 
-def rotate_half(x_NHE: Tensor, turns_NR: Tensor) -> Tensor:
+def rotate_half(x_NHE: Tensor, rotary_NR: Tensor) -> Tensor:
     """Rotary positions as published checkpoints lay them out: element i pairs with element i + R; others stay."""
-    cos, sin = turns_NR.real[:, None], turns_NR.imag[:, None]
-    size = turns_NR.shape[-1]
+    cos, sin = rotary_NR.real[:, None], rotary_NR.imag[:, None]
+    size = rotary_NR.shape[-1]
     a, b, still = x_NHE.split((size, size, x_NHE.shape[-1] - 2 * size), dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, still], dim=-1)
 
@@ -101,14 +101,14 @@ def plain_keys_values(
     config: LayerConfig,
     weights: Mapping[str, Tensor],
     x_SD: Tensor,
-    turns_SR: Tensor,
+    rotary_SR: Tensor,
     product: Product = plain_product,
 ) -> tuple[Tensor, Tensor]:
     """Keys (rotated) and values [S, G, E] of positions whose layer input is x."""
     x_SD = rms_norm(x_SD, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     k = project(weights, "self_attn.k_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
     v = project(weights, "self_attn.v_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
-    return rotate_half(rms_norm(k, weights.get("self_attn.k_norm.weight"), config.rms_norm_eps), turns_SR), v
+    return rotate_half(rms_norm(k, weights.get("self_attn.k_norm.weight"), config.rms_norm_eps), rotary_SR), v
 
 
 class Seen(NamedTuple):
@@ -123,7 +123,7 @@ def plain_layer(
     config: LayerConfig,
     weights: Mapping[str, Tensor],
     x_ND: Tensor,
-    turns_NR: Tensor,
+    rotary_NR: Tensor,
     seen: Sequence[Seen],
     product: Product = plain_product,
 ) -> Tensor:
@@ -136,7 +136,7 @@ def plain_layer(
     """
     h = rms_norm(x_ND, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     q = project(weights, "self_attn.q_proj", h, product).unflatten(-1, (config.num_heads, config.head_dim))
-    q = rotate_half(rms_norm(q, weights.get("self_attn.q_norm.weight"), config.rms_norm_eps), turns_NR)
+    q = rotate_half(rms_norm(q, weights.get("self_attn.q_norm.weight"), config.rms_norm_eps), rotary_NR)
     x_ND = x_ND + project(weights, "self_attn.o_proj", _attend_plainly(q, seen), product)
     h = rms_norm(x_ND, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
     h = F.silu(project(weights, "mlp.gate_proj", h, product)) * project(weights, "mlp.up_proj", h, product)
@@ -214,11 +214,11 @@ def make_plan(
     MAX_DRAFT_TOKENS + 1 tokens, never fills a block.
     """
     writes: list[Sequence[Tensor]] = []
-    turns, sizes = [], []
+    rotations, sizes = [], []
     calls: dict[int | None, list[_Attention]] = {window: [] for window in windows}
     for slot, start, count in zip(rows.slots, rows.starts, rows.counts, strict=True):
         end, block = start + count, cache.block(slot)
-        turns.append(rotary(start, count, cache.limits[slot]))
+        rotations.append(rotary(start, count, cache.limits[slot]))
         writes.append(block[..., start:end, :].flatten(1, 2).transpose(1, 2).unbind())
         for last_key in range((start // PAD + 1) * PAD, end + PAD, PAD) if attends else ():
             first, last = max(start, last_key - PAD), min(end, last_key)
@@ -227,7 +227,7 @@ def make_plan(
                 first_key = 0 if window is None else max(0, last_key - PAD - window + 1) // PAD * PAD
                 keys = _Keys(block[..., first_key:last_key, :], first_key, window)
                 its_calls.append(_plan_attention(keys, first, last))
-    rotations_NR = torch.cat([turns[0] if len(turns) == 1 else torch.cat(turns)] * num_heads, dim=1)
+    rotations_NR = torch.cat([rotations[0] if len(rotations) == 1 else torch.cat(rotations)] * num_heads, dim=1)
     return Plan(rotations_NR, rows.counts, writes, sizes, calls)
 
 

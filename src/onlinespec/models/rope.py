@@ -45,7 +45,7 @@ class Rope:
         """Elements of a head that turn."""
         return int(head_dim * self.share)
 
-    def turns(self, positions_N: Tensor, head_dim: int, length: int = 0) -> Tensor:
+    def rotary(self, positions_N: Tensor, head_dim: int, length: int = 0) -> Tensor:
         """Rotations [N, R] as complex numbers, computed in the order in which transformers does, for its roundings."""
         frequencies_R, scale = self._frequencies(head_dim, length)
         angles_NR = positions_N[:, None].float() * frequencies_R.to(positions_N.device)
@@ -77,6 +77,6 @@ class RotaryTables:
         return table_SR[start : start + count]
 
     def _computed(self, count: int, length: int) -> Tensor:
-        turns_SR = self._rope.turns(torch.arange(count, device=self._device), self._head_dim, length)
-        still = turns_SR.new_ones(count, self._head_dim // 2 - turns_SR.shape[1])
-        return torch.cat([turns_SR, still], dim=1)
+        rotary_SR = self._rope.rotary(torch.arange(count, device=self._device), self._head_dim, length)
+        still = rotary_SR.new_ones(count, self._head_dim // 2 - rotary_SR.shape[1])
+        return torch.cat([rotary_SR, still], dim=1)

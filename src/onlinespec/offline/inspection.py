@@ -110,7 +110,7 @@ def _noted(folder: Path) -> dict[str, Any]:
         return {"history": f"none: no {SIDE_FILE}, so it was written by another program, or that file is lost"}
     noted = {key: value for key, value in side.items() if key != "notes"} | dict(side.get("notes", {}))
     if record := record_of(folder):
-        noted |= {"learner": record.learner, "how it came about": f"{record.created}: {record.event.told}"}
+        noted |= {"learner": record.learner, "how it came about": f"{record.created}: {record.event.summary}"}
     return {key.replace("_", " "): value for key, value in noted.items()}
 
 

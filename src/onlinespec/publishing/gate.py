@@ -15,7 +15,7 @@ import torch
 from onlinespec.core import DrafterWeights, Feedback, Params
 from onlinespec.drafters.contract import Drafter
 from onlinespec.learners.geometry import is_finite
-from onlinespec.publishing.paired import Collapse, RequestOrder, Trial
+from onlinespec.publishing.paired import HealthCheck, PairedTest, RequestOrder
 from onlinespec.publishing.protocol import Event, EventKind, Paired
 from onlinespec.publishing.settings import PublishConfig
 
@@ -67,18 +67,18 @@ class Publisher:
         self._since = 0  # requests that had begun when what is served was made
         self._origin = origin or self.served
         self._is_origin = _equal(self.served.params, self._origin.params)  # what is served
-        self._way_back: Trial | None = None  # to what learning began with
+        self._fallback: PairedTest | None = None  # to what learning began with
         self._stay = 0  # requests until the next
         self._has_moved = False  # the traffic, since what is served was published
-        self._trial: Trial | None = None
-        self._watch: Trial | None = None
-        self._collapse: Collapse | None = None
+        self._paired_test: PairedTest | None = None
+        self._canary: PairedTest | None = None
+        self._health_check: HealthCheck | None = None
         self._num_refused = 0  # since the last promotion
         self._pause = 0  # requests until the next trial
         self._events: deque[Event] = deque(maxlen=_MOST_EVENTS)
         self.num_events = 0  # ever
         if promoted and previous and promoted.kind == "promoted":
-            self._begin_watch(previous)
+            self._begin_canary(previous)
 
     @property
     def history(self) -> tuple[Event, ...]:
@@ -88,12 +88,12 @@ class Publisher:
     @property
     def is_watching(self) -> bool:
         """Whether the served version may still be rolled back."""
-        return self._watch is not None
+        return self._canary is not None
 
     @property
     def wants_candidate(self) -> bool:
         """Whether a trial may begin: none is under way, and after one that was refused some time has passed."""
-        return self._trial is None and self._pause <= 0
+        return self._paired_test is None and self._pause <= 0
 
     def offer(self, records: Sequence[Feedback]) -> None:
         """Takes what was served."""
@@ -102,16 +102,16 @@ class Publisher:
         num_ended = sum(record.is_last for record in records)
         self._pause -= num_ended
         self._stay -= num_ended
-        if self._may_go_back and not self._way_back and self._stay <= 0:
-            self._way_back = self._against(self._origin.params, self.config.trial_looks[:2], self._since)
-        for judge in (self._trial, self._way_back, self._watch, self._collapse):
+        if self._may_go_back and not self._fallback and self._stay <= 0:
+            self._fallback = self._against(self._origin.params, self.config.test_looks[:2], self._since)
+        for judge in (self._paired_test, self._fallback, self._canary, self._health_check):
             if judge:
                 judge.offer(records)
 
     @property
     def is_undecided(self) -> bool:
         """Whether a candidate had its chance and was found neither better nor worse, so that its trial goes on."""
-        return self._trial is not None and self._trial.num_requests >= _FAIR_TRIAL
+        return self._paired_test is not None and self._paired_test.num_requests >= _FAIR_TRIAL
 
     def propose(self, candidate: Params) -> None:
         """Begins a trial of a candidate, in place of one that is on trial, unless its weights are not finite.
@@ -121,59 +121,59 @@ class Publisher:
         """
         _check_alike(self.served.params, candidate)
         if is_finite(candidate):
-            self._trial = self._against(candidate, self.config.trial_looks, self._order.num_begun)
+            self._paired_test = self._against(candidate, self.config.test_looks, self._order.num_begun)
         elif not self._events or self._events[-1].reason != _NOT_FINITE:  # once, however often it is offered
             self._refuse(_NOT_FINITE)
 
     def begin_anew(self) -> None:
         """The traffic has moved: what is on trial was not made for it, and refusals were of another time."""
-        self._trial, self._num_refused, self._pause = None, 0, 0
-        self._has_moved, self._way_back, self._stay = True, None, 0
+        self._paired_test, self._num_refused, self._pause = None, 0, 0
+        self._has_moved, self._fallback, self._stay = True, None, 0
 
     def check(self) -> DrafterWeights | None:
         """A new version to serve, if there is one: a candidate that drafts better, or an older one again."""
-        return self._check_watch() or self._check_way_back() or self._check_trial()
+        return self._check_canary() or self._check_fallback() or self._check_paired_test()
 
-    def _against(self, other: Params, looks: Sequence[int], since: int, version: int | None = None) -> Trial:
+    def _against(self, other: Params, looks: Sequence[int], since: int, version: int | None = None) -> PairedTest:
         """A trial of other weights against those that are served, on the requests that began since then."""
-        return Trial(self._drafter, self.served.params, other, looks, self.config, self._order, since, version)
+        return PairedTest(self._drafter, self.served.params, other, looks, self.config, self._order, since, version)
 
-    def _check_trial(self) -> DrafterWeights | None:
-        figures = self._trial.look() if self._trial else None
-        if not self._trial or not figures:
+    def _check_paired_test(self) -> DrafterWeights | None:
+        figures = self._paired_test.look() if self._paired_test else None
+        if not self._paired_test or not figures:
             return None
         if figures.is_other_better:
-            previous = self.served if self.previous is None or not self._watch else self.previous
-            parent, self._since = self.served.version, self._trial.since
-            self._serve(self._trial.other)
+            previous = self.served if self.previous is None or not self._canary else self.previous
+            parent, self._since = self.served.version, self._paired_test.since
+            self._serve(self._paired_test.other)
             self._note("promoted", _compared(figures, "the candidate", "better"), figures, parent)
-            self._begin_watch(previous)
+            self._begin_canary(previous)
             self._num_refused = 0
             return self.served
-        if figures.is_served_better or self._trial.is_over:
+        if figures.is_served_better or self._paired_test.is_over:
             verdict = "worse" if figures.is_served_better else "no better"
             self._refuse(_compared(figures, "the candidate", verdict), figures)
         return None
 
     def _refuse(self, reason: str, figures: Paired | None = None) -> None:
         self._note("refused", reason, figures)
-        self._trial = None
+        self._paired_test = None
         self._pause = min(8 * self._num_refused, self.config.most_pause)
         self._num_refused += 1
 
-    def _check_watch(self) -> DrafterWeights | None:
+    def _check_canary(self) -> DrafterWeights | None:
         """The weights before, as a new version, if the one promoted is worse."""
-        if not self._watch or not self._collapse:
+        if not self._canary or not self._health_check:
             return None
-        figures = self._watch.look()
-        if reason := self._collapse.reason(self._watch.served_acceptance_prob):
+        figures = self._canary.look()
+        if reason := self._health_check.reason(self._canary.served_acceptance_prob):
             return self._roll_back(reason)
         if figures and figures.is_other_better:
             return self._roll_back(_compared(figures, "the version before", "better"), figures)
-        if figures and (figures.is_served_better or self._watch.is_over):
+        if figures and (figures.is_served_better or self._canary.is_over):
             verdict = "worse" if figures.is_served_better else "no better"
             self._note("confirmed", _compared(figures, "the version before", verdict), figures)
-            self._watch = self._collapse = None
+            self._canary = self._health_check = None
         return None
 
     @property
@@ -182,43 +182,43 @@ class Publisher:
 
         A watch may do so already, and longer; unless the traffic has moved meanwhile, which makes its evidence old.
         """
-        is_watched = self._watch is not None and self.previous is self._origin
+        is_watched = self._canary is not None and self.previous is self._origin
         return not self._is_origin and (self._has_moved or not is_watched)
 
-    def _check_way_back(self) -> DrafterWeights | None:
+    def _check_fallback(self) -> DrafterWeights | None:
         """What learning began with, as a new version, if it drafts better: old traffic may have come back."""
-        figures = self._way_back.look() if self._way_back else None
-        if not self._way_back or not figures:
+        figures = self._fallback.look() if self._fallback else None
+        if not self._fallback or not figures:
             return None
         if figures.is_other_better:
             parent = self.served.version
             self._serve(self._origin.params)
             reason = _compared(figures, f"version {self._origin.version}", "better")
             self._note("returned", reason, figures, parent, self._origin.version)
-            self.previous = self._watch = self._collapse = None
+            self.previous = self._canary = self._health_check = None
             return self.served
-        if figures.is_served_better or self._way_back.is_over:
-            self._way_back, self._stay = None, _STAY
+        if figures.is_served_better or self._fallback.is_over:
+            self._fallback, self._stay = None, _STAY
         return None
 
-    def _begin_watch(self, previous: DrafterWeights) -> None:
+    def _begin_canary(self, previous: DrafterWeights) -> None:
         """Of what is served against the newest version that is not itself still watched."""
         self.previous, version = previous, self.served.version
-        self._collapse = Collapse(version, self._order, self._since)
-        self._watch = self._against(previous.params, self.config.watch_looks, self._since, version)
+        self._health_check = HealthCheck(version, self._order, self._since)
+        self._canary = self._against(previous.params, self.config.canary_looks, self._since, version)
 
     def _roll_back(self, reason: str, figures: Paired | None = None) -> DrafterWeights:
         assert self.previous is not None
         bad, restored = self.served, self.previous
         self._serve(restored.params)
         self._note("rolled back", reason, figures, bad.version, restored.version)
-        self.previous = self._watch = self._collapse = None
+        self.previous = self._canary = self._health_check = None
         return self.served
 
     def _serve(self, params: Params) -> None:
         self.served = DrafterWeights(params, self.next_version)
         self.next_version += 1
-        self._trial = self._way_back = None  # against what is served no more
+        self._paired_test = self._fallback = None  # against what is served no more
         self._is_origin, self._has_moved, self._stay = _equal(params, self._origin.params), False, 0
 
     def _note(
@@ -236,7 +236,7 @@ class Publisher:
         )  # fmt: skip
         self._events.append(event)
         self.num_events += 1
-        log.log(logging.WARNING if kind == "rolled back" else logging.INFO, "%s", event.told)
+        log.log(logging.WARNING if kind == "rolled back" else logging.INFO, "%s", event.summary)
 
 
 def started(version: int) -> Event:

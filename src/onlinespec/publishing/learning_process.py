@@ -154,7 +154,7 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
             os.nice(spec.niceness)
         budget.begin()
         _answer(connection, send, spec, trainer, budget)
-        figures = trainer.figures() | {"share_spent": budget.share_spent}
+        figures = trainer.statistics() | {"share_spent": budget.share_spent}
     except Exception as error:  # as in a thread: it is said by who serves
         figures |= {"failure": f"{type(error).__name__}: {error}"}
     with contextlib.suppress(OSError):
@@ -169,7 +169,7 @@ def _answer(
     with contextlib.suppress(EOFError, OSError):
         while not trainer.failure:
             if time.monotonic() - reported > _REPORT_SECONDS:
-                send(Report(trainer.figures() | {"share_spent": budget.share_spent}))
+                send(Report(trainer.statistics() | {"share_spent": budget.share_spent}))
                 reported = time.monotonic()
             if not connection.poll(_REPORT_SECONDS):
                 continue

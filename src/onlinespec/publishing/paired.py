@@ -161,7 +161,7 @@ class RequestOrder:
         return [each for each, own in zip(records, numbers, strict=True) if own >= number and not each.choice]
 
 
-class Trial:
+class PairedTest:
     """Two sets of weights on requests that began when both were made: neither has learned from any part of them.
 
     There are a few looks, at growing numbers of requests, each at its share of the level: the chance that any of them
@@ -238,7 +238,7 @@ class Trial:
         return not self._looks
 
 
-class Collapse:
+class HealthCheck:
     """A blunt check that asks no model: drafts as they are served, against what these weights would have kept there.
 
     It shows a swap that went wrong, where weights look well on paper. Both are of the same requests: where the traffic

@@ -254,7 +254,7 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
     paired: Paired | None = None  # what it was judged by
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """In one line, for a log."""
         what = {
             "started": f"version {self.version} is served",
@@ -277,6 +277,6 @@ class VersionRecord(Struct, frozen=True, kw_only=True):
     version: int
     created: str  # UTC
     target_fingerprint: str
-    learner: str = ""  # the line that learned it, as `methods.parse` reads it
+    learner: str = ""  # the line that learned it, as `parse_learner` reads it
     event: Event  # how it came to be served
     files: dict[str, str]  # sha256 of every other file

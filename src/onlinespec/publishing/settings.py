@@ -11,8 +11,8 @@ from onlinespec.config import MAX_DRAFT_TOKENS, check_that, check_types
 class PublishConfig:
     """What decides which weights are served: on how many requests they are compared, and how sure that must be."""
 
-    trial_looks: tuple[int, ...] = (4, 8, 16, 32)  # requests after which a candidate is looked at; the last decides
-    watch_looks: tuple[int, ...] = (16, 32, 64)  # and a promoted version, against the one before
+    test_looks: tuple[int, ...] = (4, 8, 16, 32)  # requests after which a candidate is looked at; the last decides
+    canary_looks: tuple[int, ...] = (16, 32, 64)  # and a promoted version, against the one before
     most_pause: int = 64  # requests between a candidate that was refused and the next: 0, 8, 16, up to so many
     max_rows: int = 64  # of a request that weights are compared on; bounds what a long answer can cost
     megabytes: float = 64.0  # of requests that wait to be looked at
@@ -21,7 +21,7 @@ class PublishConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("trial_looks", "watch_looks"):
+        for name in ("test_looks", "canary_looks"):
             looks = getattr(self, name)
             is_rising = list(looks) == sorted(set(looks)) and bool(looks)
             check_that(is_rising and looks[0] >= 4, name, looks, "rising, from at least 4 on; of fewer, chance decides")

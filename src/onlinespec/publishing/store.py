@@ -165,7 +165,7 @@ class Versions:
         Raises:
             NotSaved, FolderTaken: as `save`.
         """
-        with self._guarded(f'the note "{event.told}"'):
+        with self._guarded(f'the note "{event.summary}"'):
             self.hold()
             self._note(event)
 

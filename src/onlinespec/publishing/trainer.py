@@ -40,7 +40,7 @@ class StoreOptions:
     """Where versions go, and what is to be noted with them.
 
     Args:
-        learner: The line of the learner; see `methods.parse`. Another one begins anew from the same weights.
+        learner: The line of the learner; see `parse_learner`. Another one begins anew from the same weights.
     """
 
     versions: Versions
@@ -138,7 +138,7 @@ class Trainer:
         if self._store:
             self._store.versions.close()
 
-    def figures(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """How it fares, in plain numbers and words."""
         learning, memory = self.learning, self.learning.replay
         return {

@@ -127,7 +127,7 @@ class BackgroundLearning(ABC):
             self._version = newest.version
             self.num_published += 1
 
-    def figures(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """How learning fares, for a page and for metrics."""
         with self._changed:
             return {
@@ -214,9 +214,9 @@ class ThreadLearning(BackgroundLearning):
     def set_share(self, share: float) -> None:
         self._budget.set_share(share)
 
-    def figures(self) -> dict[str, Any]:
-        self._figures = self.trainer.figures() | {"share_spent": self._share_spent}
-        return super().figures()
+    def statistics(self) -> dict[str, Any]:
+        self._figures = self.trainer.statistics() | {"share_spent": self._share_spent}
+        return super().statistics()
 
     def stop(self, seconds: float = 10.0) -> None:
         self._end()

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from onlinespec.control.chooser import Controller
-from onlinespec.engine.scheduler import Flow
+from onlinespec.engine.scheduler import StepCounters
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.workers import BackgroundLearning
 from onlinespec.server.engine import Engine
@@ -71,7 +71,7 @@ class Live:
             "learning": self._learning(),
         }
 
-    def _rates(self, before: Flow, flow: Flow, seconds: float) -> tuple[float | None, ...]:
+    def _rates(self, before: StepCounters, flow: StepCounters, seconds: float) -> tuple[float | None, ...]:
         """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second.
 
         Where most of the time went into steps without drafts, they measure plain decoding; else control estimates it.
@@ -93,7 +93,7 @@ class Live:
     def _learning(self) -> dict[str, Any]:
         learning = self._engine.scheduler.loop.learning
         if isinstance(learning, BackgroundLearning):
-            return learning.figures()
+            return learning.statistics()
         if isinstance(learning, InlineLearning):
             return {"rounds": learning.num_rounds, "rows": learning.num_rows, "drifts": learning.schedule.num_drifts}
         return {}
