@@ -27,7 +27,7 @@ from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.lossless.noise import gumbel, uniforms
 from onlinespec.publishing.gate import Publisher
-from onlinespec.publishing.paired import Lengths, RequestOrder, lengths_of, paired, run_of
+from onlinespec.publishing.paired import Lengths, PairedTest, RequestOrder, lengths_of, paired, run_of
 from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.workers import TrainerSpec
 
