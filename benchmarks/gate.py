@@ -105,7 +105,7 @@ def main(command: Gate) -> None:
     }
     counts: dict[str, list[DecodeStats]] = {}
     for name, (drafter, learning) in arms.items():
-        replaying = Replaying(target, drafter, learning, command.num_draft_tokens, command.seed)
+        replaying = Replaying(target, drafter, learning, command.num_draft_tokens)
         counts[name] = [replaying.replay(one) for _, one in stream]
     rows: list[dict[str, object]] = []
     for segment in dict.fromkeys(segment for segment, _ in stream):

@@ -233,7 +233,7 @@ def run_replay(options: Replay) -> None:
         )
         config = parse_learner(method, even)
         learning = InlineLearning(drafter, config=config, seed=seed)
-        replaying = Replaying(target, drafter, learning, NUM_DRAFT_TOKENS, seed)
+        replaying = Replaying(target, drafter, learning, NUM_DRAFT_TOKENS)
         began = time.monotonic()
         stats = [replaying.replay(answer) for answer in answers]
         row = key | _figures(stats, [answer.domain for answer in answers], learning)

@@ -23,6 +23,7 @@ import tyro
 from torch import Tensor
 
 from onlinespec.config import GenerationParams
+from onlinespec.core import Features
 from onlinespec.engine.prefix_cache import PrefixCache
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.experiments.provenance import provenance
@@ -63,7 +64,7 @@ class NoModel:
     ) -> Output:
         for slot, count in zip(slots, counts, strict=True):
             cache.extend(slot, count)
-        return Output(torch.empty(0, _VOCAB), self._states[: len(token_ids_N)], {})
+        return Output(torch.empty(0, _VOCAB), Features(self._states[: len(token_ids_N)]))
 
 
 def main(command: Prefix) -> None:
