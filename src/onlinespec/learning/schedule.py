@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from onlinespec.learning.fall_test import FallTest
+from onlinespec.learning.drift import FallTest
 
 
 class UpdateSchedule:
