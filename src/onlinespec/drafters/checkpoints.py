@@ -54,7 +54,9 @@ def read_drafter_config(folder: Path) -> dict[str, Any]:
 
 
 def read_format(folder: Path) -> str:
-    """The table name of the drafter a directory holds, by its config first and its tensors' names second.
+    """The name of the drafter class that a directory holds: a table name, or "pkg.module:Class" from its config.
+
+    The config decides first, the names of the tensors second.
 
     Raises:
         ValueError: if it is of another family, or none.
@@ -65,6 +67,8 @@ def read_format(folder: Path) -> str:
     architecture = architecture_of(config, folder / "config.json")
     if architecture == "NgramDrafter":
         return "ngram"
+    if _is_class(architecture):
+        return architecture
     family = _family_elsewhere(config, architecture)
     if family:
         raise ValueError(f"{folder} is a drafter of the family {family}, which this version does not run yet")
@@ -78,9 +82,14 @@ def read_format(folder: Path) -> str:
 
 def looks_like_drafter(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
     """Whether a directory holds a drafter of a family that we run or know of."""
-    if architecture == "NgramDrafter" or _family_elsewhere(config, architecture):
+    if architecture == "NgramDrafter" or _is_class(architecture) or _family_elsewhere(config, architecture):
         return True
     return _is_eagle(tensor_names(folder))
+
+
+def _is_class(architecture: str) -> bool:
+    """Whether a config names a class outside of this package, as "pkg.module:Class"."""
+    return ":" in architecture
 
 
 def _family_elsewhere(config: Mapping[str, Any], architecture: str) -> str | None:

@@ -25,11 +25,23 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
     """
     name = str(name_or_path)
     if name in DRAFTERS or (":" in name and not Path(name).exists()):
-        drafter: Drafter = resolve(DRAFTERS, name, "drafter").fresh(target, seed)
+        drafter = drafter_class(name).fresh(target, seed)
     else:
         folder = SHIPPED_DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
-        drafter = resolve(DRAFTERS, read_format(folder), "drafter").load(folder, target)
+        drafter = drafter_class(read_format(folder)).load(folder, target)
         drafter.notes = read_side(folder).get("notes", {})
     if tuning:
         drafter.tune(tuning)
     return drafter
+
+
+def drafter_class(name: str) -> type[Drafter]:
+    """The class of a table name, or of "pkg.module:Class", which a saved drafter's config may name as well.
+
+    Raises:
+        ValueError: if there is no such name, or it is of something else: a config must not have any function called.
+    """
+    found = resolve(DRAFTERS, name, "drafter")
+    if not (isinstance(found, type) and issubclass(found, Drafter)):
+        raise ValueError(f'drafter "{name}" is no Drafter but {found!r}; name a class that inherits onlinespec.Drafter')
+    return found

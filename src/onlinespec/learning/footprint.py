@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from onlinespec.drafters.checkpoints import drafter_folder, read_format
-from onlinespec.drafters.contract import Drafter
 from onlinespec.drafters.draft_vocab import draft_vocab_size
+from onlinespec.drafters.loading import drafter_class
 from onlinespec.learners import Evaluation, Learner, Params
 from onlinespec.learning.learner_spec import learner_of
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.linear import draft_linear_for
 from onlinespec.models.memory import DrafterSize, Products, drafting_bytes, learning_bytes
-from onlinespec.registry import DRAFTERS, SHIPPED_DRAFTERS, resolve
+from onlinespec.registry import DRAFTERS, SHIPPED_DRAFTERS
 
 _ROUNDS = 4  # after which a learner's state holds all that it ever will, a domain apart
 _OF_A_ROUND = 2  # sets of weights beside a learner's state: the last that scored well, and what progress is told by
@@ -69,7 +69,7 @@ class Beside:
             return None
         is_fresh = name in DRAFTERS or (":" in name and not Path(name).exists())
         folder = None if is_fresh else SHIPPED_DRAFTERS.get(name) or drafter_folder(name, known=list(DRAFTERS))
-        kind: type[Drafter] = resolve(DRAFTERS, read_format(folder) if folder else name, "drafter")
+        kind = drafter_class(read_format(folder) if folder else name)
         return kind.size(folder, shape)
 
 

@@ -66,7 +66,7 @@ def describe(folder: Path) -> dict[str, Any]:
     facts |= {"architecture": architecture} | {key: config[key] for key in _SHAPE_KEYS if key in config}
     if is_target:
         facts |= {"runs through": path_of(folder), "fingerprint": fingerprint(folder)}
-    if kind != "ngram":
+    if is_target or any(folder.glob("*.safetensors*")):
         facts |= _tensor_facts(weight_files(folder))
     return facts if is_target else facts | _noted(folder)
 
