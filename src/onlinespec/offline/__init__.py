@@ -1,1 +1,1 @@
-"""Work that serves no request: distilling a first drafter, replaying a recorded stream, inspecting a drafter."""
+"""Offline work, without serving: distilling a first drafter, replaying a recorded stream, inspecting a drafter."""

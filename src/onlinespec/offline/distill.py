@@ -1,11 +1,12 @@
-"""A first drafter, trained offline on the text that its target produces.
+"""Distillation: trains a first drafter offline on text that its target generates.
 
-Two phases: the target answers prompts (`target_answers.py`), then the drafter learns the answers, epoch by epoch, from
-the states of that one pass. Some prompts are left out, and say after every epoch how long runs the drafter would have
-had accepted; the weights that did best are saved. Everything goes through a work folder beside the drafter's, so that
-the same command goes on after Ctrl-C or a kill, and ends with the weights of a run that no one disturbed.
+There are two phases. First the target answers prompts (`target_answers.py`). Then the drafter is trained on the answers
+for some epochs, from the hidden states stored in the first phase. Some answers are held out. After every epoch the
+drafter's acceptance length is measured on them, and the best weights are saved. All intermediate results go to a work
+folder beside the drafter's, so that after Ctrl-C or a kill the same command continues. Without a time limit it ends
+with the same weights as an uninterrupted run.
 
-Reference: text of the target itself as training text, as in Online Speculative Decoding, arXiv:2310.07177 (section 3).
+Reference: training on the target's own text, as in Online Speculative Decoding, arXiv:2310.07177 (section 3).
 """
 
 from __future__ import annotations
@@ -42,24 +43,28 @@ from onlinespec.offline.work_files import bytes_of, digest, discard, removed, wr
 from onlinespec.registry import DRAFTERS, LOSSES, resolve
 from onlinespec.workloads import Prompt, load_workload
 
-_LEAST_HELD_OUT = 8
-_CHECKPOINT_SECONDS = 20.0
-_CHECKPOINT_SHARE = 0.1  # most of the time that writing them may take
-_ANSWERING_SHARE = 0.6  # of a time limit: what the target may take for its answers
-# In the work folder:
+_LEAST_HELD_OUT = 8  # answers
+_CHECKPOINT_SECONDS = 20.0  # between two checkpoints, at least
+_CHECKPOINT_SHARE = 0.1  # largest share of the time that writing checkpoints may take
+_ANSWERING_SHARE = 0.6  # share of the time limit that generating answers may take
+# Names of all files and folders in a work folder:
 _OURS = {"settings.json", "settings.partial", "finished.json", "finished.partial", "answers", "training"}
-_DECIDE_ANSWERS = ("target", "dtype", "prompts", "temperature", "max_new_tokens", "seed")  # and nothing else
+_DECIDE_ANSWERS = ("target", "dtype", "prompts", "temperature", "max_new_tokens", "seed")  # all that answers depend on
 
 
 class Distilling:
-    """A distillation under way. `run` does what is left to do.
+    """One distillation, new or continued. `run` does whatever is left to do.
 
     Args:
-        out: The drafter's folder. Work lies beside it, in one of the same name and `.work`.
-        restart: Train anew, whatever is there. Answers are kept if they would come out the same.
+        target: The model that answers the prompts.
+        distillation: The settings.
+        out: Folder to write the drafter to. The work folder lies beside it, with `.work` added to its name.
+        restart: Train from the start, whatever is there. Answers are kept if the same ones would be generated again.
 
     Raises:
-        ValueError: if the drafter can't learn, `out` holds something else, or the work there is of other settings.
+        FileNotFoundError, ValueError: as `load_drafter`, for the drafter to start from.
+        ValueError: if the drafter is not trainable, there are too few prompts, `out` holds a finished drafter (without
+            `restart`) or something else, or the work folder holds something else or was begun with other settings.
     """
 
     def __init__(self, target: Target, distillation: Distillation, out: Path, restart: bool = False) -> None:
@@ -71,7 +76,7 @@ class Distilling:
         self.step_size = distillation.step_size or offline_step_size(self._drafter.weights.params)
         self._row_loss: RowLoss = resolve(LOSSES, distillation.loss, "loss")
         self._on_progress: Callable[[Progress], None] = lambda progress: None
-        self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
+        self._order: tuple[int, list[int]] = (-1, [])  # epoch, and its shuffled training answers
         self._prompts, self.num_repeated = self._stream()
         needed = _LEAST_HELD_OUT + distillation.batch_requests
         if len(self._prompts) < needed:
@@ -85,16 +90,20 @@ class Distilling:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether there is work of an earlier run to go on with."""
+        """Whether answers of an earlier run were found, so that this one continues it."""
         return bool(self._answers.num_prompts)
 
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None, keep_text: bool = False) -> Outcome:
-        """Answers, trains, saves; then removes the work folder, or all but the answers.
+        """Generates answers, trains, saves the drafter, and removes the work folder.
+
+        Args:
+            on_progress: Called with the progress of each phase, after every step or scored answer.
+            keep_text: Keep the work folder with the answers, and remove only the training checkpoint.
 
         Raises:
             ValueError: if too few prompts were answered.
-            FloatingPointError: if training left the numbers.
-            OSError: if the disk is full, say; what was written before is kept.
+            FloatingPointError: if the loss or the weights are no longer finite.
+            OSError: if writing fails, because the disk is full for instance. What was written before is kept.
         """
         self._on_progress = on_progress
         self._answer()
@@ -122,13 +131,13 @@ class Distilling:
             discard(self.work)
         return outcome
 
-    # --- before it begins ---------------------------------------------------------------------------------------
+    # --- set-up -------------------------------------------------------------------------------------------------
 
     def _load(self) -> Drafter:
         return load_drafter(self.settings.drafter, self.target, self.settings.seed, self.settings.tuning)
 
     def _claim(self, restart: bool) -> int:
-        """Makes the work folder, or finds one of the same settings; the version that the drafter will have."""
+        """Creates the work folder, or checks that its settings match. Returns the version the drafter will have."""
         if (
             self.out.exists()
             and not (self.out / SIDE_FILE).is_file()
@@ -139,7 +148,7 @@ class Distilling:
         if tuning and tuning.what == "adapters" and is_same_place:
             raise ValueError(f"adapters refer to {self.out}, so they can't be written over it; choose another --out")
         for place in (self.work / "training", self.work):
-            shutil.rmtree(removed(place), ignore_errors=True)  # whose removal a kill stopped
+            shutil.rmtree(removed(place), ignore_errors=True)  # finish an interrupted removal
         if self.work.exists() and not (self.work.is_dir() and {path.name for path in self.work.iterdir()} <= _OURS):
             raise ValueError(f"{self.work}, where the work would lie, holds something else; choose another --out")
         is_finished = not self.work.exists() or (self.work / "finished.json").is_file()
@@ -149,7 +158,7 @@ class Distilling:
         before = {} if restart else self._settings_before(path)
         noted = self._noted()
         if restart:
-            with suppress(ValueError):  # settings that can't be read decide nothing
+            with suppress(ValueError):  # unreadable settings: no answers are kept
                 before = self._settings_before(path)
             has_answers = before and all(before.get(name) == noted[name] for name in _DECIDE_ANSWERS)
             for place in (self.work / "training",) if has_answers else (self.work,):
@@ -160,7 +169,7 @@ class Distilling:
             version = self._drafter.weights.version + (self.settings.drafter not in DRAFTERS)
             write(path, json.dumps(noted | {"version": version}, indent=2))
             return version
-        if (self.work / "training").exists():  # then weights come from there, and the drafter may be replaced already
+        if (self.work / "training").exists():  # weights come from there, and `out` may be replaced
             noted["drafter_weights"] = before.get("drafter_weights")
         for name, value in noted.items():
             if before.get(name) != value:
@@ -171,7 +180,7 @@ class Distilling:
         return int(before["version"])
 
     def _settings_before(self, path: Path) -> dict[str, Any]:
-        """Of the run that began the work; empty if none did."""
+        """The settings of the run that created the work folder; empty if there is none."""
         try:
             before = read_json(path) if path.is_file() else {}
             return before | {"version": int(before["version"])} if before else {}
@@ -179,7 +188,7 @@ class Distilling:
             raise ValueError(f"{path} is damaged ({error}); --restart begins anew") from error
 
     def _noted(self) -> dict[str, Any]:
-        """All that decides how a run goes, as JSON gives it back."""
+        """Everything that the result of a run depends on, converted to JSON types for comparison."""
         noted = asdict(self.settings) | {
             "target": self.target.fingerprint,
             "dtype": str(self.target.decoder.dtype),
@@ -190,7 +199,7 @@ class Distilling:
         return content
 
     def _stream(self) -> tuple[list[Prompt], int]:
-        """The prompts, and how many were left out for saying what an earlier one says: none may be in both parts."""
+        """The prompts without repetitions, and how many were repeated: no text may be in both training and held-out."""
         prompts: dict[str, Prompt] = {}
         num_read = 0
         for spec, count in self.settings.parts:
@@ -219,7 +228,7 @@ class Distilling:
         return self.settings.minutes * 60 or math.inf
 
     def _split(self) -> tuple[list[int], list[int]]:
-        """Answers to train on, and those left out."""
+        """Indices of the answers to train on, and of the held-out ones."""
         count = len(self._answers)
         num_held_out = max(_LEAST_HELD_OUT, count // self.settings.holdout)
         needed = num_held_out + self.settings.batch_requests
@@ -232,7 +241,7 @@ class Distilling:
         return sorted(set(range(count)) - set(held_out)), held_out
 
     def _train(self, trained: Sequence[int], held_out: Sequence[int]) -> tuple[TrainingState, str]:
-        """What is left of it; the state at its end, and what ended it."""
+        """Does the training that is left. Returns the final state, and which limit ended it."""
         state, optimizer = self._resumed() or self._begun()
         try:
             return state, self._steps(state, optimizer, trained, held_out)
@@ -270,7 +279,7 @@ class Distilling:
             self._on_progress(Progress("training", state.step, num_steps, rate, tuple(state.scores)))
 
     def _chosen(self, trained: Sequence[int], step: int, steps_per_epoch: int) -> list[int]:
-        """The answers of a step: every epoch all of them, in an order of its own."""
+        """The answers of a training step. Each epoch goes through the answers in a new order, in whole batches."""
         epoch, place = divmod(step, steps_per_epoch)
         if self._order[0] != epoch:
             self._order = epoch, Random(f"epoch/{self.settings.seed}/{epoch}").sample(list(trained), len(trained))
@@ -310,11 +319,11 @@ class Distilling:
             )
 
     def _has_stalled(self, state: TrainingState) -> bool:
-        """Whether so many epochs brought nothing."""
+        """Whether the last `patience` epochs have not improved the score."""
         return len(state.scores) - 1 - state.scores.index(state.best_score) >= self.settings.patience
 
     def _score(self, state: TrainingState, held_out: Sequence[int], epoch: int) -> Score:
-        """On the answers left out, by a drafter of its own: what it sees while drafting must not reach training."""
+        """Scores the held-out answers with a separate drafter, so that its caches don't affect training."""
         drafter = self._load()
         drafter.swap(DrafterWeights(state.played, 0))
         replaying = Replaying(self.target, drafter, None, self.settings.num_draft_tokens)
@@ -340,7 +349,7 @@ class Distilling:
             return None
         try:
             kept = torch.load(path, map_location=self.target.decoder.device, weights_only=True)
-        except Exception as error:  # a damaged file fails in many ways
+        except Exception as error:  # a damaged file raises many kinds of error
             raise ValueError(f"{path} can't be read ({error}); delete it to train from the start") from error
         params = {name: p.requires_grad_() for name, p in kept["params"].items()}
         optimizer = make_optimizer(params, self.step_size)

@@ -1,4 +1,4 @@
-"""What a directory is: a target's or a drafter's files, told without loading the weights into a model."""
+"""Descriptions of model directories (`inspect`): targets, drafters and drafter versions, without loading weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SHAPE_KEYS = (
     "head_dim",
     "vocab_size",
     "max_position_embeddings",
-    "n_embd",  # as GPT-2 and its like spell them
+    "n_embd",  # from here on: the names that GPT-2 and similar models use
     "n_layer",
     "n_head",
     "n_positions",
@@ -44,15 +44,16 @@ _SHAPE_KEYS = (
 
 
 def folders_of(name: str) -> tuple[Path, ...]:
-    """The directories a path or Hub id stands for: one, but `demo` is a target and a drafter."""
+    """Returns the directories that a path or Hub id refers to: one, or for `demo` a target's and a drafter's."""
     return (SHIPPED_TARGETS[name], SHIPPED_DRAFTERS[name]) if name == "demo" else (find_folder(name),)
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Facts about a directory, for reading: a target's, a drafter's, or one with versions of a drafter.
+    """Returns labelled facts about a directory with a target, a drafter, or versions of a drafter, for display.
 
     Raises:
-        FileNotFoundError, ValueError: if a file is missing, or it is none of these.
+        FileNotFoundError: if a file is missing.
+        ValueError: if the directory holds none of these, or a file can't be read.
     """
     if is_in(folder):
         return _versions_facts(folder)
@@ -72,7 +73,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def history_of(folder: Path) -> list[Event]:
-    """What happened to the versions in a directory, the oldest first; empty for any other."""
+    """Returns the events of a versions folder, oldest first; an empty list for any other directory."""
     return versions.Versions(folder).history() if is_in(folder) else []
 
 
@@ -104,7 +105,7 @@ def _adapter_facts(folder: Path) -> dict[str, Any]:
 
 
 def _noted(folder: Path) -> dict[str, Any]:
-    """What we wrote beside the published files."""
+    """Facts from the files that onlinespec adds to the published format: onlinespec.json and version.json."""
     side = read_side(folder)
     if not side:
         return {"history": f"none: no {SIDE_FILE}, so it was written by another program, or that file is lost"}
@@ -115,9 +116,10 @@ def _noted(folder: Path) -> dict[str, Any]:
 
 
 def _is_target(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
-    """Published EAGLE heads call themselves by their target's architecture, so the tensors decide.
+    """Whether a directory holds a target and not a drafter.
 
-    A language model that we wrote is a drafter.
+    Published EAGLE heads give their target's architecture in config.json, so the tensor names decide. A language model
+    with an onlinespec.json was saved by us as a drafter.
     """
     if read_side(folder):
         return False

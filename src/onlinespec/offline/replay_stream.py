@@ -1,8 +1,9 @@
-"""A stream recorded once, and drafters that learn on it without the target: many methods for the price of one.
+"""Recorded streams: the target answers a stream once, then drafters and learners are replayed on it without the target.
 
-The target's text does not depend on who drafts it, greedy or sampled, so it can be kept, with the hidden states that
-verification would have left. A draft is kept exactly where it says what the text says, as in decoding; counts and
-learned weights are those of a real run (tests/test_recording.py). Time is what can't be had from it.
+The target's text, greedy or sampled, does not depend on the drafter. So it is recorded once, with the hidden states
+that verification would have produced. In a replay a drafted token is accepted exactly if it equals the recorded one, as
+in decoding. Acceptance counts and learned weights equal those of a real run (tests/test_recording.py). Only times can't
+be measured this way.
 
 Axis letters: S positions, D hidden size.
 """
@@ -27,22 +28,22 @@ from onlinespec.workloads import Prompt
 
 @dataclass(frozen=True)
 class Recorded:
-    """One answered prompt: its text, the target's states along it, and how it was decoded."""
+    """One answered prompt: its tokens, the target's hidden states for them, and the sampling settings."""
 
     id: str
     domain: str
     token_ids: tuple[int, ...]  # prompt and answer
     num_prompt_tokens: int
-    features: Features  # of all tokens but the last
-    max_tokens: int  # the request could have come to
+    features: Features  # [S, D] per layer, for all tokens but the last
+    max_tokens: int  # the most tokens, prompt included, that the request could have reached
     sampling: SamplingParams
     target_fingerprint: str
-    seed: int = 0  # with `choice`, of the noise that its tokens were chosen with
+    seed: int = 0  # with `choice`: seed of the Gumbel noise that the tokens were sampled with
     choice: int = 0
 
     @property
     def info(self) -> RequestInfo:
-        """What a drafter is told of it."""
+        """The RequestInfo to pass to a drafter's `start`."""
         return RequestInfo(
             self.id,
             domain=self.domain,
@@ -53,7 +54,7 @@ class Recorded:
         )
 
     def noise(self, target: Target) -> Noise | None:
-        """That noise; None where greedy."""
+        """The noise that the tokens were sampled with; None if decoding was greedy."""
         if self.sampling.is_greedy:
             return None
         return Noise(self.seed, self.choice, target.decoder.config.vocab_size, target.decoder.device)
@@ -66,10 +67,13 @@ def record(
     seed: int = 0,
     aux_layer_ids: Collection[int] = (),
 ) -> Iterator[Recorded]:
-    """Answers prompts by plain decoding; those that do not fit the target are left out.
+    """Answers prompts by plain decoding and yields each with its states. Prompts that don't fit the target are skipped.
 
     Args:
-        aux_layer_ids: Layers whose states are recorded, too: those of the drafter that is to draft along.
+        params: Maximum answer length and sampling settings.
+        seed: Combined with a prompt's index to the seed of its sampling noise.
+        aux_layer_ids: Layers whose states are recorded besides the final ones: the `aux_layer_ids` of the drafter that
+            is to be replayed.
     """
     loop = DecodeLoop(target, aux_layer_ids=aux_layer_ids)
     for i, prompt in enumerate(prompts):
@@ -92,17 +96,23 @@ def record(
 
 
 class Replaying:
-    """Drafts along recorded answers, one after the other, and lets learning see what decoding would have shown it."""
+    """Replays recorded answers one at a time with a drafter, and gives learning the Feedback that decoding would give.
+
+    Args:
+        target: The target that the answers were recorded with.
+        learning: Takes the Feedback of every step; None for a frozen drafter.
+        num_draft_tokens: Tokens drafted per step.
+    """
 
     def __init__(self, target: Target, drafter: Drafter, learning: Learning | None, num_draft_tokens: int) -> None:
         self._target, self._drafter, self._learning = target, drafter, learning
         self._num_draft_tokens = num_draft_tokens
 
     def replay(self, recorded: Recorded) -> DecodeStats:
-        """The counts of one request; no times.
+        """Replays one request and returns its counts, without times.
 
         Raises:
-            ValueError: if another target answered it.
+            ValueError: if it was recorded with another target.
         """
         if recorded.target_fingerprint != self._target.fingerprint:
             raise ValueError(
@@ -120,7 +130,7 @@ class Replaying:
         return stats
 
     def _step(self, recorded: Recorded, trace: Trace, anchor: int, noise: Noise | None) -> tuple[int, DecodeStats]:
-        """One draft behind the anchor, judged by the text; the next anchor, and the step's counts."""
+        """Replays one step from an anchor position. Returns the next anchor and the step's counts."""
         following = recorded.token_ids[anchor + 1 :]
         wanted = max(0, min(self._num_draft_tokens, recorded.max_tokens - anchor - 2))
         version = self._drafter.weights.version
@@ -152,7 +162,7 @@ class Replaying:
         return anchor + num_rows, step_stats(num_rows, drafted)
 
     def _judged(self, recorded: Recorded, anchor: int, wanted: int, noise: Noise | None) -> tuple[int, int]:
-        """How many tokens were drafted, and how many of them kept."""
+        """Drafts up to `wanted` tokens. Returns how many were drafted, and how many of them accepted."""
         following = recorded.token_ids[anchor + 1 :]
         step_noise = StepNoise([noise], [anchor + 1])
         draft = self._drafter.propose([0], [recorded.token_ids[anchor]], [wanted], [recorded.sampling], step_noise)

@@ -1,4 +1,4 @@
-"""What to distil, on what. Imports no torch."""
+"""Settings of a distillation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from onlinespec.registry import LOSSES, resolve
 
 @dataclass(frozen=True)
 class Distillation:
-    """What to train, on what."""
+    """Settings of a distillation: which drafter to train, on which prompts, and how."""
 
     drafter: str
-    """Name of a fresh drafter, or a saved one to go on from."""
+    """Name of a drafter to train from scratch, or path or Hub id of a saved one to continue from."""
     data: tuple[str, ...]
-    """Prompts to have answered, as `load_workload` takes them."""
+    """Sources of prompts for the target to answer, as `load_workload` takes them."""
     num_requests: tuple[int, ...] = (400,)
-    """Prompts of each data, one number for all or one for each; 0 takes all of a file."""
+    """Prompts to take from each source: one number for all, or one per source. 0 takes all of a file."""
     temperature: float | None = None
-    """At which the target answers; None: every other prompt greedy, the others at 1."""
+    """Sampling temperature of the target's answers; 0 is greedy. None answers every other prompt greedily, the rest at
+    temperature 1."""
     max_new_tokens: int = 112
-    """Longest answer, in tokens."""
+    """Maximum length of an answer, in tokens."""
     num_draft_tokens: int = 4
-    """Tokens drafted per step where acceptance is measured."""
+    """Tokens drafted per step when acceptance length is measured on the held-out answers."""
     holdout: int = 20
-    """One answer in so many is left out of training and measures what it brought; never fewer than 8 answers."""
+    """One answer in this many is held out of training, to measure acceptance length on; at least 8 answers are."""
     epochs: int = 4
-    """Passes over the answers; the step size falls to zero over the last two fifths."""
+    """Passes over the training answers. The step size falls linearly to zero over the last two fifths."""
     patience: int = 2
-    """Epochs without longer acceptance after which it stops; the best weights are kept."""
+    """Stop after this many epochs in a row without a better score. The best weights are saved."""
     batch_requests: int = 4
     """Answers per training step."""
     step_size: float | None = None
-    """Rate of learning; None: by the drafter's size, 2e-3 for a million weights, 3e-4 for a hundred."""
+    """Step size (learning rate). None chooses it by the number of trainable weights: 2e-3 up to 2 million, 3e-4 for 100
+    million."""
     loss: str = "soft_cross_entropy"
-    """What is learned: soft_cross_entropy, auto, cross_entropy, mix, reverse_kl, jsd, total_variation."""
+    """Training loss: soft_cross_entropy, auto, cross_entropy, mix, reverse_kl, jsd or total_variation."""
     minutes: float = 0.0
-    """Time for the whole, about; a slower machine answers fewer prompts and trains less on them, the step size still
-    falling to zero. 0 is no limit."""
+    """Approximate time limit for the whole run, in minutes. A slower machine answers fewer prompts and trains for fewer
+    steps; the step size still falls to zero. 0 is no limit."""
     tuning: Tuning | None = None
     seed: int = 0
 
@@ -78,12 +80,12 @@ class Distillation:
 
     @property
     def parts(self) -> list[tuple[str, int]]:
-        """(data, number of requests) of each data."""
+        """(source, number of prompts) for each entry of `data`."""
         counts = self.num_requests * len(self.data) if len(self.num_requests) == 1 else self.num_requests
         return list(zip(self.data, counts, strict=True))
 
     def params_of(self, index: int) -> GenerationParams:
-        """How the prompt at a place of the stream is answered."""
+        """Generation settings for the prompt at an index of the stream, with a seed of its own."""
         temperature = float(index % 2) if self.temperature is None else self.temperature
         seed = self.seed * 1_000_003 + index
         return GenerationParams(self.max_new_tokens, 0, SamplingParams(temperature), seed=seed)

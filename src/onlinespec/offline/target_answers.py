@@ -1,8 +1,8 @@
-"""A target's own answers on disk, with the hidden states of the pass that made them: what distilling learns from.
+"""The target's own answers on disk, with the hidden states of the pass that generated them: the data of distillation.
 
-Answers are made several at a time and written shard by shard, each aside and then renamed: whoever is killed loses at
-most the shard under way, and goes on behind the last one that is there. A prompt's answer depends on the prompt, its
-place in the stream and the seed, not on what ran beside it.
+Answers are generated in batches of 8, and each batch is written to one shard, atomically. A process that is killed
+loses at most the current shard, and the next run continues after the last one on disk. An answer depends on its prompt,
+the prompt's index in the stream and the seed, but not on the rest of the batch.
 
 Axis letters: S positions, D hidden size.
 """
@@ -31,42 +31,47 @@ from onlinespec.models.loading import Target
 from onlinespec.offline.replay_stream import Recorded
 from onlinespec.workloads import Prompt
 
-_AT_ONCE = 8  # answers of a shard: they run as one batch
+_AT_ONCE = 8  # prompts per shard, decoded as one batch
 _DELETE = "delete it and those behind it, and their prompts are asked again"
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an answer lies, and what is known of it without reading its states."""
+    """The location of an answer, and its metadata."""
 
     shard: Path
-    index: int
+    index: int  # in the shard
     id: str
     domain: str
     num_prompt_tokens: int
     num_tokens: int
     max_tokens: int
     temperature: float
-    seed: int  # its tokens were chosen with
-    aux_layer_ids: tuple[int, ...]  # whose states lie beside the final ones
-    checksum: int | None = None  # of its tokens and states; files of older versions have none
+    seed: int  # of the sampling noise
+    aux_layer_ids: tuple[int, ...]  # layers whose states are stored besides the final ones
+    checksum: int | None = None  # CRC-32 of its tokens and states; None in files of older releases
 
 
 class Answers:
-    """The answers in a folder. Nothing but their lengths is held in memory; states are read when asked for.
+    """The answers in a folder. Only their metadata is held in memory; tokens and states are read on request.
 
     Args:
-        target: Whose answers they are; those of another are refused.
-        aux_layer_ids: Layers whose states lie beside the final ones; answers without them are refused.
+        folder: Where the shards are; created if missing.
+        target: The target that gives the answers.
+        aux_layer_ids: Layers whose hidden states are stored besides the final ones.
+
+    Raises:
+        ValueError: if a shard is damaged or missing, was written with another target or by an older release, or lacks
+            the states of these layers.
     """
 
     def __init__(self, folder: Path, target: Target, aux_layer_ids: Sequence[int] = ()) -> None:
         self.folder, self._target, self._aux_layer_ids = folder, target, tuple(aux_layer_ids)
         folder.mkdir(parents=True, exist_ok=True)
         self._places: list[_Place] = []
-        self.num_prompts = 0  # asked so far, those that were too long included
-        self.num_skipped = 0
-        self.seconds = 0.0  # that the answers took, whichever process made them
+        self.num_prompts = 0  # processed so far, including those skipped
+        self.num_skipped = 0  # prompts that don't fit the target
+        self.seconds = 0.0  # spent generating, in all processes
         for shard in sorted(folder.glob("*.safetensors")):
             self._take(shard)
 
@@ -75,7 +80,7 @@ class Answers:
 
     @property
     def num_tokens(self) -> int:
-        """Of all answers, prompts left out."""
+        """Tokens in all answers, without the prompts."""
         return sum(place.num_tokens - place.num_prompt_tokens for place in self._places)
 
     def ask(
@@ -85,21 +90,24 @@ class Answers:
         on_progress: Callable[[int], None] = lambda num_tokens: None,
         has_time: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Has the target answer the prompts that it has not answered yet, in their order.
+        """Generates the answers that are still missing, in the order of the prompts.
 
         Args:
-            params_of: How to answer the prompt at a place of the stream.
-            on_progress: Told after every step how many tokens this call has had answered, those under way included.
-            has_time: Asked before every shard.
+            prompts: The whole stream; those processed already are skipped.
+            params_of: Returns the generation settings for the prompt at an index of the stream.
+            on_progress: Called after every step with the number of tokens that this call has generated so far.
+            has_time: Called before every shard; generation ends when it returns False.
+
+        Raises:
+            OSError: if a shard can't be written.
         """
         num_tokens = 0
         on_progress(num_tokens)
         while self.num_prompts < len(prompts) and has_time():
             first, began, before = self.num_prompts, time.monotonic(), num_tokens
             chosen = prompts[first : first + _AT_ONCE]
-            loop = DecodeLoop(
-                self._target, aux_layer_ids=self._aux_layer_ids
-            )  # of its own: a shard depends on nothing that ran before
+            # a new loop per shard, so that a shard does not depend on earlier ones
+            loop = DecodeLoop(self._target, aux_layer_ids=self._aux_layer_ids)
             requests = self._started(loop, chosen, [params_of(first + i) for i in range(len(chosen))])
             while running := [request for request in requests if not request.finish_reason]:
                 loop.step(running)
@@ -109,7 +117,7 @@ class Answers:
             on_progress(num_tokens)
 
     def recorded(self, index: int) -> Recorded:
-        """An answer, with its states."""
+        """Reads an answer with its states. Raises ValueError if its shard is damaged."""
         place = self._places[index]
         try:
             with safe_open(place.shard, framework="pt", device=str(self._target.decoder.device)) as shard:
@@ -133,7 +141,7 @@ class Answers:
         )
 
     def feedback(self, index: int) -> Feedback:
-        """An answer as one run of verified rows."""
+        """Reads an answer as one Feedback record of verified rows, without drafts. Raises as `recorded`."""
         recorded = self.recorded(index)
         features = recorded.features
         trace = Trace(list(recorded.token_ids), features, len(features), recorded.max_tokens)
@@ -156,7 +164,7 @@ class Answers:
     def _started(
         self, loop: DecodeLoop, prompts: Sequence[Prompt], params: Sequence[GenerationParams]
     ) -> list[Request]:
-        """Requests of a shard; prompts that don't fit the target are left out."""
+        """Starts the requests of a shard. Prompts that don't fit the target are skipped."""
         requests = []
         for prompt, its_params in zip(prompts, params, strict=True):
             try:
@@ -234,10 +242,10 @@ def _checksum(*tensors: Tensor) -> int:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Gives a place beside a file, which takes the file's place when all is written: it is there whole or not at all.
+    """Writes a file atomically: yields a temporary path, which is renamed to the file when the block succeeds.
 
     Raises:
-        OSError: saying what to do, if it can't be written.
+        OSError: if it can't be written; the message says how to continue.
     """
     partial = path.with_suffix(".partial")
     with told_if_full(path):
@@ -250,7 +258,7 @@ def written(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def told_if_full(path: Path) -> Iterator[None]:
-    """Turns what the writers of tensors raise where a disk is full into an OSError with the way out."""
+    """Turns the errors that tensor writers raise on a full disk into an OSError whose message says how to continue."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -1,1 +1,1 @@
-"""From a learner's weights to weights that serve: the learning process, the gate, versions on disk."""
+"""Learning beside serving: learning threads and processes, the gate that promotes weights, versions on disk."""

@@ -1,6 +1,6 @@
-"""Which weights are served: a candidate must draft better than they do, and is taken back if it turns out not to.
+"""The gate between learning and serving: promotes candidates that draft better, rolls back those that don't.
 
-How two sets of weights are compared: `publishing/paired.py`. Single-threaded.
+`publishing/paired.py` compares two sets of weights. Nothing here is thread-safe: call it from one thread.
 """
 
 from __future__ import annotations
@@ -21,26 +21,33 @@ from onlinespec.publishing.settings import PublishConfig
 
 log = logging.getLogger(__name__)
 
-_FAIR_TRIAL = 8  # requests, after which a newer candidate may take the place of one that is neither better nor worse
-_STAY = 24  # requests, from one comparison with what learning began with to the next
-_MOST_EVENTS = 1000  # kept in memory
+_FAIR_TRIAL = 8  # requests after which a newer candidate may replace one whose test is still undecided
+_STAY = 24  # requests between two comparisons with the origin weights
+_MOST_EVENTS = 1000  # events kept in memory
 _NOT_FINITE = "the candidate's weights are not finite"
 
 
 class Publisher:
-    """What is served, what was served before, and how it came to that.
+    """Decides which weights are served, by paired tests of candidate, served and origin weights.
 
-    Feedback goes in by `offer`, candidates by `propose`; `check` says what to serve from now on. Versions are numbered
-    upwards and no number is given twice: a rollback is a new version with the old weights.
-    Never raises for weights that are not finite.
+    `offer` takes Feedback, `propose` takes a candidate, and `check` returns a new version to serve if there is one.
+    Version numbers only grow and are never reused: a rollback is a new version with the old weights. Weights that are
+    not finite are refused without an exception.
+
+    Three tests may run at once: the paired test of a candidate against the served weights; the canary test of a
+    promoted version against the one before it; and the fallback test of the origin weights against the served ones.
 
     Args:
-        drafter: Its rows are asked for, with weights given; what it drafts with is left alone.
-        served: What is served now; the drafter's own weights by default.
-        next_version: The first number that was never used; `Versions.next_version` knows it after a restart.
-        origin: What learning began with, which is never given up for good; what is served by default.
-        promoted: How the served version came to be, if it is still to be watched after a restart ...
-        previous: ... and the weights that it is to be compared with.
+        drafter: Used to compute draft logits for given weights. Its own weights are not touched.
+        served: The weights served now; by default the drafter's own.
+        next_version: The smallest unused version number; by default the served version plus one. After a restart,
+            `Versions.next_version`.
+        origin: The weights that learning began with, which can always be served again; by default the served ones.
+        promoted: After a restart, the event of the served version, if its canary test has to be resumed ...
+        previous: ... and the weights to compare it with.
+
+    Raises:
+        ValueError: if next_version is not greater than the served version.
     """
 
     def __init__(
@@ -62,41 +69,41 @@ class Publisher:
                 f"next_version is {self.next_version}, but version {self.served.version} is served already; "
                 "give a number that was never used"
             )
-        self.previous: DrafterWeights | None = None  # good, as far as known: what a rollback goes back to
+        self.previous: DrafterWeights | None = None  # the weights that a rollback restores
         self._order = RequestOrder()
-        self._since = 0  # requests that had begun when what is served was made
+        self._since = 0  # requests that had begun when the served weights were proposed
         self._origin = origin or self.served
-        self._is_origin = _equal(self.served.params, self._origin.params)  # what is served
-        self._fallback: PairedTest | None = None  # to what learning began with
-        self._stay = 0  # requests until the next
-        self._has_moved = False  # the traffic, since what is served was published
+        self._is_origin = _equal(self.served.params, self._origin.params)  # whether origin is served
+        self._fallback: PairedTest | None = None  # origin against served
+        self._stay = 0  # requests until the next fallback test
+        self._has_moved = False  # whether the traffic has drifted since the served version was published
         self._paired_test: PairedTest | None = None
         self._canary: PairedTest | None = None
         self._health_check: HealthCheck | None = None
-        self._num_refused = 0  # since the last promotion
-        self._pause = 0  # requests until the next trial
+        self._num_refused = 0  # candidates since the last promotion
+        self._pause = 0  # requests until the next candidate may be tested
         self._events: deque[Event] = deque(maxlen=_MOST_EVENTS)
-        self.num_events = 0  # ever
+        self.num_events = 0  # since the start, including those no longer in memory
         if promoted and previous and promoted.kind == "promoted":
             self._begin_canary(previous)
 
     @property
     def history(self) -> tuple[Event, ...]:
-        """What happened since the start, the oldest first."""
+        """The events since the start, oldest first; at most the newest 1,000."""
         return tuple(self._events)
 
     @property
     def is_watching(self) -> bool:
-        """Whether the served version may still be rolled back."""
+        """Whether a canary test of the served version is running, so that it may still be rolled back."""
         return self._canary is not None
 
     @property
     def wants_candidate(self) -> bool:
-        """Whether a trial may begin: none is under way, and after one that was refused some time has passed."""
+        """Whether a candidate may be tested now: no test is running, and the pause after a refusal is over."""
         return self._paired_test is None and self._pause <= 0
 
     def offer(self, records: Sequence[Feedback]) -> None:
-        """Takes what was served."""
+        """Takes the Feedback of served requests and passes it to all running tests."""
         for record in records:
             self._order.number_of(record)
         num_ended = sum(record.is_last for record in records)
@@ -110,32 +117,35 @@ class Publisher:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether a candidate had its chance and was found neither better nor worse, so that its trial goes on."""
+        """Whether the running test has compared 8 requests or more without a decision."""
         return self._paired_test is not None and self._paired_test.num_requests >= _FAIR_TRIAL
 
     def propose(self, candidate: Params) -> None:
-        """Begins a trial of a candidate, in place of one that is on trial, unless its weights are not finite.
+        """Starts a paired test of a candidate, replacing any that is running. Refuses weights that are not finite.
 
         Raises:
-            ValueError: if its tensors are not those of what is served.
+            ValueError: if its tensors differ from the served ones in name, shape or dtype.
         """
         _check_alike(self.served.params, candidate)
         if is_finite(candidate):
             self._paired_test = self._against(candidate, self.config.test_looks, self._order.num_begun)
-        elif not self._events or self._events[-1].reason != _NOT_FINITE:  # once, however often it is offered
+        elif not self._events or self._events[-1].reason != _NOT_FINITE:  # noted only once in a row
             self._refuse(_NOT_FINITE)
 
     def begin_anew(self) -> None:
-        """The traffic has moved: what is on trial was not made for it, and refusals were of another time."""
+        """Reacts to a drift of the traffic: drops the running tests of candidate and origin, and ends any pause."""
         self._paired_test, self._num_refused, self._pause = None, 0, 0
         self._has_moved, self._fallback, self._stay = True, None, 0
 
     def check(self) -> DrafterWeights | None:
-        """A new version to serve, if there is one: a candidate that drafts better, or an older one again."""
+        """Advances the tests, and returns a new version to serve if one of them decides so; else None.
+
+        The new version has the candidate's weights (promotion), those before it (rollback), or the origin's.
+        """
         return self._check_canary() or self._check_fallback() or self._check_paired_test()
 
     def _against(self, other: Params, looks: Sequence[int], since: int, version: int | None = None) -> PairedTest:
-        """A trial of other weights against those that are served, on the requests that began since then."""
+        """A test of other weights against the served ones, on the requests numbered `since` and later."""
         return PairedTest(self._drafter, self.served.params, other, looks, self.config, self._order, since, version)
 
     def _check_paired_test(self) -> DrafterWeights | None:
@@ -162,7 +172,7 @@ class Publisher:
         self._num_refused += 1
 
     def _check_canary(self) -> DrafterWeights | None:
-        """The weights before, as a new version, if the one promoted is worse."""
+        """Rolls back if the canary test or the health check fails; confirms the version when the test is over."""
         if not self._canary or not self._health_check:
             return None
         figures = self._canary.look()
@@ -178,15 +188,15 @@ class Publisher:
 
     @property
     def _may_go_back(self) -> bool:
-        """Whether what is served is to be compared with what learning began with.
+        """Whether a fallback test makes sense: origin is not served, and no running canary test compares with it.
 
-        A watch may do so already, and longer; unless the traffic has moved meanwhile, which makes its evidence old.
+        After a drift the canary's evidence is from the old traffic, so a fallback test runs beside it.
         """
         is_watched = self._canary is not None and self.previous is self._origin
         return not self._is_origin and (self._has_moved or not is_watched)
 
     def _check_fallback(self) -> DrafterWeights | None:
-        """What learning began with, as a new version, if it drafts better: old traffic may have come back."""
+        """Serves the origin weights again if they draft better, for instance because old traffic has come back."""
         figures = self._fallback.look() if self._fallback else None
         if not self._fallback or not figures:
             return None
@@ -202,7 +212,10 @@ class Publisher:
         return None
 
     def _begin_canary(self, previous: DrafterWeights) -> None:
-        """Of what is served against the newest version that is not itself still watched."""
+        """Starts the canary test and the health check of the served version.
+
+        `previous` is the newest earlier version whose own canary test is over.
+        """
         self.previous, version = previous, self.served.version
         self._health_check = HealthCheck(version, self._order, self._since)
         self._canary = self._against(previous.params, self.config.canary_looks, self._since, version)
@@ -218,7 +231,7 @@ class Publisher:
     def _serve(self, params: Params) -> None:
         self.served = DrafterWeights(params, self.next_version)
         self.next_version += 1
-        self._paired_test = self._fallback = None  # against what is served no more
+        self._paired_test = self._fallback = None  # they compared with the old served weights
         self._is_origin, self._has_moved, self._stay = _equal(params, self._origin.params), False, 0
 
     def _note(
@@ -240,13 +253,13 @@ class Publisher:
 
 
 def started(version: int) -> Event:
-    """What is noted of the first version in a folder."""
+    """Returns the event that records the first version served in a folder."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return Event(kind="started", at=at, version=version)
 
 
 def _compared(figures: Paired, other: str, verdict: str) -> str:
-    """A judgement in words."""
+    """The result of a paired test as one line of text."""
     return (
         f"{other} is {verdict}: acceptance length {figures.other_length:.3f}, served {figures.served_length:.3f}, "
         f"difference {figures.difference:+.3f} ± {figures.standard_error:.3f} on {figures.num_requests} requests, "
@@ -255,13 +268,13 @@ def _compared(figures: Paired, other: str, verdict: str) -> str:
 
 
 def _equal(one: Params, other: Params) -> bool:
-    """Whether the numbers are the same."""
+    """Whether both have the same tensors with equal values."""
     is_alike = one.keys() == other.keys()
     return one is other or (is_alike and all(torch.equal(tensor, other[name]) for name, tensor in one.items()))
 
 
 def _check_alike(served: Params, candidate: Params) -> None:
-    """Raises ValueError naming the first tensor that differs in more than its numbers."""
+    """Raises ValueError naming the first tensor whose name, shape or dtype differs."""
     shapes = [{name: (tuple(p.shape), p.dtype) for name, p in params.items()} for params in (served, candidate)]
     for name in sorted({*shapes[0], *shapes[1]}):
         ours, theirs = (shape.get(name, "no such tensor") for shape in shapes)

@@ -1,4 +1,4 @@
-"""What became of versions and candidates, a line each, never rewritten: history.jsonl in memory and on disk."""
+"""The history of versions and candidates: history.jsonl, an append-only file with one event per line."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from onlinespec.publishing.protocol import Event
 
 
 class History:
-    """The events of a file, and what is asked of them, kept as they are added: one more costs the same always.
+    """The events of a history file, with indexes that are updated on append, so that appending takes constant time.
 
     Args:
-        complain: Told of every line that can't be read (torn, say); it is left out.
+        path: The file; it need not exist.
+        complain: Called with a message for every line that can't be read (cut off by a crash, for instance). Such
+            lines are skipped.
     """
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
         self._path = path
-        self.events: list[Event] = []  # the oldest first
-        self.rolled_back: set[int] = set()
-        self.confirmed: set[int] = set()
-        self.newest_version = -1  # the largest number that occurs
+        self.events: list[Event] = []  # oldest first
+        self.rolled_back: set[int] = set()  # version numbers
+        self.confirmed: set[int] = set()  # version numbers
+        self.newest_version = -1  # the largest version number in any event; -1 without events
         self._all: set[Event] = set()
         content = path.read_bytes() if path.exists() else b""
         for i, line in enumerate(content.splitlines(), start=1):
@@ -37,15 +39,15 @@ class History:
         self._is_torn = content[-1:] not in (b"", b"\n")
 
     def append(self, event: Event) -> None:
-        """Adds an event to the file, all of its line or nothing; one that is there already is not added again.
+        """Appends an event to the file and flushes it to disk. Does nothing if the same event is there already.
 
         Raises:
-            OSError: if it can't be written. What was there before is as it was.
+            OSError: if it can't be written. The file then has its previous content.
         """
-        if event in self._all:  # noted by a save that could not be finished
+        if event in self._all:  # written by a save that failed later and is now repeated
             return
         is_new = not self._path.exists()
-        with self._path.open("ab", buffering=0) as file:  # else closing it would try once more
+        with self._path.open("ab", buffering=0) as file:  # buffered, close would retry a failed write
             size = file.tell()
             line = memoryview(b"\n" * self._is_torn + msgspec.json.encode(event) + b"\n")
             try:
@@ -72,5 +74,5 @@ class History:
 
 
 def rolled_back_by(event: Event) -> set[int]:
-    """The version that an event took back, if it did."""
+    """Returns the version number that an event rolled back, as a set; empty for other events."""
     return {event.parent} if event.kind == "rolled back" and event.parent is not None else set()

@@ -1,4 +1,4 @@
-"""What learning needs of a target: its embedding, its head, its shape. It can't be run."""
+"""The target without its layers: embedding, LM head and config, which is all that learning needs of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class LabelHead(Model[KVCache]):
-    """A target's ends without its layers: labels are its head applied to states that verification left."""
+    """A target model without layers. Labels are its head applied to the hidden states that verification stored.
+
+    `new_cache` and `forward` raise RuntimeError.
+    """
 
     path = "head only"
 
@@ -53,18 +56,22 @@ class LabelHead(Model[KVCache]):
 
 @dataclass(frozen=True)
 class EmbeddingAndHead:
-    """A target's ends as another process is told of them, which has a copy of its own."""
+    """A target's embedding and LM head in a form that can be sent to another process."""
 
     name: str
     fingerprint: str
     config: ModelConfig
-    embedding: Blob
-    head: Blob | None  # None: the embedding
+    embedding: Blob  # [V, D]
+    head: Blob | None  # [V, D]; None if tied to the embedding
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def of(cls, target: Target) -> EmbeddingAndHead:
-        """Raises ValueError if the target's head is more than a product, which its layers' code must compute."""
+        """Copies the embedding and head of a target.
+
+        Raises:
+            ValueError: if the target's logits are not just a product with its head, so that labels need its own code.
+        """
         decoder = target.decoder
         if not decoder.has_plain_head:
             raise ValueError(
@@ -82,19 +89,19 @@ class EmbeddingAndHead:
         )
 
     def target(self) -> Target:
-        """A target to make a drafter for, and to learn from."""
+        """Returns a Target with a `LabelHead` as its model, to create a drafter for and to compute labels with."""
         embedding_VD = _over(self.embedding)
         decoder = LabelHead(self.config, embedding_VD, _over(self.head) if self.head else embedding_VD)
         return Target(self.name, decoder, self.tokenizer, frozenset(), SamplingParams(), self.fingerprint)
 
 
 def _over(blob: Blob) -> Tensor:
-    """A tensor over a blob's own bytes, which no one may write into: a wide head is not held twice."""
-    with warnings.catch_warnings():  # that the bytes can't be written into is meant
+    """Returns a read-only tensor over a blob's own bytes, so that a large head is not held in memory twice."""
+    with warnings.catch_warnings():  # torch warns that the buffer is read-only, which is intended
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(blob.data, dtype=getattr(torch, blob.dtype)).view(blob.shape)
 
 
 def _without_scaling(config: ModelConfig) -> ModelConfig:
-    """The shape alone: how the target's positions are scaled is code, and no drafter asks."""
+    """Removes the rotary scaling from a config: it may hold code that can't be sent, and drafters don't use it."""
     return replace(config, layer=replace(config.layer, rope=Rope(config.layer.rope.theta)))

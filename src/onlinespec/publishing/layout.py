@@ -1,12 +1,12 @@
-"""Where the parts of a version lie in a folder for versions, and what a folder says of itself.
+"""File and folder names of a versions folder.
 
-FOLDER/versions/000012/    a version: the drafter in its published format, so that --drafter takes it as it is
-    learner.safetensors    the exact weights and the learner's state, each tensor once ...
-    learner.json           ... and how they hang together
-    version.json           number, origin, target, and a checksum of every other file
-FOLDER/history.jsonl       what happened, a line each, never rewritten
+FOLDER/versions/000012/    a version: the drafter in its published format, so that --drafter can load it directly
+    learner.safetensors    full-precision weights and tensors of the learner's state, each tensor stored once
+    learner.json           the structure of that state, with tensors referred to by number
+    version.json           version number, origin, target fingerprint, and a checksum of every other file
+FOLDER/history.jsonl       one event per line, append-only
 
-FOLDER/.lock               held by the one that writes
+FOLDER/.lock               lock file of the writer
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DIGITS = 6
 
 
 def is_in(folder: Path) -> bool:
-    """Whether a directory holds versions, or their history."""
+    """Whether a directory holds drafter versions or their history."""
     return (folder / VERSIONS).is_dir() or (folder / HISTORY).is_file()
 
 
 def record_of(folder: Path) -> VersionRecord | None:
-    """What a version's own directory says of it, unchecked; None for any other directory."""
+    """Returns the record in a version's directory, without checking the files; None for any other directory."""
     try:
         return msgspec.json.decode((folder / RECORD).read_bytes(), type=VersionRecord)
     except (OSError, msgspec.DecodeError):
@@ -41,5 +41,6 @@ def record_of(folder: Path) -> VersionRecord | None:
 
 
 def number_of(path: Path) -> int | None:
+    """Returns the version number in a folder's name, temporary names included; None if there is no number."""
     digits = re.match(r"\.*(\d+)", path.name, re.ASCII)
     return int(digits[1]) if digits else None

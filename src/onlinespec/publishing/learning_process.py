@@ -1,4 +1,4 @@
-"""Learning in a process of its own: records cross to it, versions come back, and neither end waits for the other."""
+"""Background learning in a separate process: Feedback is sent to it and versions come back; neither end waits."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ _GATHER_SECONDS = 0.1
 
 
 class ProcessLearning(BackgroundLearning):
-    """Learns in a process of its own, which has the target's embedding and head and nothing else of it.
+    """Learning in a separate process, which holds only the target's embedding and LM head.
+
+    Args:
+        spec: How to create the trainer. For the rest see `BackgroundLearning`.
 
     Raises:
-        ValueError: if the target's labels need more than its head.
+        ValueError: if labels can't be computed from the target's head alone.
     """
 
     def __init__(
@@ -72,17 +75,17 @@ class ProcessLearning(BackgroundLearning):
         ]
 
     def start(self) -> None:
-        """Begins to learn.
+        """Starts the process.
 
         Raises:
-            FolderTaken: if another one keeps its versions in the spec's folder.
+            FolderTaken: if another writer holds the spec's versions folder.
         """
-        if self._versions:  # refused here, where someone hears of it; the process itself holds the folder then
+        if self._versions:  # check the lock here, where the caller gets the error; the process then takes it itself
             with Versions(self._versions) as versions, contextlib.suppress(OSError):
                 versions.hold()
         self.process.start()
-        atexit.register(self.stop)  # before multiprocessing's own, which would wait for a process that hears no SIGTERM
-        self._theirs.close()  # so that the end of the process is the end of the pipe
+        atexit.register(self.stop)  # runs before multiprocessing's own, which would wait: the process ignores SIGTERM
+        self._theirs.close()  # so that the pipe closes when the process ends
         for thread in self._threads:
             thread.start()
 
@@ -92,7 +95,7 @@ class ProcessLearning(BackgroundLearning):
     def stop(self, seconds: float = 10.0) -> None:
         atexit.unregister(self.stop)
         self._end()
-        self._threads[0].join(seconds)  # which says goodbye
+        self._threads[0].join(seconds)  # it sends the empty message that ends the process
         self.process.join(seconds)
         if self.process.is_alive():
             self.process.kill()
@@ -104,7 +107,7 @@ class ProcessLearning(BackgroundLearning):
         outgoing = Outgoing()
         try:
             while records := self._take():
-                time.sleep(_GATHER_SECONDS)  # each turn of this thread interrupts the one that decodes
+                time.sleep(_GATHER_SECONDS)  # send in batches: each wake-up of this thread interrupts decoding
                 with self._changed:
                     records += self._waiting
                     self._waiting.clear()
@@ -113,7 +116,7 @@ class ProcessLearning(BackgroundLearning):
                     self._connection.send_bytes(encode(self._settings.popleft()))
             self._connection.send_bytes(b"")
         except OSError:
-            pass  # its process has ended, which the other thread says
+            pass  # the process has ended; the receiving thread reports it
 
     def _receive(self) -> None:
         try:
@@ -130,13 +133,13 @@ class ProcessLearning(BackgroundLearning):
         except (EOFError, OSError):
             self.process.join(1.0)
             self._fail(f"its process has ended, exit code {self.process.exitcode}")
-        except Exception as error:  # a message that can't be read: learning ends with a word, serving goes on
+        except Exception as error:  # an unreadable message stops learning, not serving
             self._fail(f"{type(error).__name__}: {error}")
 
 
 def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, serving: bytes) -> None:
-    """The process's whole life: records in, versions out, until the other end is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # whoever serves decides when it is over
+    """The main function of the process: takes records and sends versions until the serving process closes the pipe."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # only the serving process decides when to stop
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -155,7 +158,7 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
         budget.begin()
         _answer(connection, send, spec, trainer, budget)
         figures = trainer.statistics() | {"share_spent": budget.share_spent}
-    except Exception as error:  # as in a thread: it is said by who serves
+    except Exception as error:  # the serving process logs it
         figures |= {"failure": f"{type(error).__name__}: {error}"}
     with contextlib.suppress(OSError):
         send(Report(figures))
@@ -164,7 +167,7 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
 def _answer(
     connection: Connection, send: Callable[[Message], None], spec: TrainerSpec, trainer: Trainer, budget: Budget
 ) -> None:
-    """Takes what comes, until that is the end, or the other end is gone, or nothing is learned any more."""
+    """Handles messages until the empty one arrives, the pipe is closed, or learning has failed."""
     incoming, reported, resting_share = Incoming(), -_REPORT_SECONDS, spec.share
     with contextlib.suppress(EOFError, OSError):
         while not trainer.failure:
@@ -177,7 +180,7 @@ def _answer(
                 return
             match decode(data):
                 case Batch() as batch:
-                    for record in incoming.records(batch):  # one by one: each may bring a round
+                    for record in incoming.records(batch):  # one at a time: each may trigger a round
                         if version := trainer.offer([record]):
                             send(Publish.of(version))
                 case SetShare(share):
@@ -187,7 +190,7 @@ def _answer(
 
 
 class _Forwarding(logging.Handler):
-    """Log lines go to whoever serves."""
+    """Forwards log records to the serving process."""
 
     def __init__(self, send: Any) -> None:
         super().__init__()

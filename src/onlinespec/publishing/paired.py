@@ -1,12 +1,12 @@
-"""Which of two sets of weights drafts better, on what is served.
+"""Paired tests: which of two sets of weights has more drafted tokens accepted on the served requests.
 
-Judged by what serving is paid for, the drafts that a step keeps, and never by the loss, which can fall while acceptance
-falls. Two sets of weights are compared on the same rows of the same requests, and those are held back from both: they
-began after both were made. So nothing is lost to learning, which goes on with other weights meanwhile, and a judgement
-comes after a few requests, however small a share of the traffic one would care to keep from learning.
+The criterion is acceptance and not the loss, which can fall while acceptance falls too. Both sets of weights are
+evaluated on the same rows of the same requests, which began after both sets were fixed, so neither has learned from
+them. No request has to be withheld from learning, which goes on with newer weights meanwhile, and a decision needs only
+a few requests.
 
-Acceptance is taken at every position of a text, not at the positions where steps began: those are where the drafter
-that served had just failed, so that it would look worse than an equal one that failed elsewhere.
+Acceptance is measured at every position of a text, and not only where steps began. Steps begin where the serving
+drafter has just been rejected, so at those positions it would look worse than an equal drafter that fails elsewhere.
 
 Axis letters: E sets of weights, N positions of a request, V vocabulary.
 """
@@ -31,36 +31,44 @@ from onlinespec.learning.replay import Stored, Unfinished, detached, run_around
 from onlinespec.publishing.protocol import Paired
 from onlinespec.publishing.settings import PublishConfig
 
-_LEAST_DIFFERENCE = 1e-3  # in drafts kept per step; less may be rounding, and is not worth a swap
-_COLLAPSED = 0.5  # of the acceptance that the weights should have ...
-_COLLAPSE_STEPS = 64  # ... over at least so many steps ...
-_COLLAPSE_REQUESTS = 4  # ... of so many requests: one odd text is no collapse ...
-_COLLAPSE_ERRORS = 3.0  # ... and by so many standard errors
+_LEAST_DIFFERENCE = 1e-3  # accepted drafts per position; less may be rounding, and is not worth a swap
+_COLLAPSED = 0.5  # the health check fails below this share of the predicted acceptance ...
+_COLLAPSE_STEPS = 64  # ... if measured over at least so many steps ...
+_COLLAPSE_REQUESTS = 4  # ... of so many requests, so that one unusual text does not count ...
+_COLLAPSE_ERRORS = 3.0  # ... and lower by more than so many standard errors
 
 
-# --- what weights would have kept ---------------------------------------------------------------------------------
+# --- acceptance of given weights ----------------------------------------------------------------------------------
 
 
 class Lengths(NamedTuple):
-    """What sets of weights keep of the drafts at every position of one request, summed."""
+    """Accepted drafts of several sets of weights, summed over the positions of one request."""
 
-    num_anchors: int
-    accepted: tuple[float, ...]  # drafts kept, by set of weights
-    first: tuple[float, ...]  # of these the first ones
+    num_anchors: int  # positions drafted from
+    accepted: tuple[float, ...]  # accepted drafts, for each set of weights
+    first: tuple[float, ...]  # accepted first drafts among them, for each set of weights
 
 
 @torch.no_grad()
 def lengths_of(
     drafter: Drafter, candidates: Sequence[Params], records: Sequence[Feedback], num_draft_tokens: int
 ) -> Lengths | None:
-    """How many drafts would have been kept, summed over the positions of a run of one request's rows.
+    """Counts the drafts that would have been accepted, summed over consecutive rows of one request.
 
-    The noise that each token was chosen with is replayed (`agreement`), so these are the drafts that serving would have
-    kept, cuts and penalties of the target's rows included, and no estimate. A position near the end drafts only as far
-    as the rows go, whatever the weights.
+    The noise that each token was sampled with is replayed (`agreement`), so the counts are exactly those of serving
+    with these weights, cuts and penalties of the target included. Positions near the end draft only as far as the rows
+    reach, for all weights alike.
+
+    Args:
+        candidates: The sets of weights to evaluate.
+        records: Consecutive records of one request.
+        num_draft_tokens: Tokens drafted from each position.
 
     Returns:
-        None if the drafter has nothing to learn from these rows.
+        The counts, with candidates in the given order; None if the drafter can make no training batch of these rows.
+
+    Raises:
+        ValueError: if the records are not consecutive records of one request.
     """
     batch = drafter.batch(records)
     if not batch:
@@ -85,12 +93,17 @@ def lengths_of(
 
 
 def paired(lengths: Sequence[Lengths], level: float) -> Paired:
-    """Two sets of weights by their lengths on the same requests: the served one first, the other second.
+    """Compares two sets of weights by their accepted drafts on the same requests, with a t-test.
 
-    Requests are the independent draws, positions of one are not; each counts by its positions. The difference is judged
-    by Student's t, one-sided, both ways; where sizes differ there are fewer degrees of freedom than requests.
+    Requests are independent samples, positions within one are not, so the variance is over requests, weighted by
+    their numbers of positions. Student's t is applied one-sided in both directions. Where requests differ in size, the
+    degrees of freedom come from the effective sample size, which is below the number of requests.
 
-    Reference: Kish (1965), on the effective number of draws.
+    Args:
+        lengths: One entry per request, at least two; each has the served weights first and the other weights second.
+        level: False positive probability of each one-sided test.
+
+    Reference: Kish (1965), on the effective sample size.
     """
     num_requests, num_anchors = len(lengths), sum(each.num_anchors for each in lengths)
     served, other = (math.fsum(each.accepted[i] for each in lengths) / num_anchors for i in (0, 1))
@@ -98,7 +111,7 @@ def paired(lengths: Sequence[Lengths], level: float) -> Paired:
     residuals = (each.accepted[1] - each.accepted[0] - each.num_anchors * difference for each in lengths)
     spread = math.fsum(residual**2 for residual in residuals) * num_requests / (num_requests - 1)
     error = math.sqrt(spread) / num_anchors
-    num_alike = num_anchors**2 / sum(each.num_anchors**2 for each in lengths)  # requests of one size that say as much
+    num_alike = num_anchors**2 / sum(each.num_anchors**2 for each in lengths)  # effective sample size
     least = max(student_quantile(level, max(num_alike - 1, 1)) * error, _LEAST_DIFFERENCE)
     probs = (math.fsum(each.first[i] for each in lengths) / num_anchors for i in (0, 1))
     served_prob, other_prob = probs
@@ -118,9 +131,10 @@ def paired(lengths: Sequence[Lengths], level: float) -> Paired:
 
 
 def run_of(records: Sequence[Feedback], max_rows: int) -> list[Feedback]:
-    """Some records of a request that continue each other, from where its id and length say, up to max_rows rows.
+    """Returns consecutive records of a request with at most max_rows rows in total, but at least one record.
 
-    Where records were lost on the way only those behind the gap are looked at.
+    The starting record is pseudo-random, seeded by the request's id and length. If records were lost on the way, only
+    those after the last gap are used.
     """
     begins = [i for i in range(1, len(records)) if records[i - 1].start + records[i - 1].num_rows != records[i].start]
     whole = records[begins[-1] if begins else 0 :]
@@ -128,22 +142,22 @@ def run_of(records: Sequence[Feedback], max_rows: int) -> list[Feedback]:
     return run_around(whole, first, max_rows)
 
 
-# --- trials ---------------------------------------------------------------------------------------------------------
+# --- tests ----------------------------------------------------------------------------------------------------------
 
 
 class RequestOrder:
-    """In what order requests began, as far as learning has seen them.
+    """Numbers requests in the order in which their first Feedback arrived.
 
-    Weights have learned from the beginnings of requests that were running when they were made, so that only those that
-    began afterwards can tell them from others.
+    Weights may have learned from the beginnings of requests that were running when the weights were fixed. Only
+    requests that began later give an unbiased comparison.
     """
 
     def __init__(self) -> None:
-        self.num_begun = 0  # so far
+        self.num_begun = 0  # requests seen so far
         self._numbers: dict[int, int] = {}  # by the id of a trace that others keep alive
 
     def number_of(self, record: Feedback) -> int:
-        """The number of a record's request, counted from 0; it begins with the first record of it that comes here."""
+        """Returns the number of a record's request, counting from 0. A new request gets the next number."""
         trace = record.trace
         if id(trace) not in self._numbers:
             weakref.finalize(trace, self._numbers.pop, id(trace), None).atexit = False
@@ -152,26 +166,30 @@ class RequestOrder:
         return self._numbers[id(trace)]
 
     def since(self, number: int, records: Sequence[Feedback]) -> list[Feedback]:
-        """The records of requests with this number or a later one, without any but the first choice of each.
+        """Returns the records of requests with this number or a later one, and of each only those with choice 0.
 
-        Other choices (n > 1) begin no earlier than the first and are no news of the traffic: the same prompt, and often
-        the same words.
+        Further choices of a request (n > 1) have the same prompt and often the same text, so they are no independent
+        samples of the traffic.
         """
         numbers = [self.number_of(record) for record in records]
         return [each for each, own in zip(records, numbers, strict=True) if own >= number and not each.choice]
 
 
 class PairedTest:
-    """Two sets of weights on requests that began when both were made: neither has learned from any part of them.
+    """A sequential test of two sets of weights, on requests that began after both were fixed.
 
-    There are a few looks, at growing numbers of requests, each at its share of the level: the chance that any of them
-    takes for better what is not stays within it.
+    The difference is tested at a few looks, after growing numbers of requests. Each look uses level / number of looks
+    (Bonferroni), so that the probability of any false positive stays below the level.
 
     Args:
-        served, other: What is compared.
-        order: Knows when requests began.
-        since: The number of the first request that counts; as many had begun when the newer weights were made.
-        version: Only rows that this version drafted count; None for all.
+        drafter: Computes the draft logits of both.
+        served: The weights that are served.
+        other: The weights to compare them with.
+        looks: Numbers of requests after which the difference is tested, ascending.
+        config: Level, draft length and memory limits.
+        order: Numbers the requests.
+        since: Number of the first request that counts: how many had begun when the newer weights were fixed.
+        version: Count only rows drafted by this version; None counts all.
     """
 
     def __init__(
@@ -194,7 +212,7 @@ class PairedTest:
         self._lengths: list[Lengths] = []
 
     def offer(self, records: Sequence[Feedback]) -> None:
-        """Takes what was served; a request counts when it has ended."""
+        """Takes Feedback of served requests. Stores those that have ended, within the memory limit, for `look`."""
         for trace, seen in self._unfinished.ended(self._order.since(self.since, records)):
             own = [record for record in seen if self._version in (None, record.weights_version)]
             if own and self._has_room:
@@ -207,9 +225,12 @@ class PairedTest:
         return num_bytes < self._config.megabytes * 1e6 and not self.is_over and num_requests < self._looks[-1]
 
     def look(self) -> Paired | None:
-        """Compares on one more of the requests that came, and gives the comparison of all, if a look is due.
+        """Evaluates one stored request, and returns the comparison over all evaluated requests if a look is due.
 
-        One at a time: each costs about as much as a round, and whoever calls may have other use for the time.
+        Only one per call, because each costs about as much as a learning round and the caller may have to learn next.
+
+        Returns:
+            The comparison; None between looks and after the last one.
         """
         if self._waiting:
             request, versions = self._waiting.popleft(), [self.served, self.other]
@@ -223,38 +244,40 @@ class PairedTest:
 
     @property
     def num_requests(self) -> int:
-        """Compared so far."""
+        """Requests evaluated so far."""
         return len(self._lengths)
 
     @property
     def served_acceptance_prob(self) -> float:
-        """Of the first drafted token, by the weights that are served; 0 as long as nothing was compared."""
+        """Mean acceptance_prob of the served weights' first drafted token; 0 before the first evaluation."""
         num_anchors = sum(each.num_anchors for each in self._lengths)
         return math.fsum(each.first[0] for each in self._lengths) / max(num_anchors, 1)
 
     @property
     def is_over(self) -> bool:
-        """Whether there is no look left."""
+        """Whether all looks were used."""
         return not self._looks
 
 
 class HealthCheck:
-    """A blunt check that asks no model: drafts as they are served, against what these weights would have kept there.
+    """Compares the acceptance measured while serving with the acceptance that the canary test computes.
 
-    It shows a swap that went wrong, where weights look well on paper. Both are of the same requests: where the traffic
-    moves, both fall.
+    It detects a swap that went wrong although the weights themselves are good. Both numbers are from the same range of
+    requests, so a drift of the traffic lowers both. No model is evaluated.
 
     Args:
-        order, since: Which requests count; as for the trial that says what the weights would have kept.
+        version: The served version to check.
+        order: Numbers the requests; the same object as the canary test's.
+        since: Number of the first request that counts; the same as the canary test's.
     """
 
     def __init__(self, version: int, order: RequestOrder, since: int) -> None:
         self._version, self._order, self._since = version, order, since
-        self.num_steps = self._num_kept = 0  # steps that drafted, and those of them whose first draft was kept
-        self._requests: set[int] = set()  # that these steps are of
+        self.num_steps = self._num_kept = 0  # steps with a draft; those whose first draft was accepted
+        self._requests: set[int] = set()  # numbers of the requests of these steps
 
     def offer(self, records: Sequence[Feedback]) -> None:
-        """Takes what was served, by whatever version."""
+        """Takes Feedback of served requests; steps drafted by other versions are ignored."""
         for record in self._order.since(self._since, records):
             if record.weights_version == self._version and record.num_draft_tokens:
                 self.num_steps += 1
@@ -262,10 +285,10 @@ class HealthCheck:
                 self._requests.add(self._order.number_of(record))
 
     def reason(self, predicted: float) -> str:
-        """What speaks against the version, in words; empty if nothing.
+        """Returns why the version fails the check, as text; empty if it passes or has too few steps yet.
 
         Args:
-            predicted: acceptance_prob of the first drafted token, by the weights.
+            predicted: acceptance_prob of the first drafted token, as computed for the version's weights.
         """
         if self.num_steps < _COLLAPSE_STEPS or len(self._requests) < _COLLAPSE_REQUESTS:
             return ""
@@ -281,7 +304,9 @@ class HealthCheck:
 
 
 def student_quantile(tail: float, degrees: float) -> float:
-    """What Student's t exceeds with chance `tail`: Cornish and Fisher's series, to 1 % from 15 degrees of freedom on.
+    """The value that Student's t exceeds with probability `tail`, by the Cornish-Fisher series.
+
+    Accurate to 1 % from 15 degrees of freedom on.
 
     >>> student_quantile(0.025, 15), student_quantile(0.005, 30)
     (2.131, 2.750)

@@ -1,7 +1,8 @@
-"""What serving and learning tell each other where they share no memory: records in, versions out.
+"""The messages between serving and a learning process: Feedback in one direction, weight versions in the other.
 
-Messages are msgpack with raw tensors inside: nothing in them can run code, and either end may be another process or
-another machine. A text's states are sent once, in pieces as they grow; both ends keep the text under a number.
+Messages are msgpack with raw tensor bytes inside. Decoding one can't run code, so either end may be another process or
+another machine. A text is one request's Trace: its tokens and hidden states are sent once, piece by piece as it grows,
+and both ends refer to it by a number.
 
 Axis letters: S positions of a request, D hidden size.
 """
@@ -26,7 +27,7 @@ _RECORD_FIELDS = tuple(name for name in Feedback.__dataclass_fields__ if name !=
 
 
 class Blob(Struct, frozen=True, array_like=True):
-    """A tensor's bytes."""
+    """A tensor as bytes with shape and dtype."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,7 +43,7 @@ class Blob(Struct, frozen=True, array_like=True):
         )
 
     def tensor(self) -> Tensor:
-        """A tensor of its own, on the CPU."""
+        """Returns a copy as a tensor on the CPU."""
         dtype = getattr(torch, self.dtype)
         if not self.data:
             return torch.empty(self.shape, dtype=dtype)
@@ -50,54 +51,54 @@ class Blob(Struct, frozen=True, array_like=True):
 
 
 class Rows(Struct, frozen=True, tag=True):
-    """A record of Feedback, and what of its text was not sent before."""
+    """One Feedback record, with the part of its text that was not sent before."""
 
-    text: int  # the number of the text
-    first_token: int  # where the new tokens begin ...
-    token_ids: list[int]
-    first_state: int  # ... and where the new states do
-    features: Features  # of these
-    max_tokens: int
-    record: dict[str, Any]  # Feedback without its trace
+    text: int  # number of the text
+    first_token: int  # position of the first new token
+    token_ids: list[int]  # the new tokens
+    first_state: int  # position of the first new hidden state
+    features: Features  # the new hidden states, [S, D] per layer
+    max_tokens: int  # as in Trace: the most tokens that the request can have
+    record: dict[str, Any]  # the fields of Feedback, without its trace
 
 
 class Forget(Struct, frozen=True, tag=True):
-    """Nothing more will come of a text."""
+    """No more records of a text will follow, so the receiver can drop it."""
 
     text: int
 
 
 class Batch(Struct, frozen=True, tag=True):
-    """Several messages at once: a sender that shares an interpreter with others gets its turn only so often."""
+    """Several messages sent as one, because the sending thread gets the interpreter lock only now and then."""
 
     messages: list[Rows | Forget]
 
 
 class Publish(Struct, frozen=True, tag=True):
-    """Weights to draft with from now on."""
+    """A new version of the drafter's weights to serve from now on."""
 
     weights: DrafterWeights
-    checksum: int  # of all their bytes, in order of their names
+    checksum: int  # CRC-32 of all names and tensor bytes, in order of the names
 
     @classmethod
     def of(cls, weights: DrafterWeights) -> Publish:
         return cls(weights, _checksum(weights))
 
     def checked(self) -> DrafterWeights:
-        """The weights. Raises ValueError if they are not what was sent."""
+        """Returns the weights. Raises ValueError if the checksum doesn't match."""
         if (found := _checksum(self.weights)) != self.checksum:
             raise ValueError(f"weights version {self.weights.version} came with checksum {found}, not {self.checksum}")
         return self.weights
 
 
 class Report(Struct, frozen=True, tag=True):
-    """How learning fares: figures for a page and for metrics."""
+    """Statistics of learning, for the live page and the metrics; see `Trainer.statistics`."""
 
     figures: dict[str, Any]
 
 
 class LogLine(Struct, frozen=True, tag=True):
-    """A line of the log."""
+    """One log record of the learning process, to be logged by the serving process."""
 
     logger: str
     level: int
@@ -105,9 +106,9 @@ class LogLine(Struct, frozen=True, tag=True):
 
 
 class SetShare(Struct, frozen=True, tag=True):
-    """Learning may take this share of time from now on."""
+    """Caps the share of time that learning may take while updates don't help; see `BackgroundLearning.set_share`."""
 
-    share: float
+    share: float  # of elapsed time
 
 
 Message = Batch | Publish | Report | LogLine | SetShare
@@ -127,12 +128,12 @@ _ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 
 
 def encode(message: Message) -> bytes:
-    """One message."""
+    """Encodes a message."""
     return _ENCODER.encode(message)
 
 
 def decode(data: bytes) -> Message:
-    """Raises ValueError for what is none."""
+    """Decodes a message. Raises ValueError if the bytes are not a valid message."""
     try:
         return _DECODER.decode(data)
     except msgspec.DecodeError as error:
@@ -140,15 +141,18 @@ def decode(data: bytes) -> Message:
 
 
 class Outgoing:
-    """The sending end of Feedback: remembers how much of each text was sent."""
+    """The sending end of Feedback. Remembers how much of each text was sent."""
 
     def __init__(self) -> None:
-        self._sent: dict[int, tuple[int, int, int]] = {}  # by the id of a trace: its number, tokens, states
+        self._sent: dict[int, tuple[int, int, int]] = {}  # by id(trace): text number, tokens sent, states sent
         self._numbers = itertools.count()
         self._gone: deque[Forget] = deque()
 
     def batch(self, records: Sequence[Feedback]) -> Batch:
-        """Records, behind what became of other texts. Records of a text may be left out, but keep their order."""
+        """Packs records into a message, after a Forget for each text that ended.
+
+        Records may be omitted (dropped by a queue, for instance), but those of one text must stay in order.
+        """
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         return Batch([*gone, *map(self._rows, records)])
 
@@ -170,12 +174,12 @@ class Outgoing:
         )
 
     def _forget(self, trace_id: int) -> None:
-        """No one holds a text any more, so that no record of it is under way. Any thread may find that out."""
+        """Called when a trace is garbage-collected, by whichever thread does it: no record of it can follow."""
         self._gone.append(Forget(self._sent.pop(trace_id)[0]))
 
 
 class Incoming:
-    """The receiving end: texts grow as they grew at the other."""
+    """The receiving end of Feedback. Rebuilds each text as it grows."""
 
     def __init__(self) -> None:
         self._traces: dict[int, Trace] = {}
@@ -184,17 +188,17 @@ class Incoming:
         return len(self._traces)
 
     def records(self, batch: Batch) -> list[Feedback]:
-        """The records, over texts of this end's own.
+        """Returns the Feedback records of a message, pointing into this end's own copies of the texts.
 
         Raises:
-            ValueError: if something of a text did not come.
+            ValueError: if a part of a text is missing.
         """
         return [record for message in batch.messages if (record := self._take(message))]
 
     def _take(self, message: Rows | Forget) -> Feedback | None:
         if isinstance(message, Rows):
             return self._record(message)
-        self._traces.pop(message.text, None)  # learning may still hold it
+        self._traces.pop(message.text, None)  # replay may still hold the trace
         return None
 
     def _record(self, rows: Rows) -> Feedback:
@@ -220,42 +224,42 @@ def _checksum(weights: DrafterWeights) -> int:
 
 
 class Paired(Struct, frozen=True, kw_only=True):
-    """Two sets of weights on the same rows of the same requests, by the drafts that a step would keep.
+    """The result of a paired test: two sets of weights on the same rows of the same requests.
 
-    Acceptance lengths are means over all positions of the texts, not over the steps that were served: they compare
-    with each other, and with no other figure.
+    Acceptance lengths are means over all positions of the texts, not over the steps that were served. They can be
+    compared with each other, but not with acceptance lengths measured elsewhere.
     """
 
     num_requests: int
     num_anchors: int  # positions from which both drafted
-    served_length: float  # acceptance_length of the weights that serve ...
-    other_length: float  # ... and of those they are compared with: a candidate, or the version before
-    served_acceptance_prob: float  # of the first draft alone
+    served_length: float  # acceptance_length of the served weights
+    other_length: float  # acceptance_length of the other weights: a candidate, the version before, or the origin
+    served_acceptance_prob: float  # of the first drafted token alone
     other_acceptance_prob: float
-    difference: float  # other - served
-    standard_error: float  # of the difference, requests being independent
-    level: float  # chance at which the difference was judged
-    is_other_better: bool  # the difference is above 0 by more than that chance explains
-    is_served_better: bool  # below 0
+    difference: float  # other_length - served_length
+    standard_error: float  # of the difference, with requests as independent samples
+    level: float  # significance level of each one-sided test
+    is_other_better: bool  # the difference is significantly above 0
+    is_served_better: bool  # the difference is significantly below 0
 
 
 EventKind = Literal["started", "promoted", "refused", "confirmed", "rolled back", "returned", "reset"]
 
 
 class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of history.jsonl: what became of a version, or of a candidate for one."""
+    """One line of history.jsonl: what happened to a version or a candidate."""
 
     kind: EventKind
-    at: str  # UTC
-    version: int  # served from here on
-    parent: int | None = None  # served until then; None where nothing changed
-    restores: int | None = None  # whose weights these are, after a rollback or a return
+    at: str  # UTC, ISO 8601
+    version: int  # the version served after the event
+    parent: int | None = None  # the version served before; None if the event did not change it
+    restores: int | None = None  # after a rollback or a return: the older version with the same weights
     reason: str = ""
-    paired: Paired | None = None  # what it was judged by
+    paired: Paired | None = None  # the test result that led to the event, if one did
 
     @property
     def summary(self) -> str:
-        """In one line, for a log."""
+        """The event as one line of text, for the log."""
         what = {
             "started": f"version {self.version} is served",
             "promoted": f"version {self.version} is served, promoted after version {self.parent}",
@@ -271,12 +275,12 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class VersionRecord(Struct, frozen=True, kw_only=True):
-    """All of a version's version.json."""
+    """The content of a version's version.json."""
 
     schema: Literal[1] = 1
     version: int
-    created: str  # UTC
+    created: str  # UTC, ISO 8601
     target_fingerprint: str
-    learner: str = ""  # the line that learned it, as `parse_learner` reads it
+    learner: str = ""  # the learner spec that trained it, as `parse_learner` takes it
     event: Event  # how it came to be served
-    files: dict[str, str]  # sha256 of every other file
+    files: dict[str, str]  # SHA-256 of every other file, by its path in the version's folder

@@ -1,4 +1,4 @@
-"""How sure a comparison must be before other weights are served. Imports no torch."""
+"""Settings of the gate: how weights are compared before other ones are served. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from onlinespec.config import MAX_DRAFT_TOKENS, check_that, check_types
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """What decides which weights are served: on how many requests they are compared, and how sure that must be."""
+    """Settings of the gate: how many requests weights are compared on, and at which significance level."""
 
-    test_looks: tuple[int, ...] = (4, 8, 16, 32)  # requests after which a candidate is looked at; the last decides
-    canary_looks: tuple[int, ...] = (16, 32, 64)  # and a promoted version, against the one before
-    most_pause: int = 64  # requests between a candidate that was refused and the next: 0, 8, 16, up to so many
-    max_rows: int = 64  # of a request that weights are compared on; bounds what a long answer can cost
-    megabytes: float = 64.0  # of requests that wait to be looked at
-    num_draft_tokens: int = 4  # K that acceptance is compared at
-    level: float = 0.05  # chance that one trial promotes, or one watch takes back, what makes no difference
+    test_looks: tuple[int, ...] = (4, 8, 16, 32)  # requests after which a candidate is tested; the last look decides
+    canary_looks: tuple[int, ...] = (16, 32, 64)  # the same for a promoted version against the one before
+    most_pause: int = 64  # longest pause, in requests, after a refused candidate; refusals in a row pause 0, 8, 16, ...
+    max_rows: int = 64  # rows of each request that weights are compared on; bounds the cost of long answers
+    megabytes: float = 64.0  # memory for requests that wait to be evaluated
+    num_draft_tokens: int = 4  # draft length (K) at which acceptance is compared
+    level: float = 0.05  # false positive probability of one candidate test or one canary test, over all its looks
 
     def __post_init__(self) -> None:
         check_types(self)

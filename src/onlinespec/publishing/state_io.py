@@ -1,7 +1,7 @@
-"""A learner's state as tensors and a tree in JSON, and back: no pickle, so that reading one runs no code.
+"""Serialisation of a learner's state to tensors and a JSON tree, and back. No pickle, so loading runs no foreign code.
 
-States are trees of named tuples, tuples, lists, dicts, tensors, numbers and texts. A tensor is stored once, however
-many places hold it.
+A state is a tree of named tuples, tuples, lists, dicts with string keys, tensors, numbers, strings and None. A tensor
+that occurs several times is stored once.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OURS = "onlinespec.learners."  # imported if need be; modules of others must have been
+_OURS = "onlinespec.learners."  # imported on demand; other modules must be imported already
 
 
 def flattened(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a state by number, and a tree in which their numbers stand for them.
+    """Splits a state into its tensors, by number, and a JSON tree that refers to them by number.
 
     Raises:
-        ValueError: naming the type of what is none of the above.
+        ValueError: if the state holds an object of another type; the message names it.
 
     >>> flattened({"rounds": 3, "pair": (torch.ones(2), None)})[1]
     {'dict': {'rounds': 3, 'pair': {'tuple': [{'tensor': '0'}, None]}}}
     """
     tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # by the id of a tensor, which the state keeps alive
+    names: dict[int, str] = {}  # by id(tensor); the state keeps the tensors alive
     storages: set[int] = set()
 
     def named(tensor: Tensor) -> str:
         if id(tensor) not in names:
             name = names[id(tensor)] = str(len(names))
             storage = tensor.untyped_storage().data_ptr()
-            is_shared = storage in storages  # a safetensors file refuses to hold the same memory twice
+            is_shared = storage in storages  # safetensors refuses tensors that share memory
             storages.add(storage)
             own = tensor.detach()
             tensors[name] = own.clone(memory_format=torch.contiguous_format) if is_shared else own.contiguous()
@@ -54,7 +54,7 @@ def flattened(state: Any) -> tuple[dict[str, Tensor], Any]:
             case tuple() | list():
                 return {"tuple" if isinstance(part, tuple) else "list": [tree(each) for each in part]}
             case float() if not math.isfinite(part):
-                return {"float": str(part)}  # JSON has no such numbers
+                return {"float": str(part)}  # JSON has no inf or nan
             case None | bool() | int() | float() | str():
                 return part
         raise ValueError(
@@ -66,10 +66,10 @@ def flattened(state: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def rebuilt(tensors: Mapping[str, Tensor], tree: Any) -> Any:
-    """The state that `flattened` took apart.
+    """Rebuilds a state from the result of `flattened`.
 
     Raises:
-        ValueError: if the tree is none, or its classes are not those of today.
+        ValueError: if the tree is malformed, or a named tuple in it has other fields now or its module is not imported.
     """
     try:
         match tree:

@@ -1,8 +1,8 @@
-"""Versions of a drafter on disk, with the state of the learner that made them.
+"""The store of drafter versions on disk, each with the state of the learner that made it.
 
-`layout.py` has a picture of the folder. A version is written aside, flushed to the disk and renamed into place: it is
-there whole or not at all. What was noted in history.jsonl stays, whatever becomes of the version's own folder. A folder
-has one writer at a time, which holds its lock; reading needs none.
+`layout.py` shows how the folder is laid out. A version is written to a temporary folder, flushed to disk and renamed
+into place, so it is complete or absent. Events in history.jsonl stay even when the version's own folder is removed. A
+folder has one writer at a time, which holds its lock file. Readers need no lock.
 """
 
 from __future__ import annotations
@@ -34,26 +34,31 @@ from onlinespec.publishing.state_io import flattened, rebuilt
 
 log = logging.getLogger(__name__)
 
-_READABLE = 0o644  # safetensors' own files are their owner's alone
-_HANDOVER_SECONDS = 5.0  # to wait for a lock: a learning process whose server was killed ends with its round or save
+_READABLE = 0o644  # safetensors creates files that only their owner can read
+# How long to wait for the lock. A learning process whose server was killed first finishes its round or save.
+_HANDOVER_SECONDS = 5.0
 
 
 class NotSaved(OSError):
-    """A version or a note that could not be written. What was there before is as it was."""
+    """A version or a history event could not be written. Everything written before is unchanged."""
 
 
 class FolderTaken(ValueError):
-    """A folder for versions that another one writes to."""
+    """The versions folder is locked by another writer."""
 
 
 class Versions:
-    """The versions in a folder; nothing is written before something is saved.
+    """The versions in one folder. Creating the object writes nothing.
 
-    What writes takes the folder's lock (`hold`) and keeps it until `close`, the end of a `with` block, or the end of
-    the process. Any thread may write, one at a time.
+    The first write takes the folder's lock (`hold`), which is kept until `close`, the end of a `with` block, or the end
+    of the process. Any thread may write, but only one at a time.
 
     Args:
-        keep: The newest so many stay, beside the first one and the one that a restart would begin with.
+        keep: How many of the newest versions to keep (at least 1). The oldest version on disk and the one that a
+            restart would load are kept as well.
+
+    Raises:
+        ValueError: if `keep` is less than 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 5) -> None:
@@ -61,9 +66,9 @@ class Versions:
             raise ValueError(f"keep is {keep}; it must be at least 1")
         self.folder, self.keep = Path(folder), keep
         self._place, self._history = self.folder / VERSIONS, self.folder / HISTORY
-        self._lock: FileLock | None = None  # while it is held
-        self._kept_history: History | None = None  # all of history.jsonl, while no one else can add to it
-        self._told: set[str] = set()  # complaints that were logged
+        self._lock: FileLock | None = None  # None while the folder is not locked
+        self._kept_history: History | None = None  # parsed history.jsonl, cached only while we hold the lock
+        self._told: set[str] = set()  # warnings that were logged already
 
     def __enter__(self) -> Versions:
         return self
@@ -74,10 +79,10 @@ class Versions:
     # --- writing ------------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Takes the folder to write to, if that was not done yet; it is made if there is none.
+        """Locks the folder for writing, unless it is locked by this object already. Creates it if it is missing.
 
         Raises:
-            FolderTaken: if another one writes to it, and does not end within a few seconds.
+            FolderTaken: if another writer holds the lock and does not release it within 5 seconds.
             OSError: if the folder can't be written to.
         """
         if self._lock:
@@ -94,7 +99,7 @@ class Versions:
         self._lock, self._kept_history = lock, None
 
     def close(self) -> None:
-        """Lets others write to the folder."""
+        """Releases the folder's lock, so that others can write to it."""
         if self._lock:
             self._lock.release()
         self._lock = self._kept_history = None
@@ -108,17 +113,23 @@ class Versions:
         learner: str = "",
         state: Any = None,
     ) -> VersionRecord:
-        """Writes a version, notes how it came to be, and removes the versions that need not be kept.
+        """Writes a version, adds its event to the history, and removes versions that need not be kept.
 
         Args:
-            drafter: Gives the format; its own weights are left alone, and it may go on drafting.
-            state: The learner's, if any.
+            drafter: Defines the file format. Its own weights are not touched, and it may go on drafting.
+            weights: The weights to save, and their version number.
+            event: How the version came to be served; it must carry the same version number.
+            learner: The learner spec that trained it, as `parse_learner` takes it.
+            state: The learner's state, if there is one.
+
+        Returns:
+            The record as written to version.json.
 
         Raises:
-            NotSaved: if the disk is full, or can't be written to, or the drafter or the learner's state can't be saved.
-                Nothing of the version is left, all others are as they were; saving it again later is fine.
-            ValueError: if there is such a version, or the event is of another.
-            FolderTaken: if another one writes to the folder.
+            NotSaved: if the disk is full or can't be written to, or the drafter or the learner's state can't be saved.
+                No partial version is left and all others are unchanged, so saving it again later is possible.
+            ValueError: if that version exists already, or the event has another version number.
+            FolderTaken: if another writer holds the folder.
         """
         if event.version != weights.version:
             raise ValueError(f"the event is of version {event.version}, the weights are version {weights.version}")
@@ -127,7 +138,7 @@ class Versions:
             raise ValueError(
                 f"{folder} exists; a version is never written twice: the next number is {self.next_version}"
             )
-        twin = copy.copy(drafter)  # saves other weights in the same format, while the original goes on
+        twin = copy.copy(drafter)  # to save these weights in the drafter's format without disturbing the original
         twin.weights = weights
         with self._guarded(f"version {weights.version}"):
             self.hold()
@@ -160,22 +171,27 @@ class Versions:
         return record
 
     def note(self, event: Event) -> None:
-        """Adds a line to the history.
+        """Adds an event to the history.
 
         Raises:
-            NotSaved, FolderTaken: as `save`.
+            NotSaved: if it can't be written.
+            FolderTaken: if another writer holds the folder.
         """
         with self._guarded(f'the note "{event.summary}"'):
             self.hold()
             self._note(event)
 
     def reset(self) -> Path | None:
-        """Back to the beginning: moves all versions aside, and says where to; None if there are none.
+        """Moves all versions aside, so that learning restarts from scratch.
 
-        Numbers are not begun anew: the first version from now on is `next_version`.
+        Version numbers are not reused: the next version saved is `next_version`.
+
+        Returns:
+            The folder that the versions were moved to; None if there were none.
 
         Raises:
-            FolderTaken, OSError: as `hold`.
+            FolderTaken: if another writer holds the folder.
+            OSError: if the folder can't be written to; `NotSaved` if only the history event can't be written.
         """
         if not self._place.is_dir():
             return None
@@ -194,21 +210,21 @@ class Versions:
 
     @property
     def next_version(self) -> int:
-        """The first number that was never used here, not even for what was lost since; 0 in a new folder."""
+        """The smallest unused version number; 0 in a new folder. Numbers of versions that are gone count as used."""
         places = [self._place, *self.folder.glob(f"{VERSIONS}.reset-*")]
         written = [number_of(path) for place in places if place.is_dir() for path in place.iterdir()]
         return 1 + max([n for n in written if n is not None] + [self._noted().newest_version])
 
     def latest_good(self, target_fingerprint: str | None) -> VersionRecord | None:
-        """What a restart begins with: the newest version that is whole and was not rolled back; None if there is none.
+        """Returns the version to load after a restart: the newest that is intact and was not rolled back, or None.
 
-        Each that is not whole is logged, once.
+        Each damaged version is logged once and skipped.
 
         Args:
-            target_fingerprint: Of the target that is served; None if any will do.
+            target_fingerprint: Fingerprint of the served target; None accepts a version made for any target.
 
         Raises:
-            ValueError: if it was learned for another target.
+            ValueError: if that version was learned for another target.
         """
         rolled_back = self._rolled_back()
         for number in reversed(self.numbers()):
@@ -229,20 +245,21 @@ class Versions:
         return None
 
     def weights(self, number: int, device: torch.device | str = "cpu") -> DrafterWeights:
-        """The exact ones of a version, whatever dtype they are published in."""
+        """Returns a version's weights at the precision they were learned in, whatever dtype its drafter files have."""
         return DrafterWeights(self._learned(number, torch.device(device))["params"], number)
 
     def resume(self, record: VersionRecord, drafter: Drafter, learner: str = "") -> Any | None:
-        """Gives a drafter that was loaded from a version's folder its exact weights.
+        """Loads a version's full-precision weights into a drafter that was read from the version's folder.
 
         Args:
-            learner: The line of the learner that goes on; see `parse_learner`.
+            learner: The learner spec that will continue; see `parse_learner`.
 
         Returns:
-            The learner's state; None if there is none, or it is another learner's.
+            The saved learner state; None if none was saved, or a different learner spec saved it.
 
         Raises:
-            ValueError: if the drafter learns something else, or the files are not what this version of ours can read.
+            ValueError: if the drafter's trainable tensors have other names or shapes, or the files can't be read by
+                this release of onlinespec.
         """
         device = next((p.device for p in drafter.weights.params.values()), torch.device("cpu"))
         saved, folder = self._learned(record.version, device), self.folder_of(record.version)
@@ -265,18 +282,19 @@ class Versions:
         return None
 
     def folder_of(self, number: int) -> Path:
-        """Where a version lies, if there is one: a drafter in its published format."""
+        """The folder of a version, whether or not it exists. It holds a drafter in its published format."""
         return self._place / f"{number:0{DIGITS}d}"
 
     def numbers(self) -> list[int]:
-        """Of the versions on disk, whole or not."""
+        """The numbers of all versions on disk, ascending, damaged ones included."""
         names = [path.name for path in self._place.iterdir()] if self._place.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
 
     def watched(self, version: VersionRecord) -> DrafterWeights | None:
-        """The weights that a version is still to be watched beside, after a restart: those served before it.
+        """Returns the weights that a version's canary test, resumed after a restart, compares it with.
 
-        None if it was not promoted, or is confirmed, or they are not here any more.
+        These are the weights served before it. None if the version was not promoted, is confirmed already, or the older
+        weights are missing or damaged.
         """
         event = version.event
         if event.kind != "promoted" or event.parent is None or version.version in self._noted().confirmed:
@@ -288,10 +306,10 @@ class Versions:
             return None
 
     def read(self, number: int) -> VersionRecord:
-        """One version, every file checked.
+        """Returns a version's record, after checking the SHA-256 of every file.
 
         Raises:
-            ValueError: naming what is missing or changed.
+            ValueError: naming the files that are missing or changed.
         """
         folder = self.folder_of(number)
         try:
@@ -306,10 +324,10 @@ class Versions:
         return record
 
     def history(self) -> list[Event]:
-        """What was noted, the oldest first. A line that can't be read (torn, say) is left out and told once."""
+        """All events, oldest first. Unreadable lines (cut off by a crash, for instance) are skipped and logged once."""
         return list(self._noted().events)
 
-    # --- inside -------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------
 
     def _learned(self, number: int, device: torch.device) -> Any:
         folder = self.folder_of(number)
@@ -317,7 +335,7 @@ class Versions:
         return rebuilt(read_tensors(folder / TENSORS, device, dtype=None), tree)
 
     def _noted(self) -> History:
-        """The history; read anew each time by one that does not hold the folder."""
+        """The history. It is read from disk each time unless this object holds the lock: others may add to it."""
         if self._kept_history:
             return self._kept_history
         history = History(self._history, self._complain)
@@ -326,7 +344,7 @@ class Versions:
         return history
 
     def _rolled_back(self) -> set[int]:
-        """By what was noted, or by what a version itself says of how it came to be, should the note be lost."""
+        """Versions that were rolled back, from the history and, in case its line is lost, from the version records."""
         records = (record_of(self.folder_of(number)) for number in self.numbers())
         own = (rolled_back_by(record.event) for record in records if record)
         return self._noted().rolled_back.union(*own)
@@ -337,7 +355,7 @@ class Versions:
             yield
         except FolderTaken:
             raise
-        except Exception as error:  # drafters and learners may be anyone's code, and tell a full disk in their own way
+        except Exception as error:  # third-party drafters and learners report a full disk in their own way
             self._sweep()
             reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise NotSaved(
@@ -352,11 +370,11 @@ class Versions:
         try:
             self._noted().append(event)
         except BaseException:
-            self._kept_history = None  # what is there now is to be read again
+            self._kept_history = None  # the file may have changed, so read it again
             raise
 
     def _sweep(self) -> None:
-        """Removes what a save that was cut short has left; only the one that holds the folder may."""
+        """Removes temporary folders of interrupted saves. Does nothing unless this object holds the lock."""
         if not self._lock:
             return
         with contextlib.suppress(OSError):
@@ -364,7 +382,7 @@ class Versions:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
-        """Removes what need not be kept, if it can; a version that goes is no version from the first moment on."""
+        """Removes surplus versions. Each is renamed first, so that an interrupted removal leaves no half version."""
         with contextlib.suppress(OSError):
             numbers, rolled_back = self.numbers(), self._rolled_back()
             good = [number for number in numbers if number not in rolled_back]

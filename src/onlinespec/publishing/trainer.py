@@ -1,7 +1,7 @@
-"""The learning end: records of Feedback in, weights worth serving out. Knows neither who serves nor where it runs.
+"""The trainer: takes Feedback, runs learning rounds, and returns weights to serve. Independent of thread or process.
 
-Learning moves a drafter of its own and goes on whatever is served. Every so often its weights are proposed; what is
-better on requests that came afterwards is published, watched, and taken back if it disappoints (`publishing/gate.py`).
+Learning updates a drafter of its own, whatever is served. Its weights are proposed to the gate from time to time. If
+they draft better on later requests they are published, and rolled back if they turn out worse (`publishing/gate.py`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ log = logging.getLogger(__name__)
 
 _SHOWN_EVENTS = 50
 _ROUNDS_AFTER_DRIFT = 4
-_ROUNDS_NEWER = 4  # that make a candidate worth more than one which a look could not tell from what is served
+_ROUNDS_NEWER = 4  # after so many more rounds, newer weights replace a candidate whose test is undecided
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Where versions go, and what is to be noted with them.
+    """Where versions are saved, and what is recorded with them.
 
     Args:
-        learner: The line of the learner; see `parse_learner`. Another one begins anew from the same weights.
+        versions: The store.
+        target_fingerprint: Fingerprint of the served target.
+        learner: The learner spec; see `parse_learner`. If a saved version has a different one, its weights are used but
+            not its learner state.
     """
 
     versions: Versions
@@ -49,16 +52,19 @@ class StoreOptions:
 
 
 class Trainer:
-    """Learns with a drafter of its own, and says what to serve.
+    """Learns with a drafter of its own, and decides through the gate which weights to serve.
 
     Args:
-        drafter: Of the kind that serves, with its weights. It is never asked for a draft.
-        budget: Of time; kept by whatever clock it has.
-        store: Where versions go; None to keep none.
-        origin: What learning began with, if the drafter's weights are later ones.
+        drafter: A drafter like the serving one, with the served weights. It is never asked for a draft.
+        config: Settings of the learning rounds.
+        seed: Seed of replay sampling.
+        budget: What learning may cost; by default counted in work, as `config` says.
+        publishing: Settings of the gate.
+        store: Where versions are saved; None to save none.
+        origin: The weights that learning began with, if the drafter's weights are later ones.
 
     Raises:
-        FolderTaken: if another one keeps its versions in the folder.
+        FolderTaken: if another writer holds the versions folder.
         ValueError: as `Versions.latest_good` and `Versions.resume`.
     """
 
@@ -85,19 +91,19 @@ class Trainer:
             raise
         self._proposed = self.learning.num_rounds  # when a candidate was last proposed
         self._judged = self.learning.num_rounds  # when weights were last compared
-        self._num_drifts = 0  # noticed so far
-        self._num_observed: dict[int, int] = {}  # tokens of each text, by the id of a trace that others keep alive
-        self.failure = ""  # why nothing is learned any more
+        self._num_drifts = 0  # drifts detected so far
+        self._num_observed: dict[int, int] = {}  # tokens counted of each text, by id(trace)
+        self.failure = ""  # why learning has stopped; empty while it runs
 
     def offer(self, records: Sequence[Feedback]) -> DrafterWeights | None:
-        """Takes what was served, learns if it is time, and returns a version to serve from now on, if there is one."""
+        """Takes Feedback, runs a learning round if one is due, and returns a new version to serve, if there is one."""
         before = self.publisher.num_events
         if vocab := self._drafter.draft_vocab:
             for record in records:
                 self._observe_tokens(vocab, record)
         records = self.learning.finite.of(records)
         self.publisher.offer(records)
-        # where time is scarce, rounds and judging take turns: each alone could take all of it
+        # rounds and comparisons take turns: under a tight budget either could use up all of it
         version = self._judge() if self.learning.num_rounds > self._judged else None
         self.learning.offer(records)
         if version is None:
@@ -112,7 +118,7 @@ class Trainer:
         return version
 
     def _judge(self) -> DrafterWeights | None:
-        """A version to serve from now on, if there is time to compare and one drafts better."""
+        """Advances the gate's tests if the budget allows, and returns a new version to serve, if there is one."""
         if not self.learning.budget.has_room_to_compare():
             return None
         self._judged = self.learning.num_rounds
@@ -121,7 +127,10 @@ class Trainer:
         return version
 
     def _propose(self) -> None:
-        """A candidate, when there is something new to it; after a drift one that has learned of it."""
+        """Proposes the newest weights if a test may start, or if they are 4 rounds newer than an undecided candidate.
+
+        After a drift the next candidate comes 4 rounds later, so that it has learned from the new traffic.
+        """
         learning = self.learning
         if learning.schedule.num_drifts > self._num_drifts:
             self._num_drifts = learning.schedule.num_drifts
@@ -134,12 +143,12 @@ class Trainer:
             self.publisher.propose(self.learning.settled)
 
     def close(self) -> None:
-        """Lets others write to the folder of versions. Nothing is to be offered any more."""
+        """Releases the versions folder. `offer` must not be called afterwards."""
         if self._store:
             self._store.versions.close()
 
     def statistics(self) -> dict[str, Any]:
-        """How it fares, in plain numbers and words."""
+        """Returns statistics of learning and of the gate, as numbers, strings, lists and dicts."""
         learning, memory = self.learning, self.learning.replay
         return {
             "rounds": learning.num_rounds,
@@ -161,10 +170,13 @@ class Trainer:
         }
 
     def _resumed(self, publishing: PublishConfig | None, origin: DrafterWeights | None) -> Publisher:
-        """Goes on with what lies on disk, if that is what is served; else what is served is the first to be kept."""
+        """Creates the gate, and continues from the saved learner state if the newest good version is the served one.
+
+        Otherwise the served weights are saved as the first version.
+        """
         assert self._store
         served, versions = self._drafter.weights, self._store.versions
-        with suppress(OSError):  # said when the first version can't be saved
+        with suppress(OSError):  # reported when saving the first version fails
             versions.hold()
         found = versions.latest_good(self._store.target_fingerprint)
         if found is None or found.version != served.version:
@@ -186,7 +198,7 @@ class Trainer:
         )
 
     def _keep(self, store: StoreOptions, events: Sequence[Event], version: DrafterWeights | None) -> None:
-        """Writes down what happened; a version that can't be written is served all the same, and the next one tried."""
+        """Saves events and the new version. If that fails it is logged, and the version is served anyway."""
         versions = store.versions
         try:
             for event in events[:-1] if version else events:
@@ -205,7 +217,7 @@ class Trainer:
             self.num_unsaved += 1
 
     def _observe_tokens(self, vocab: DraftVocab, record: Feedback) -> None:
-        """The tokens of a text, each once, as the drafter that serves counts them."""
+        """Counts a record's new tokens for the draft vocabulary, each once, as the serving drafter does."""
         trace, end = record.trace, record.start + record.num_rows + 1
         if id(trace) not in self._num_observed:
             weakref.finalize(trace, self._num_observed.pop, id(trace), None).atexit = False

@@ -1,8 +1,8 @@
-"""Learning beside serving, in a thread or a process of its own: serving puts records in and takes versions out.
+"""Background learning, the serving side: decoding puts Feedback in and takes new weights out, without waiting.
 
-Nothing here waits for learning. Records go through a bounded queue that drops the oldest and counts them; a new version
-is taken over in `offer`, which decoding calls between steps. Whatever becomes of the learner (an exception, a NaN, a
-killed process), the drafter stays at the newest version that came, and it is said once.
+Learning runs in a thread (here) or a process (`learning_process.py`). Records go through a bounded queue, which drops
+the oldest ones and counts them. A new version is swapped in by `offer`, which decoding calls between steps. If learning
+fails (an exception, a NaN, a killed process), the drafter stays at the newest version received and one error is logged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from onlinespec.publishing.trainer import StoreOptions, Trainer
 
 log = logging.getLogger(__name__)
 
-NO_FIGURES: dict[str, Any] = {  # before the first report
+NO_FIGURES: dict[str, Any] = {  # statistics before the first report
     "rounds": 0,
     "rows": 0,
     "left_out": 0,
@@ -51,15 +51,20 @@ NO_FIGURES: dict[str, Any] = {  # before the first report
 
 @dataclass(frozen=True)
 class TrainerSpec:
-    """How a trainer is made: a drafter of its own, like the one that serves, and how it learns.
+    """Everything needed to create a `Trainer`, in a form that can be sent to another process.
 
     Args:
-        drafter: Name or path, as for `load_drafter`; the weights that serve take the place of its own.
-        share: Of the time that passes, learning may take this much.
-        niceness: Of a process that learns: where cores are short, serving goes first.
-        learner: The line that `config` was read from; noted with versions.
-        versions: Folder to keep versions in; empty to keep none. Learning goes on from the newest good one there if
-            that is what serves.
+        drafter: Name or path, as for `load_drafter`. The trainer loads a drafter of its own, and gives it the weights
+            that are served.
+        learner: The learner spec that `config` was parsed from; stored with versions.
+        config: Settings of the learning rounds.
+        seed: Seed of a fresh drafter and of replay sampling.
+        tuning: Which of the drafter's weights learn; None for its default.
+        share: Share of elapsed time that learning may take; inf for no limit.
+        niceness: Increment of a learning process's nice value, so that serving has priority where cores are scarce.
+        publishing: Settings of the gate.
+        versions: Folder to save versions in; empty to save none. If the served weights are the newest good version in
+            that folder, learning continues from its saved state.
     """
 
     drafter: str
@@ -73,7 +78,11 @@ class TrainerSpec:
     versions: str = ""
 
     def trainer(self, target: Target, serving: DrafterWeights, budget: Budget) -> Trainer:
-        """Raises as `load_drafter`."""
+        """Creates the trainer.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_drafter` and `Trainer`.
+        """
         drafter = load_drafter(self.drafter, target, self.seed, self.tuning)
         origin = drafter.weights
         drafter.swap(serving)
@@ -82,12 +91,13 @@ class TrainerSpec:
 
 
 class BackgroundLearning(ABC):
-    """What decoding sees of learning that runs beside it.
+    """Base class of learning that runs in a thread or a process beside decoding.
 
     Args:
-        serving: The weights that serve now.
-        publish: Takes over a version to serve from the next step on; called in `offer`, and nowhere else.
-        most_waiting: Records in the queue; of more the oldest are dropped.
+        serving: The weights served now.
+        publish: Callback that swaps a new version in, to draft with from the next step on. Called only within `offer`,
+            by the decoding thread.
+        most_waiting: Capacity of the queue in records. When it is full, the oldest are dropped.
     """
 
     diagnostic_seconds = 0.0
@@ -97,18 +107,18 @@ class BackgroundLearning(ABC):
     ) -> None:
         self._version, self._take_over, self._most_waiting = serving.version, publish, most_waiting
         self._waiting: deque[Feedback] = deque()
-        self._changed = threading.Condition()  # guards what is shared below
+        self._changed = threading.Condition()  # guards the attributes below
         self._newest: DrafterWeights | None = None
         self._is_stopping = False
         self._figures: dict[str, Any] = NO_FIGURES | {"published": serving.version}
         self.num_dropped = self.num_offered = 0
         self.num_published = 0
-        self.failure = ""  # why nothing is learned any more
+        self.failure = ""  # why learning has stopped; empty while it runs
 
     # --- for decoding -------------------------------------------------------------------------------------------
 
     def offer(self, feedback: Sequence[Feedback]) -> None:
-        """Takes a step's records, and takes over a version that came since the last one."""
+        """Queues a step's records, and swaps in a version that arrived since the last call. Never raises."""
         with self._changed:
             newest, self._newest = self._newest, None
             if not self.failure:
@@ -121,14 +131,14 @@ class BackgroundLearning(ABC):
         if newest and newest.version != self._version:
             try:
                 self._take_over(newest)
-            except Exception as error:  # a version that can't be taken over is not served, and serving goes on
+            except Exception as error:  # serving goes on with the old version
                 self._fail(f"version {newest.version} could not be taken over, {type(error).__name__}: {error}")
                 return
             self._version = newest.version
             self.num_published += 1
 
     def statistics(self) -> dict[str, Any]:
-        """How learning fares, for a page and for metrics."""
+        """Returns the trainer's statistics and the queue's counters, for the live page and the metrics."""
         with self._changed:
             return {
                 **self._figures,
@@ -142,23 +152,24 @@ class BackgroundLearning(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Begins to learn."""
+        """Starts learning."""
 
     @abstractmethod
     def set_share(self, share: float) -> None:
-        """Rounds and comparisons may take this share of time from now on; in a process, once rounds bring nothing.
+        """Caps training and evaluation time, as a share of elapsed time.
 
-        A process takes no time from decoding, and what is learned while drafts do not pay is what makes them pay again.
+        In process mode the cap applies only after updates stop helping. A process takes no time from decoding, and
+        when drafting is switched off because it does not help, learning is what makes it useful again.
         """
 
     @abstractmethod
     def stop(self, seconds: float = 10.0) -> None:
-        """Ends learning; what it has under way is given so many seconds."""
+        """Stops learning, and waits up to `seconds` for the work in progress."""
 
-    # --- for the threads beside it ------------------------------------------------------------------------------
+    # --- for background threads ---------------------------------------------------------------------------------
 
     def _take(self) -> list[Feedback]:
-        """Waits for records, and takes all; none says that it is time to stop."""
+        """Waits for records and takes all that are queued. Returns an empty list when it is time to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_stopping)
             taken = [] if self._is_stopping else list(self._waiting)
@@ -170,7 +181,7 @@ class BackgroundLearning(ABC):
             self._newest = weights
 
     def _fail(self, reason: str) -> None:
-        """No more learning; said once."""
+        """Marks learning as stopped, and logs the reason once."""
         with self._changed:
             if self.failure or self._is_stopping:
                 return
@@ -188,10 +199,14 @@ class BackgroundLearning(ABC):
 
 
 class ThreadLearning(BackgroundLearning):
-    """Learns in a thread of this process, on the target's own device.
+    """Learning in a thread of the serving process, on the target's device.
+
+    Args:
+        spec: How to create the trainer. For the rest see `BackgroundLearning`.
 
     Raises:
-        FolderTaken: if another one keeps its versions in the spec's folder.
+        FolderTaken: if another writer holds the spec's versions folder.
+        FileNotFoundError, ValueError: as `TrainerSpec.trainer`.
     """
 
     def __init__(
@@ -222,22 +237,19 @@ class ThreadLearning(BackgroundLearning):
         self._end()
         if self._thread.ident:
             self._thread.join(seconds)
-        if not self._thread.is_alive():  # else it may be writing
+        if not self._thread.is_alive():  # otherwise it may still be writing a version
             self.trainer.close()
 
     def _run(self) -> None:
-        torch.get_num_threads()  # which sets this thread's; see `Engine._run`
+        torch.get_num_threads()  # this call sets the thread's own thread count; see `Engine._run`
         self._budget.begin()
         try:
             while records := self._take():
-                for record in records:  # one by one: each may bring a round
+                for record in records:  # one at a time: each may trigger a round
                     if published := self.trainer.offer([record]):
                         self._offer_version(published)
                 self._share_spent = self._budget.share_spent
                 if reason := self.trainer.failure:
                     return self._fail(reason)
-        except Exception as error:  # as in learn.py: nothing that fails here may reach serving
+        except Exception as error:  # no failure of learning may reach serving
             self._fail(f"{type(error).__name__}: {error}")
-
-
-# --- in the process ---------------------------------------------------------------------------------------------
