@@ -364,7 +364,7 @@ def test_a_better_candidate_is_served_under_the_next_number():
     assert (event.kind, event.version, event.parent) == ("promoted", 1, 0)
     assert event.paired.other_length > event.paired.served_length
     assert "acceptance length" in event.reason
-    assert publisher.is_watching
+    assert publisher.has_canary
     assert publisher.wants_candidate
 
 
@@ -422,7 +422,7 @@ def test_requests_that_ran_when_what_is_served_was_made_are_no_evidence_against_
     assert not any(publisher.check() for _ in range(30))
     assert publisher._canary.num_requests == 0
     assert publisher._health_check.num_steps == 0
-    publisher.begin_anew()  # the way back is looked for beside the watch
+    publisher.on_drift()  # the way back is looked for beside the watch
     more_beginnings, more_ends = halves(range(600, 608), version=1, table=OTHER_TRAFFIC, num_accepted=1)
     publisher.offer(more_beginnings)
     assert publisher._fallback is not None
@@ -480,7 +480,7 @@ def test_what_is_on_trial_when_the_traffic_moves_is_dropped():
         publisher._pause = 0
     publisher.propose({"logits": bad})
     assert not publisher.wants_candidate
-    publisher.begin_anew()
+    publisher.on_drift()
     assert publisher.wants_candidate
     assert tried(publisher, bad, traffic(range(24, 32)))[0] is None
     assert publisher.wants_candidate  # as after a first refusal
@@ -573,7 +573,7 @@ def test_a_version_that_is_worse_on_newer_traffic_is_rolled_back_under_a_new_num
     assert event.paired.other_length > event.paired.served_length
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "version 1 is rolled back: its successor 2 is version 0 again" in caplog.text
-    assert not publisher.is_watching
+    assert not publisher.has_canary
     assert checks(publisher, traffic(range(200, 300), version=2))[0] is None
 
 
@@ -583,13 +583,13 @@ def test_a_version_that_keeps_its_promise_is_confirmed_and_watched_no_more():
     assert checks(publisher, traffic(range(100, 200), version=1, num_accepted=2))[0] is None
     assert [event.kind for event in publisher.history] == ["promoted", "confirmed"]
     assert publisher.served.version == 1
-    assert not publisher.is_watching
+    assert not publisher.has_canary
 
 
 def test_what_the_old_version_served_says_nothing_of_the_new_one():
     publisher = promoted(OTHER_TRAFFIC.logits, TARGET.logits)
     assert checks(publisher, traffic(range(100, 200), version=0, table=OTHER_TRAFFIC))[0] is None
-    assert publisher.is_watching
+    assert publisher.has_canary
 
 
 def test_a_swap_that_went_wrong_is_taken_back_whatever_the_weights_say():
@@ -698,10 +698,10 @@ def test_a_watch_over_the_first_promotion_is_the_way_back_unless_the_traffic_mov
     newer = traffic(range(100, 200), version=1, table=OTHER_TRAFFIC, num_accepted=1)
     for _ in range(4):
         publisher.offer(next(newer))
-    publisher.begin_anew()
+    publisher.on_drift()
     weights, num_requests = checks(publisher, newer)
     assert (publisher.history[-1].kind, weights.version, num_requests) == ("returned", 2, 4)
-    assert not publisher.is_watching
+    assert not publisher.has_canary
 
 
 def test_a_restart_knows_what_learning_began_with(tmp_path):

@@ -38,7 +38,7 @@ from onlinespec.publishing.gate import Publisher
 from onlinespec.publishing.protocol import Event, Paired
 from onlinespec.publishing.settings import PublishConfig
 from onlinespec.publishing.state_io import flattened, rebuilt
-from onlinespec.publishing.store import FolderTaken, NotSaved, Versions
+from onlinespec.publishing.store import FolderLocked, NotSaved, Versions
 from onlinespec.registry import DRAFTERS, GEOMETRIES, LEARNERS
 
 TARGET = rigs.random_target()
@@ -409,7 +409,7 @@ def test_a_folder_has_one_writer_and_any_number_of_readers(tmp_path, drafter, im
         other.reset,
         other.hold,
     ):
-        with pytest.raises(FolderTaken, match=f"keeps its versions in {tmp_path}.* give each its own .* or stop the"):
+        with pytest.raises(FolderLocked, match=f"keeps its versions in {tmp_path}.* give each its own .* or stop the"):
             write()
     assert other.latest_good(NAME).version == 1
     assert len(other.history()) == 2
@@ -424,7 +424,7 @@ def test_another_that_writes_does_not_sweep_away_what_is_being_written(tmp_path,
     store = filled(tmp_path, drafter, range(1))
     half = tmp_path / "versions" / ".000001.tmp"
     half.mkdir()
-    with pytest.raises(FolderTaken):
+    with pytest.raises(FolderLocked):
         save(Versions(tmp_path), drafter, 1)
     assert half.exists()
     assert save(store, drafter, 1).version == 1
@@ -450,7 +450,7 @@ def test_a_writer_reads_the_history_once_however_much_is_noted(tmp_path, drafter
     save(store, drafter, 41, happened("rolled back", 41, 40, 2))
     store.note(happened("confirmed", 41))
     assert store.latest_good(NAME).version == 41
-    assert store.watched(store.read(2)) is not None
+    assert store.canary_reference(store.read(2)) is not None
     assert reads.count("history.jsonl") == 1
     assert store.history() == Versions(tmp_path).history()  # what it remembers is what is written
 
@@ -746,23 +746,23 @@ def test_a_restart_goes_on_where_a_killed_process_was(tmp_path, drafter):
         PublishConfig(),
         next_version=store.next_version,
         promoted=good.event,
-        previous=store.watched(good),
+        previous=store.canary_reference(good),
     )
     assert publisher.served.version == 1
     assert_equal(publisher.served.params, better.params)
     assert publisher.next_version == 2
-    assert publisher.is_watching
+    assert publisher.has_canary
     assert_equal(publisher.previous.params, start.params)
 
 
 def test_what_is_confirmed_or_was_not_promoted_is_watched_no_more(tmp_path, drafter, caplog):
     store = filled(tmp_path, drafter, [0, 1, 2])
-    assert_equal(store.watched(store.read(2)).params, weights_of(drafter, 1).params)
+    assert_equal(store.canary_reference(store.read(2)).params, weights_of(drafter, 1).params)
     cut(tmp_path / "versions" / "000001" / "model.safetensors")
-    assert store.watched(store.read(2)) is None
-    assert "version 2 is not watched any more" in caplog.text
+    assert store.canary_reference(store.read(2)) is None
+    assert "version 2 is not canary_reference any more" in caplog.text
     store = filled(tmp_path / "other", drafter, [0, 1])
     store.note(happened("confirmed", 1))
-    assert store.watched(store.read(1)) is None
+    assert store.canary_reference(store.read(1)) is None
     save(store, drafter, 2, happened("rolled back", 2, 1, 0))
-    assert store.watched(store.read(2)) is None
+    assert store.canary_reference(store.read(2)) is None

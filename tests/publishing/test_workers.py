@@ -28,7 +28,7 @@ from onlinespec.learning.learner_spec import parse_learner
 from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.label_head import EmbeddingAndHead
 from onlinespec.publishing.learning_process import ProcessLearning
-from onlinespec.publishing.store import FolderTaken, Versions
+from onlinespec.publishing.store import FolderLocked, Versions
 from onlinespec.publishing.trainer import StoreOptions, Trainer
 from onlinespec.publishing.workers import ThreadLearning, TrainerSpec
 
@@ -55,10 +55,10 @@ def make(way, spec=EAGER, target=TARGET, drafter=None, **options):
 
 def begin(learning):
     """Starts it; a process has then imported all it needs, and serving need not fill the time until it has."""
-    before = learning._figures
+    before = learning._statistics
     learning.start()
     if isinstance(learning, ProcessLearning):
-        wait_until(lambda: learning._figures is not before or learning.failure)
+        wait_until(lambda: learning._statistics is not before or learning.failure)
 
 
 def answers(loop, count=1):
@@ -104,7 +104,7 @@ def test_what_is_learned_beside_serving_comes_to_be_served(way):
 def test_serving_never_waits_and_of_too_much_the_oldest_is_dropped(way):
     drafter = load_drafter("eagle", TARGET)
     learning = WAYS[way](
-        TARGET, EAGER, drafter.weights, drafter.swap, most_waiting=4
+        TARGET, EAGER, drafter.weights, drafter.swap, queue_capacity=4
     )  # not started: no one takes anything
     requests = answers(DecodeLoop(TARGET, drafter, learning), 4)
     assert_exact(requests)
@@ -359,7 +359,7 @@ def test_what_is_published_lies_on_disk_and_a_restart_goes_on_from_it(tmp_path, 
     assert drafter.weights.version == good.version
     again, more = trained(tmp_path, [], drafter)
     assert again.publisher.served.version == good.version
-    assert again.publisher.is_watching
+    assert again.publisher.has_canary
     assert again.publisher.previous is not None
     assert again.learning.state is not None
     assert not more
@@ -539,11 +539,11 @@ def test_who_would_write_to_a_folder_of_another_is_refused_where_it_is_noticed(w
     spec, drafter = replace(EAGER, versions=str(tmp_path)), load_drafter("eagle", TARGET)
     with Versions(tmp_path) as first:
         first.hold()
-        with pytest.raises(FolderTaken, match=f"another one keeps its versions in {tmp_path}"):
+        with pytest.raises(FolderLocked, match=f"another one keeps its versions in {tmp_path}"):
             WAYS[way](TARGET, spec, drafter.weights, drafter.swap).start()
     loop, learning = make(way, spec)
     until(lambda: learning.statistics()["rounds"], loop)
-    with pytest.raises(FolderTaken):
+    with pytest.raises(FolderLocked):
         Versions(tmp_path).hold()
     learning.stop(HANG_SECONDS)
     Versions(tmp_path).hold()

@@ -87,7 +87,7 @@ def _versions_facts(folder: Path) -> dict[str, Any]:
             told.append(f"{number} (not whole)")
     facts: dict[str, Any] = {"kind": "versions of a drafter", "path": folder, "on disk": ", ".join(told) or "none"}
     if good is None:
-        return facts | {"a restart begins with": "the drafter as it was given: no version here is whole"}
+        return facts | {"a restart begins with": "the drafter as it was given: no version here is whole and good"}
     facts |= {
         "a restart begins with": f"version {good.version}, of {good.created}",
         "its drafter": store.folder_of(good.version),

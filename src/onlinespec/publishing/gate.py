@@ -21,8 +21,8 @@ from onlinespec.publishing.settings import PublishConfig
 
 log = logging.getLogger(__name__)
 
-_FAIR_TRIAL = 8  # requests after which a newer candidate may replace one whose test is still undecided
-_STAY = 24  # requests between two comparisons with the origin weights
+_MIN_TEST_REQUESTS = 8  # requests after which a newer candidate may replace one whose test is still undecided
+_FALLBACK_INTERVAL = 24  # requests between two comparisons with the origin weights
 _MOST_EVENTS = 1000  # events kept in memory
 _NOT_FINITE = "the candidate's weights are not finite"
 
@@ -75,10 +75,11 @@ class Publisher:
         self._origin = origin or self.served
         self._is_origin = _equal(self.served.params, self._origin.params)  # whether origin is served
         self._fallback: PairedTest | None = None  # origin against served
-        self._stay = 0  # requests until the next fallback test
-        self._has_moved = False  # whether the traffic has drifted since the served version was published
+        self._requests_until_fallback = 0
+        self._has_drifted = False  # whether the traffic has drifted since the served version was published
         self._paired_test: PairedTest | None = None
         self._canary: PairedTest | None = None
+        self._follows_origin = False  # whether the canary test compares with the origin weights
         self._health_check: HealthCheck | None = None
         self._num_refused = 0  # candidates since the last promotion
         self._pause = 0  # requests until the next candidate may be tested
@@ -93,7 +94,7 @@ class Publisher:
         return tuple(self._events)
 
     @property
-    def is_watching(self) -> bool:
+    def has_canary(self) -> bool:
         """Whether a canary test of the served version is running, so that it may still be rolled back."""
         return self._canary is not None
 
@@ -108,8 +109,8 @@ class Publisher:
             self._order.number_of(record)
         num_ended = sum(record.is_last for record in records)
         self._pause -= num_ended
-        self._stay -= num_ended
-        if self._may_go_back and not self._fallback and self._stay <= 0:
+        self._requests_until_fallback -= num_ended
+        if self._wants_fallback and not self._fallback and self._requests_until_fallback <= 0:
             self._fallback = self._against(self._origin.params, self.config.test_looks[:2], self._since)
         for judge in (self._paired_test, self._fallback, self._canary, self._health_check):
             if judge:
@@ -118,7 +119,7 @@ class Publisher:
     @property
     def is_undecided(self) -> bool:
         """Whether the running test has compared 8 requests or more without a decision."""
-        return self._paired_test is not None and self._paired_test.num_requests >= _FAIR_TRIAL
+        return self._paired_test is not None and self._paired_test.num_requests >= _MIN_TEST_REQUESTS
 
     def propose(self, candidate: Params) -> None:
         """Starts a paired test of a candidate, replacing any that is running. Refuses weights that are not finite.
@@ -132,10 +133,10 @@ class Publisher:
         elif not self._events or self._events[-1].reason != _NOT_FINITE:  # noted only once in a row
             self._refuse(_NOT_FINITE)
 
-    def begin_anew(self) -> None:
+    def on_drift(self) -> None:
         """Reacts to a drift of the traffic: drops the running tests of candidate and origin, and ends any pause."""
         self._paired_test, self._num_refused, self._pause = None, 0, 0
-        self._has_moved, self._fallback, self._stay = True, None, 0
+        self._has_drifted, self._fallback, self._requests_until_fallback = True, None, 0
 
     def check(self) -> DrafterWeights | None:
         """Advances the tests, and returns a new version to serve if one of them decides so; else None.
@@ -149,66 +150,66 @@ class Publisher:
         return PairedTest(self._drafter, self.served.params, other, looks, self.config, self._order, since, version)
 
     def _check_paired_test(self) -> DrafterWeights | None:
-        figures = self._paired_test.look() if self._paired_test else None
-        if not self._paired_test or not figures:
+        result = self._paired_test.look() if self._paired_test else None
+        if not self._paired_test or not result:
             return None
-        if figures.is_other_better:
+        if result.is_other_better:
             previous = self.served if self.previous is None or not self._canary else self.previous
             parent, self._since = self.served.version, self._paired_test.since
             self._serve(self._paired_test.other)
-            self._note("promoted", _compared(figures, "the candidate", "better"), figures, parent)
+            self._note("promoted", _compared(result, "the candidate", "better"), result, parent)
             self._begin_canary(previous)
             self._num_refused = 0
             return self.served
-        if figures.is_served_better or self._paired_test.is_over:
-            verdict = "worse" if figures.is_served_better else "no better"
-            self._refuse(_compared(figures, "the candidate", verdict), figures)
+        if result.is_served_better or self._paired_test.is_over:
+            verdict = "worse" if result.is_served_better else "no better"
+            self._refuse(_compared(result, "the candidate", verdict), result)
         return None
 
-    def _refuse(self, reason: str, figures: Paired | None = None) -> None:
-        self._note("refused", reason, figures)
+    def _refuse(self, reason: str, result: Paired | None = None) -> None:
+        self._note("refused", reason, result)
         self._paired_test = None
-        self._pause = min(8 * self._num_refused, self.config.most_pause)
+        self._pause = min(8 * self._num_refused, self.config.max_pause)
         self._num_refused += 1
 
     def _check_canary(self) -> DrafterWeights | None:
         """Rolls back if the canary test or the health check fails; confirms the version when the test is over."""
         if not self._canary or not self._health_check:
             return None
-        figures = self._canary.look()
+        result = self._canary.look()
         if reason := self._health_check.reason(self._canary.served_acceptance_prob):
             return self._roll_back(reason)
-        if figures and figures.is_other_better:
-            return self._roll_back(_compared(figures, "the version before", "better"), figures)
-        if figures and (figures.is_served_better or self._canary.is_over):
-            verdict = "worse" if figures.is_served_better else "no better"
-            self._note("confirmed", _compared(figures, "the version before", verdict), figures)
+        if result and result.is_other_better:
+            return self._roll_back(_compared(result, "the version before", "better"), result)
+        if result and (result.is_served_better or self._canary.is_over):
+            verdict = "worse" if result.is_served_better else "no better"
+            self._note("confirmed", _compared(result, "the version before", verdict), result)
             self._canary = self._health_check = None
         return None
 
     @property
-    def _may_go_back(self) -> bool:
+    def _wants_fallback(self) -> bool:
         """Whether a fallback test makes sense: origin is not served, and no running canary test compares with it.
 
         After a drift the canary's evidence is from the old traffic, so a fallback test runs beside it.
         """
-        is_watched = self._canary is not None and self.previous is self._origin
-        return not self._is_origin and (self._has_moved or not is_watched)
+        is_watched = self._canary is not None and self._follows_origin
+        return not self._is_origin and (self._has_drifted or not is_watched)
 
     def _check_fallback(self) -> DrafterWeights | None:
         """Serves the origin weights again if they draft better, for instance because old traffic has come back."""
-        figures = self._fallback.look() if self._fallback else None
-        if not self._fallback or not figures:
+        result = self._fallback.look() if self._fallback else None
+        if not self._fallback or not result:
             return None
-        if figures.is_other_better:
+        if result.is_other_better:
             parent = self.served.version
             self._serve(self._origin.params)
-            reason = _compared(figures, f"version {self._origin.version}", "better")
-            self._note("returned", reason, figures, parent, self._origin.version)
+            reason = _compared(result, f"version {self._origin.version}", "better")
+            self._note("returned", reason, result, parent, self._origin.version)
             self.previous = self._canary = self._health_check = None
             return self.served
-        if figures.is_served_better or self._fallback.is_over:
-            self._fallback, self._stay = None, _STAY
+        if result.is_served_better or self._fallback.is_over:
+            self._fallback, self._requests_until_fallback = None, _FALLBACK_INTERVAL
         return None
 
     def _begin_canary(self, previous: DrafterWeights) -> None:
@@ -217,14 +218,15 @@ class Publisher:
         `previous` is the newest earlier version whose own canary test is over.
         """
         self.previous, version = previous, self.served.version
+        self._follows_origin = _equal(previous.params, self._origin.params)
         self._health_check = HealthCheck(version, self._order, self._since)
         self._canary = self._against(previous.params, self.config.canary_looks, self._since, version)
 
-    def _roll_back(self, reason: str, figures: Paired | None = None) -> DrafterWeights:
+    def _roll_back(self, reason: str, result: Paired | None = None) -> DrafterWeights:
         assert self.previous is not None
         bad, restored = self.served, self.previous
         self._serve(restored.params)
-        self._note("rolled back", reason, figures, bad.version, restored.version)
+        self._note("rolled back", reason, result, bad.version, restored.version)
         self.previous = self._canary = self._health_check = None
         return self.served
 
@@ -232,20 +234,24 @@ class Publisher:
         self.served = DrafterWeights(params, self.next_version)
         self.next_version += 1
         self._paired_test = self._fallback = None  # they compared with the old served weights
-        self._is_origin, self._has_moved, self._stay = _equal(params, self._origin.params), False, 0
+        self._is_origin, self._has_drifted, self._requests_until_fallback = (
+            _equal(params, self._origin.params),
+            False,
+            0,
+        )
 
     def _note(
         self,
         kind: EventKind,
         reason: str,
-        figures: Paired | None = None,
+        result: Paired | None = None,
         parent: int | None = None,
         restores: int | None = None,
     ) -> None:
         at = datetime.now(UTC).isoformat(timespec="seconds")
         event = Event(
             kind=kind, at=at, version=self.served.version, parent=parent, restores=restores, reason=reason,
-            paired=figures,
+            paired=result,
         )  # fmt: skip
         self._events.append(event)
         self.num_events += 1
@@ -258,12 +264,12 @@ def started(version: int) -> Event:
     return Event(kind="started", at=at, version=version)
 
 
-def _compared(figures: Paired, other: str, verdict: str) -> str:
+def _compared(result: Paired, other: str, verdict: str) -> str:
     """The result of a paired test as one line of text."""
     return (
-        f"{other} is {verdict}: acceptance length {figures.other_length:.3f}, served {figures.served_length:.3f}, "
-        f"difference {figures.difference:+.3f} ± {figures.standard_error:.3f} on {figures.num_requests} requests, "
-        f"judged at {figures.level:.2g}"
+        f"{other} is {verdict}: acceptance length {result.other_length:.3f}, served {result.served_length:.3f}, "
+        f"difference {result.difference:+.3f} ± {result.standard_error:.3f} on {result.num_requests} requests, "
+        f"judged at {result.level:.2g}"
     )
 
 

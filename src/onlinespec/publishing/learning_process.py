@@ -35,7 +35,7 @@ from onlinespec.publishing.protocol import (
 )
 from onlinespec.publishing.store import Versions
 from onlinespec.publishing.trainer import Trainer
-from onlinespec.publishing.workers import NO_FIGURES, BackgroundLearning, TrainerSpec
+from onlinespec.publishing.workers import NO_STATISTICS, BackgroundLearning, TrainerSpec
 
 _REPORT_SECONDS = 1.0
 
@@ -59,13 +59,13 @@ class ProcessLearning(BackgroundLearning):
         spec: TrainerSpec,
         serving: DrafterWeights,
         publish: Callable[[DrafterWeights], None],
-        most_waiting: int = 4096,
+        queue_capacity: int = 4096,
     ) -> None:
-        super().__init__(serving, publish, most_waiting)
+        super().__init__(serving, publish, queue_capacity)
         self._versions = spec.versions
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._theirs = theirs
+        self._child_connection = theirs
         arguments = theirs, EmbeddingAndHead.of(target), spec, encode(Publish.of(serving))
         self.process = context.Process(target=_learn, args=arguments, name="onlinespec-learning", daemon=True)
         self._settings: deque[SetShare] = deque()
@@ -78,14 +78,14 @@ class ProcessLearning(BackgroundLearning):
         """Starts the process.
 
         Raises:
-            FolderTaken: if another writer holds the spec's versions folder.
+            FolderLocked: if another writer holds the spec's versions folder.
         """
         if self._versions:  # check the lock here, where the caller gets the error; the process then takes it itself
             with Versions(self._versions) as versions, contextlib.suppress(OSError):
                 versions.hold()
         self.process.start()
         atexit.register(self.stop)  # runs before multiprocessing's own, which would wait: the process ignores SIGTERM
-        self._theirs.close()  # so that the pipe closes when the process ends
+        self._child_connection.close()  # so that the pipe closes when the process ends
         for thread in self._threads:
             thread.start()
 
@@ -125,7 +125,7 @@ class ProcessLearning(BackgroundLearning):
                     case Publish() as published:
                         self._offer_version(published.checked())
                     case Report(figures):
-                        self._figures = figures
+                        self._statistics = figures
                         if reason := figures.get("failure"):
                             self._fail(reason)
                     case LogLine(logger, level, text):
@@ -149,7 +149,7 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
     logging.basicConfig(level=logging.INFO, handlers=[_Forwarding(send)])
     published = decode(serving)
     assert isinstance(published, Publish)
-    figures = NO_FIGURES | {"published": published.weights.version}
+    figures = NO_STATISTICS | {"published": published.weights.version}
     try:
         budget = Budget(spec.share, ClockMeter())
         trainer = spec.trainer(ends.target(), published.checked(), budget)

@@ -111,8 +111,8 @@ def paired(lengths: Sequence[Lengths], level: float) -> Paired:
     residuals = (each.accepted[1] - each.accepted[0] - each.num_anchors * difference for each in lengths)
     spread = math.fsum(residual**2 for residual in residuals) * num_requests / (num_requests - 1)
     error = math.sqrt(spread) / num_anchors
-    num_alike = num_anchors**2 / sum(each.num_anchors**2 for each in lengths)  # effective sample size
-    least = max(student_quantile(level, max(num_alike - 1, 1)) * error, _LEAST_DIFFERENCE)
+    effective_sample_size = num_anchors**2 / sum(each.num_anchors**2 for each in lengths)
+    least = max(student_quantile(level, max(effective_sample_size - 1, 1)) * error, _LEAST_DIFFERENCE)
     probs = (math.fsum(each.first[i] for each in lengths) / num_anchors for i in (0, 1))
     served_prob, other_prob = probs
     return Paired(

@@ -43,7 +43,7 @@ class NotSaved(OSError):
     """A version or a history event could not be written. Everything written before is unchanged."""
 
 
-class FolderTaken(ValueError):
+class FolderLocked(ValueError):
     """The versions folder is locked by another writer."""
 
 
@@ -68,7 +68,7 @@ class Versions:
         self._place, self._history = self.folder / VERSIONS, self.folder / HISTORY
         self._lock: FileLock | None = None  # None while the folder is not locked
         self._kept_history: History | None = None  # parsed history.jsonl, cached only while we hold the lock
-        self._told: set[str] = set()  # warnings that were logged already
+        self._warned: set[str] = set()  # warnings that were logged already
 
     def __enter__(self) -> Versions:
         return self
@@ -82,7 +82,7 @@ class Versions:
         """Locks the folder for writing, unless it is locked by this object already. Creates it if it is missing.
 
         Raises:
-            FolderTaken: if another writer holds the lock and does not release it within 5 seconds.
+            FolderLocked: if another writer holds the lock and does not release it within 5 seconds.
             OSError: if the folder can't be written to.
         """
         if self._lock:
@@ -92,7 +92,7 @@ class Versions:
         try:
             lock.acquire(timeout=_HANDOVER_SECONDS)
         except Timeout as error:
-            raise FolderTaken(
+            raise FolderLocked(
                 f"another one keeps its versions in {self.folder}, and a folder has one writer: give each its own "
                 "(--versions DIR), or stop the other first"
             ) from error
@@ -129,7 +129,7 @@ class Versions:
             NotSaved: if the disk is full or can't be written to, or the drafter or the learner's state can't be saved.
                 No partial version is left and all others are unchanged, so saving it again later is possible.
             ValueError: if that version exists already, or the event has another version number.
-            FolderTaken: if another writer holds the folder.
+            FolderLocked: if another writer holds the folder.
         """
         if event.version != weights.version:
             raise ValueError(f"the event is of version {event.version}, the weights are version {weights.version}")
@@ -175,7 +175,7 @@ class Versions:
 
         Raises:
             NotSaved: if it can't be written.
-            FolderTaken: if another writer holds the folder.
+            FolderLocked: if another writer holds the folder.
         """
         with self._guarded(f'the note "{event.summary}"'):
             self.hold()
@@ -190,7 +190,7 @@ class Versions:
             The folder that the versions were moved to; None if there were none.
 
         Raises:
-            FolderTaken: if another writer holds the folder.
+            FolderLocked: if another writer holds the folder.
             OSError: if the folder can't be written to; `NotSaved` if only the history event can't be written.
         """
         if not self._place.is_dir():
@@ -233,7 +233,7 @@ class Versions:
             try:
                 version = self.read(number)
             except ValueError as error:
-                self._complain(f"{error}; an older version is looked for")
+                self._warn_once(f"{error}; an older version is looked for")
                 continue
             if target_fingerprint not in (None, version.target_fingerprint):
                 raise ValueError(
@@ -290,7 +290,7 @@ class Versions:
         names = [path.name for path in self._place.iterdir()] if self._place.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def watched(self, version: VersionRecord) -> DrafterWeights | None:
+    def canary_reference(self, version: VersionRecord) -> DrafterWeights | None:
         """Returns the weights that a version's canary test, resumed after a restart, compares it with.
 
         These are the weights served before it. None if the version was not promoted, is confirmed already, or the older
@@ -302,7 +302,7 @@ class Versions:
         try:
             return self.weights(self.read(event.parent).version)
         except ValueError as error:
-            self._complain(f"{error}; version {version.version} is not watched any more")
+            self._warn_once(f"{error}; version {version.version} is not canary_reference any more")
             return None
 
     def read(self, number: int) -> VersionRecord:
@@ -338,7 +338,7 @@ class Versions:
         """The history. It is read from disk each time unless this object holds the lock: others may add to it."""
         if self._kept_history:
             return self._kept_history
-        history = History(self._history, self._complain)
+        history = History(self._history, self._warn_once)
         if self._lock:
             self._kept_history = history
         return history
@@ -353,7 +353,7 @@ class Versions:
     def _guarded(self, what: str) -> Iterator[None]:
         try:
             yield
-        except FolderTaken:
+        except FolderLocked:
             raise
         except Exception as error:  # third-party drafters and learners report a full disk in their own way
             self._sweep()
@@ -392,7 +392,7 @@ class Versions:
                 os.rename(folder, gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
-    def _complain(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             log.warning("%s", message)

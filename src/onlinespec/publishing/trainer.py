@@ -64,7 +64,7 @@ class Trainer:
         origin: The weights that learning began with, if the drafter's weights are later ones.
 
     Raises:
-        FolderTaken: if another writer holds the versions folder.
+        FolderLocked: if another writer holds the versions folder.
         ValueError: as `Versions.latest_good` and `Versions.resume`.
     """
 
@@ -135,7 +135,7 @@ class Trainer:
         if learning.schedule.num_drifts > self._num_drifts:
             self._num_drifts = learning.schedule.num_drifts
             self._proposed = learning.num_rounds + _ROUNDS_AFTER_DRIFT - 1
-            self.publisher.begin_anew()
+            self.publisher.on_drift()
         num_newer = learning.num_rounds - self._proposed
         is_outdated = self.publisher.is_undecided and num_newer >= _ROUNDS_NEWER
         if is_outdated or (self.publisher.wants_candidate and num_newer > 0):
@@ -165,7 +165,7 @@ class Trainer:
             "unsaved": self.num_unsaved,
             "num_events": self.publisher.num_events,
             "events": [msgspec.to_builtins(event) for event in self.publisher.history[-_SHOWN_EVENTS:]],
-            "is_watching": self.publisher.is_watching,
+            "has_canary": self.publisher.has_canary,
             "failure": self.failure,
         }
 
@@ -194,7 +194,7 @@ class Trainer:
             next_version=versions.next_version,
             origin=origin,
             promoted=found.event,
-            previous=versions.watched(found),
+            previous=versions.canary_reference(found),
         )
 
     def _keep(self, store: StoreOptions, events: Sequence[Event], version: DrafterWeights | None) -> None:

@@ -30,7 +30,7 @@ from onlinespec.publishing.trainer import StoreOptions, Trainer
 
 log = logging.getLogger(__name__)
 
-NO_FIGURES: dict[str, Any] = {  # statistics before the first report
+NO_STATISTICS: dict[str, Any] = {  # statistics before the first report
     "rounds": 0,
     "rows": 0,
     "left_out": 0,
@@ -44,7 +44,7 @@ NO_FIGURES: dict[str, Any] = {  # statistics before the first report
     "unsaved": 0,
     "num_events": 0,
     "events": [],
-    "is_watching": False,
+    "has_canary": False,
     "share_spent": 0.0,
 }
 
@@ -97,20 +97,20 @@ class BackgroundLearning(ABC):
         serving: The weights served now.
         publish: Callback that swaps a new version in, to draft with from the next step on. Called only within `offer`,
             by the decoding thread.
-        most_waiting: Capacity of the queue in records. When it is full, the oldest are dropped.
+        queue_capacity: Capacity of the queue in records. When it is full, the oldest are dropped.
     """
 
     diagnostic_seconds = 0.0
 
     def __init__(
-        self, serving: DrafterWeights, publish: Callable[[DrafterWeights], None], most_waiting: int = 4096
+        self, serving: DrafterWeights, publish: Callable[[DrafterWeights], None], queue_capacity: int = 4096
     ) -> None:
-        self._version, self._take_over, self._most_waiting = serving.version, publish, most_waiting
+        self._version, self._take_over, self._queue_capacity = serving.version, publish, queue_capacity
         self._waiting: deque[Feedback] = deque()
         self._changed = threading.Condition()  # guards the attributes below
         self._newest: DrafterWeights | None = None
         self._is_stopping = False
-        self._figures: dict[str, Any] = NO_FIGURES | {"published": serving.version}
+        self._statistics: dict[str, Any] = NO_STATISTICS | {"published": serving.version}
         self.num_dropped = self.num_offered = 0
         self.num_published = 0
         self.failure = ""  # why learning has stopped; empty while it runs
@@ -124,7 +124,7 @@ class BackgroundLearning(ABC):
             if not self.failure:
                 self._waiting.extend(feedback)
                 self.num_offered += len(feedback)
-                while len(self._waiting) > self._most_waiting:
+                while len(self._waiting) > self._queue_capacity:
                     self._waiting.popleft()
                     self.num_dropped += 1
                 self._changed.notify_all()
@@ -141,7 +141,7 @@ class BackgroundLearning(ABC):
         """Returns the trainer's statistics and the queue's counters, for the live page and the metrics."""
         with self._changed:
             return {
-                **self._figures,
+                **self._statistics,
                 "weights_version": self._version,
                 "waiting": len(self._waiting),
                 "offered": self.num_offered,
@@ -205,7 +205,7 @@ class ThreadLearning(BackgroundLearning):
         spec: How to create the trainer. For the rest see `BackgroundLearning`.
 
     Raises:
-        FolderTaken: if another writer holds the spec's versions folder.
+        FolderLocked: if another writer holds the spec's versions folder.
         FileNotFoundError, ValueError: as `TrainerSpec.trainer`.
     """
 
@@ -215,9 +215,9 @@ class ThreadLearning(BackgroundLearning):
         spec: TrainerSpec,
         serving: DrafterWeights,
         publish: Callable[[DrafterWeights], None],
-        most_waiting: int = 4096,
+        queue_capacity: int = 4096,
     ) -> None:
-        super().__init__(serving, publish, most_waiting)
+        super().__init__(serving, publish, queue_capacity)
         self._budget = Budget(spec.share, ClockMeter(taken=time.thread_time))
         self._share_spent = 0.0
         self.trainer = spec.trainer(target, serving, self._budget)
@@ -230,7 +230,7 @@ class ThreadLearning(BackgroundLearning):
         self._budget.set_share(share)
 
     def statistics(self) -> dict[str, Any]:
-        self._figures = self.trainer.statistics() | {"share_spent": self._share_spent}
+        self._statistics = self.trainer.statistics() | {"share_spent": self._share_spent}
         return super().statistics()
 
     def stop(self, seconds: float = 10.0) -> None:
