@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ from onlinespec.drafters.training_rows import Layout
 from onlinespec.host import to_device
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import check_tensors, read_weights, tensor_shapes
-from onlinespec.models.families import rope_in
+from onlinespec.models.families import llama_config, llama_layer_shapes, rope_in
 from onlinespec.models.kv_cache import KVCache
 from onlinespec.models.layer import (
     FastLayer,
@@ -239,25 +240,9 @@ class Eagle(Autoregressive):
         return Seen(*keys_values, rows.is_visible_NC)
 
 
-def _fresh_config(shape: ModelConfig) -> dict[str, Any]:
-    layer = shape.layer
-    return {
-        "architectures": ["EagleLlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": layer.hidden_size,
-        "intermediate_size": layer.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": layer.num_heads,
-        "num_key_value_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": layer.rms_norm_eps,
-        "rope_theta": layer.rope.theta,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_positions,
-        "bias": False,
-        "torch_dtype": "float32",
-    }
+def _fresh_config(target: ModelConfig) -> dict[str, Any]:
+    one_layer = replace(target, num_layers=1)
+    return llama_config(one_layer) | {"architectures": ["EagleLlamaForCausalLM"], "bias": False}
 
 
 def _fuse(params: Params, embedded_ND: Tensor, states_ND: Tensor, product: Product) -> Tensor:
@@ -283,20 +268,11 @@ def _layer_config(config: Mapping[str, Any]) -> LayerConfig:
 
 
 def _param_shapes(config: Mapping[str, Any], has_bias: bool = False) -> dict[str, tuple[int, ...]]:
-    layer = _layer_config(config)
-    d, f = layer.hidden_size, layer.intermediate_size
-    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (d, 2 * d),
-        f"{_LAYER}self_attn.q_proj.weight": (q, d),
-        f"{_LAYER}self_attn.k_proj.weight": (kv, d),
-        f"{_LAYER}self_attn.v_proj.weight": (kv, d),
-        f"{_LAYER}self_attn.o_proj.weight": (d, q),
-        f"{_LAYER}mlp.gate_proj.weight": (f, d),
-        f"{_LAYER}mlp.up_proj.weight": (f, d),
-        f"{_LAYER}mlp.down_proj.weight": (d, f),
-        f"{_LAYER}post_attention_layernorm.weight": (d,),
-    }
+    of_layer = llama_layer_shapes(_layer_config(config))
+    del of_layer["input_layernorm.weight"]  # EAGLE-1 has none: `fc` comes before the layer
+    d = int(config["hidden_size"])
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (d, 2 * d)}
+    shapes |= {f"{_LAYER}{name}": dims for name, dims in of_layer.items()}
     return shapes | {"fc.bias": (d,)} if has_bias else shapes
 
 

@@ -208,12 +208,32 @@ def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
 # --- tensors ------------------------------------------------------------------------------------------------------
 
 
-def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> Shapes:
-    """Of the parts, unfused."""
-    family = FAMILIES[config.architectures[0]]
-    d, f, e = layer.hidden_size, layer.intermediate_size, layer.head_dim
-    q, kv = layer.num_heads * e, layer.num_kv_heads * e
-    shapes: Shapes = {
+def llama_config(shape: ModelConfig) -> dict[str, Any]:
+    """The config.json of a float32 Llama of this shape."""
+    layer = shape.layer
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": layer.rms_norm_eps,
+        "rope_theta": layer.rope.theta,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_positions,
+        "torch_dtype": "float32",
+    }
+
+
+def llama_layer_shapes(layer: LayerConfig) -> Shapes:
+    """Shapes of the tensors of a Llama's decoder layer, by their published names."""
+    d, f = layer.hidden_size, layer.intermediate_size
+    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    return {
         "self_attn.q_proj.weight": (q, d),
         "self_attn.k_proj.weight": (kv, d),
         "self_attn.v_proj.weight": (kv, d),
@@ -224,6 +244,14 @@ def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> Shapes:
         "input_layernorm.weight": (d,),
         "post_attention_layernorm.weight": (d,),
     }
+
+
+def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> Shapes:
+    """Of the parts, unfused."""
+    family = FAMILIES[config.architectures[0]]
+    d, f, e = layer.hidden_size, layer.intermediate_size, layer.head_dim
+    q, kv = layer.num_heads * e, layer.num_kv_heads * e
+    shapes = llama_layer_shapes(layer)
     has_attention_bias = getattr(config, "attention_bias", False)
     if has_attention_bias or family.has_qkv_bias:
         shapes |= {f"self_attn.{n}_proj.bias": (q if n == "q" else kv,) for n in "qkv"}

@@ -34,6 +34,7 @@ from onlinespec.drafters.training_rows import Layout
 from onlinespec.host import to_device
 from onlinespec.models.base import ModelConfig
 from onlinespec.models.checkpoint import find_folder, fingerprint, read_json, read_tensors, tensor_shapes, weight_files
+from onlinespec.models.families import llama_config, llama_layer_shapes
 from onlinespec.models.linear import MakeLinear, draft_linear_for, learn_product_for, plain_product
 from onlinespec.models.loading import Target, read_hf_model, read_model, read_tokenizer
 from onlinespec.models.memory import DrafterSize
@@ -103,7 +104,7 @@ class SmallLM(Autoregressive):
         weights["model.embed_tokens.weight"] = model.embedding_VD.float().clone()
         if not is_tied:
             weights["lm_head.weight"] = model.head_VD.float().clone()
-        config = _fresh_config(shape, is_tied)
+        config = llama_config(shape) | {"tie_word_embeddings": is_tied}
         draft_model = OwnDraftModel(shape, config, weights, make_linear, draft_dtype_for(model))
         return cls(target, config, draft_model, weights, make_linear=make_linear)
 
@@ -314,42 +315,8 @@ def _fresh_shape(target: ModelConfig) -> ModelConfig:
     return ModelConfig(layer, _FRESH_LAYERS, target.vocab_size, target.max_positions)
 
 
-def _fresh_config(shape: ModelConfig, is_tied: bool) -> dict[str, Any]:
-    layer = shape.layer
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": layer.hidden_size,
-        "intermediate_size": layer.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": layer.num_heads,
-        "num_key_value_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": layer.rms_norm_eps,
-        "rope_theta": layer.rope.theta,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_positions,
-        "tie_word_embeddings": is_tied,
-        "torch_dtype": "float32",
-    }
-
-
 def _fresh_shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of all but embedding and head."""
-    layer = shape.layer
-    d, f = layer.hidden_size, layer.intermediate_size
-    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    of_layer: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (q, d),
-        "self_attn.k_proj.weight": (kv, d),
-        "self_attn.v_proj.weight": (kv, d),
-        "self_attn.o_proj.weight": (d, q),
-        "mlp.gate_proj.weight": (f, d),
-        "mlp.up_proj.weight": (f, d),
-        "mlp.down_proj.weight": (d, f),
-        "input_layernorm.weight": (d,),
-        "post_attention_layernorm.weight": (d,),
-    }
+    of_layer = llama_layer_shapes(shape.layer)
     layers = {f"model.layers.{i}.{name}": dims for i in range(shape.num_layers) for name, dims in of_layer.items()}
-    return layers | {"model.norm.weight": (d,)}
+    return layers | {"model.norm.weight": (shape.layer.hidden_size,)}
