@@ -1,7 +1,7 @@
-"""The command line. The only place that sees argv, prints, or turns an error into a message.
+"""The command line: the only package that reads argv, prints, and turns errors into messages.
 
-What a command needs takes seconds to import. So this file and `dispatch` import little, help and mistakes are answered
-at once, and Ctrl-C ends the process in one line from its first moments on.
+A command's dependencies take seconds to import. This file and `dispatch` import little, so that `--help` and usage
+errors answer at once, and Ctrl-C ends the process cleanly from the start.
 """
 
 import signal
@@ -10,12 +10,12 @@ from onlinespec.cli.interrupt import stop
 
 
 def main() -> None:
-    """The entry point of the process."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+    """Entry point of the `onlinespec` command."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored on purpose, as under nohup
         signal.signal(signal.SIGINT, stop)
     from onlinespec.cli import dispatch
 
     try:
         dispatch.main()
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to stop, only Python's own end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the interpreter's shutdown is left

@@ -1,6 +1,6 @@
-"""Groups of flags that several commands share, as dataclasses; tyro makes flags and help of them.
+"""Groups of flags that several commands share, as dataclasses. tyro turns the fields into flags and help texts.
 
-Imported by every command, `--help` too: nothing here takes seconds to import.
+Every command imports this file, `--help` too, so it must not import torch or anything else that takes seconds.
 """
 
 from __future__ import annotations
@@ -29,41 +29,45 @@ Recommended = arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how precisely to compute."""
+    """Device, precision, threads and random seed."""
 
     device: str = "cpu"
-    """Torch device the models live on: cpu, cuda, mps."""
+    """Torch device of target and drafter: cpu, cuda or mps."""
     dtype: str = "float32"
-    """Precision of the target: float32 (exact on a CPU), bfloat16 or float16."""
+    """Data type of the target: float32 (reproduces plain decoding exactly on a CPU), bfloat16 or float16."""
     num_threads: int = 1
-    """CPU threads. One is best for small models and when other programs run; try all cores above 100M parameters."""
+    """CPU threads. 1 is fastest for small models and on a busy machine; above 100M parameters, try all cores."""
     seed: int = 0
-    """Seed of prompts, fresh drafters and sampling."""
+    """Random seed for prompts, freshly initialised drafters and sampling."""
     debug: bool = False
-    """Show Python's traceback when something goes wrong."""
+    """Show Python's traceback when a command fails."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drafted and chosen."""
+    """Drafting and sampling."""
 
     num_draft_tokens: int = 4
-    """Tokens drafted per step, 0 to 16; 0 is plain decoding."""
+    """Tokens drafted per decode step, 0 to 16; 0 is plain decoding."""
     max_new_tokens: int = 96
-    """Longest answer, in tokens."""
+    """Maximum length of an answer, in tokens."""
     top_k: Annotated[int | None, Recommended] = None
-    """Sample among the k likeliest tokens; 0 is off."""
+    """Sample from the k most likely tokens only; 0 is off."""
     top_p: Annotated[float | None, Recommended] = None
-    """Sample among the likeliest tokens that make up this probability; 1 is off."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities add up to this; 1 is off."""
     min_p: Annotated[float | None, Recommended] = None
-    """Sample among tokens at least this likely, relative to the likeliest; 0 is off."""
+    """Sample only from tokens with at least this fraction of the most likely token's probability; 0 is off."""
     repetition_penalty: Annotated[float | None, Recommended] = None
-    """Above 1 discourages tokens that occurred before; 1 is off."""
+    """Above 1, makes tokens that occurred in the prompt or the answer less likely; 1 is off."""
 
     def params(
         self, temperature: float | None = None, defaults: SamplingParams = SamplingParams(), **more: Any
     ) -> GenerationParams:
-        """As the library takes them; `defaults` stands in for what was not given."""
+        """Returns the library's settings. Sampling flags that were not given are taken from `defaults`.
+
+        Raises:
+            ValueError: naming the setting and what is allowed.
+        """
         names = ("top_k", "top_p", "min_p", "repetition_penalty")
         given = {"temperature": temperature} | {name: getattr(self, name) for name in names}
         sampling = replace(defaults, **{name: value for name, value in given.items() if value is not None})
@@ -72,67 +76,70 @@ class Decoding:
 
 @dataclass(frozen=True)
 class EngineLimits(Limits):
-    """What may run and wait at once."""
+    """How many requests run and wait at once, and how much memory they may take."""
 
     def __post_init__(self) -> None:
-        """Checked by `settings`, so that a mistake is told as all others are."""
+        """Checks nothing: `settings` does, so that a wrong value gives the same one-line error as any other."""
 
     @property
     def settings(self) -> Limits:
-        """As the library takes them.
+        """The library's settings.
 
         Raises:
-            ValueError: naming what is not allowed.
+            ValueError: naming the setting and what is allowed.
         """
         return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
 
 @dataclass(frozen=True)
 class Learning:
-    """How the drafter learns, unless a learner's own line says otherwise."""
+    """How the drafter learns. Settings given with a learner (NAME/SETTING=VALUE) override these."""
 
     step_size: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: by the drafter's size)")] = (
         LearnConfig.step_size
     )
-    """Rate of learning: 1e-3 up to two million parameters that learn, then falling with the square root of their number
-    (1.4e-4 for a hundred million)."""
+    """Step size (learning rate).
+    The default is 1e-3 up to 2 million trainable parameters, then falls as 1/sqrt of their number (1.4e-4 at 100M)."""
     geometry: str = LearnConfig.geometry
-    """Norm of the updates: preconditioned (per-weight scales), diagonal (Adam: averages gradients too) or
-    euclidean (the gradient itself)."""
+    """Gradient scaling: preconditioned (per weight), diagonal (Adam: averages gradients too) or euclidean (none)."""
     loss: str = LearnConfig.loss
-    """What is learned: auto (mostly the committed token when greedy, the whole row when sampled), soft_cross_entropy,
-    cross_entropy, mix, reverse_kl, jsd, total_variation."""
+    """Training loss: auto, soft_cross_entropy, cross_entropy, mix, reverse_kl, jsd or total_variation.
+    auto trains mostly on the committed token when greedy, on the target's whole distribution when sampled."""
     learn_budget: float = LearnConfig.budget
-    """Most of decoding time that learning may take, or of one core's time where serve learns beside decoding; 0.08 is
-    8 %. Some updates are lent at the start, so a short run shows more. inf is no limit."""
+    """Maximum share of decoding time spent on learning, or of one core where serve learns in a process or thread.
+    0.08 is 8 %; inf is no limit. A few updates are allowed in advance, so a short run can exceed the share."""
     learn_costs: Annotated[
         tuple[float, float] | None,
         arg(metavar="UPDATE ROW", help_behavior_hint="(default: measured; 1 and 0.03 in generate and serve)"),
     ] = None
-    """What an update costs, in decode steps, by itself and for each of its rows: what the budget is counted in. (Where
-    serve learns beside decoding, a clock counts.)"""
+    """Cost of an update, in decode steps: a fixed part, and a part per training row. --learn-budget is counted in them.
+    Unused where serve learns in a process or thread; time is measured there."""
     tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
-    """What of a small_lm learns: layers (all but embedding and head), all, or adapters (low-rank, as peft has them)."""
+    """Weights of a small_lm to train: layers (all but embedding and head), all, or adapters (LoRA as in peft)."""
     adapter_rank: int = Tuning.rank
-    """Rank of those adapters."""
+    """LoRA rank, for --tune adapters."""
     replay_every: int = LearnConfig.replay_every
-    """Every so many updates, rows of an earlier request are learned again; 0 for no memory."""
+    """Every this many updates, training rows of an earlier request are replayed; 0 turns replay off."""
     replay_megabytes: float = LearnConfig.replay_megabytes
-    """Size of that memory."""
+    """Size of the replay memory, in megabytes."""
     replay_minutes: float = LearnConfig.replay_minutes
-    """After which a request is forgotten; inf is never."""
+    """Minutes after which a request is dropped from the replay memory; inf is never."""
     min_interval: int = LearnConfig.min_interval
-    """Steps between two updates while they bring something; up to four times as many where the loss is small."""
+    """Decode steps between updates while they lower the loss; up to four times as many where the loss is small."""
     max_interval: int = LearnConfig.max_interval
-    """Most steps between two updates once they don't; up to four times as many where the loss is small. The same as
-    --min-interval keeps them fixed."""
+    """Decode steps between updates once they no longer help; up to four times as many where the loss is small.
+    The same value as --min-interval keeps the interval fixed."""
 
     def tuning(self) -> Tuning | None:
-        """What of the drafter learns; None for the drafter's own choice."""
+        """Returns which weights are trained; None leaves the choice to the drafter."""
         return Tuning(self.tune, self.adapter_rank) if self.tune else None
 
     def config(self, telemetry: bool = False) -> LearnConfig:
-        """As the library takes it."""
+        """Returns the library's settings.
+
+        Raises:
+            ValueError: naming the setting and what is allowed.
+        """
         return LearnConfig(
             step_size=self.step_size,
             geometry=self.geometry,

@@ -1,4 +1,4 @@
-"""What `generate` and `compare` do first: refuse what would fail later, and load the target."""
+"""Checks that commands make before the work starts, and functions to load a target and save a drafter."""
 
 from __future__ import annotations
 
@@ -19,23 +19,34 @@ from onlinespec.registry import LEARNER_NAMES, LOSSES, NONE, resolve
 
 
 def use(machine: Machine) -> None:
-    """Refuses a machine that is not there, and sets the number of threads."""
+    """Checks that the device and the data type exist, and sets torch's number of threads.
+
+    Raises:
+        ValueError: if they do not.
+    """
     as_device(machine.device)
     as_dtype(machine.dtype)
     torch.set_num_threads(machine.num_threads)
 
 
 def load(name: str, machine: Machine, beside: Beside) -> Target:
-    """The target, if it fits into memory with what is to stand beside it, with a sign of life while it is read."""
+    """Loads the target, with a spinner on standard error.
+
+    Args:
+        beside: The drafter and learning that must fit into memory beside it.
+    """
     with err.status(f"loading {name}"):
         return load_target(name, machine.device, machine.dtype, beside=beside)
 
 
 def checked_learner(line: str, learning: Learning) -> LearnConfig | None:
-    """A learner's settings by its line; None for plain decoding.
+    """Parses a learner's spec (NAME/SETTING=VALUE/...) and checks its learner and loss.
+
+    Returns:
+        The settings; None for plain decoding.
 
     Raises:
-        ValueError: for a name that is not known, or a setting that is none.
+        ValueError: for an unknown name or setting.
     """
     name, slash, settings = line.partition("/")
     if name == NONE:
@@ -54,7 +65,14 @@ def checked_learner(line: str, learning: Learning) -> LearnConfig | None:
 
 
 def check_save(folder: Path | None, config: LearnConfig | None) -> None:
-    """Refuses now what `save` would refuse when the work is done; without a config there is no drafter."""
+    """Checks that a drafter can be saved to a folder, before the work that it would hold.
+
+    Args:
+        config: The learner's settings; None for plain decoding, which has no drafter.
+
+    Raises:
+        ValueError: if there is no drafter, the folder holds something else, or it can't be written.
+    """
     if folder is None:
         return
     if config is None:
@@ -66,7 +84,11 @@ def check_save(folder: Path | None, config: LearnConfig | None) -> None:
 
 
 def save(drafter: Drafter, folder: Path, has_learned: bool, whose: str) -> None:
-    """Saves a drafter, but not one that learned nothing over one that did, and says what was done."""
+    """Saves a drafter and prints where; a drafter that learned nothing does not overwrite a saved one.
+
+    Args:
+        whose: How to call the drafter in the message.
+    """
     if (folder / SIDE_FILE).is_file() and not has_learned:
         err.print(f"nothing was learned, so {folder} stays as it is", highlight=False, soft_wrap=True)
         return
@@ -75,6 +97,6 @@ def save(drafter: Drafter, folder: Path, has_learned: bool, whose: str) -> None:
 
 
 def check_parent(folder: Path, flag: str) -> None:
-    """Refuses a place where no folder can be made."""
+    """Raises ValueError, naming the flag, if the folder could not be created."""
     if reason := why_not_writable(folder.absolute().parent):
         raise ValueError(f"the drafter can't be saved to {folder}: {reason}; choose another {flag}")

@@ -1,6 +1,6 @@
-"""The commands as dataclasses; tyro makes flags and help of them.
+"""The commands as dataclasses. tyro turns the fields into flags and help texts.
 
-Imported by every command, `--help` too: nothing here takes seconds to import.
+Every command imports this file, `--help` too, so it must not import torch or anything else that takes seconds.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from onlinespec.workloads import load_workload
 
 @dataclass(frozen=True)
 class Generate:
-    """Answer a prompt; the text appears as it comes, the figures after it."""
+    """Answer one prompt: streams the text, then prints acceptance length and speed."""
 
     target: TargetName
-    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    """The model to run: directory or Hub id of a Hugging Face checkpoint, or `demo` for the shipped one."""
     prompt: Annotated[str, arg(aliases=["-p"], metavar="TEXT")]
-    """What to ask; `-` reads it from standard input."""
+    """The prompt; `-` reads it from standard input."""
     drafter: Annotated[
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
     ] = None
-    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
+    """Directory or Hub id of a drafter, `demo` or `demo/small_lm`, or the name of a new one: ngram, eagle, small_lm."""
     learner: Annotated[
         str,
         arg(
@@ -44,135 +44,138 @@ class Generate:
         ),
     ] = FROZEN
     temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
-    """Strings that end the answer; they are not part of it."""
+    """Strings that end the answer; they are not included in it."""
     raw: bool = False
-    """Give the prompt as it stands, without the chat template."""
+    """Use the prompt as it is, without the model's chat template."""
     save: SaveFolder = None
-    """Write the adapted drafter to this directory."""
+    """Save the adapted drafter to this directory."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
     @property
     def drafter_name(self) -> str:
+        """The drafter to load, with the default filled in."""
         return ("demo" if self.target == "demo" else "ngram") if self.drafter is None else self.drafter
 
     def params(self, defaults: SamplingParams = SamplingParams()) -> GenerationParams:
-        """As the library takes them; `defaults` stands in for what was not given."""
+        """Returns the library's settings. Sampling flags that were not given are taken from `defaults`."""
         return self.decoding.params(self.temperature, defaults, stop_strings=self.stop, seed=self.machine.seed)
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare learners over a stream of prompts: a table, report.json, and a page with plots."""
+    """Compare learners on a stream of prompts: prints a table, writes report.json and an HTML report with plots."""
 
     target: TargetName
-    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    """The model to run: directory or Hub id of a Hugging Face checkpoint, or `demo` for the shipped one."""
     data: Annotated[tuple[str, ...], arg(metavar="DATA [DATA ...]")]
-    """What to ask, segment by segment: FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:prose,
-    builtin:code, builtin:sql, builtin:arithmetic. Data named twice goes on where it was left."""
+    """Sources of prompts, one per segment of the stream; a source named again continues where it stopped.
+    FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:NAME (prose, code, sql, arithmetic)."""
     drafter: Annotated[
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
     ] = None
-    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
+    """Directory or Hub id of a drafter, `demo` or `demo/small_lm`, or the name of a new one: ngram, eagle, small_lm."""
     learners: Annotated[
         str,
         arg(metavar="LEARNERS", help=f"Separated by commas: {NAMES}, as in ensemble/with_frozen=true."),
     ] = f"{NONE},{FROZEN},{LearnConfig.learner}"
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None
-    """Folder for report.json, report.html and requests.jsonl."""
+    """Directory for report.json, report.html and requests.jsonl."""
     num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (50,)
-    """Requests per segment, one number for all or one for each; 0 takes all of a file."""
+    """Requests per segment: one number for all, or one per segment. 0 takes all of a file."""
     minutes: float = 0.0
-    """Time for the whole stream; a slower one has each segment cut to its share. 0 is no limit."""
+    """Time limit for the comparison, in minutes; a slow machine runs fewer requests per segment. 0 is no limit."""
     temperature: Annotated[tuple[float, ...], arg(metavar="NUMBER [NUMBER ...]")] = (0.0,)
-    """0 is greedy; several are run one after the other."""
+    """Sampling temperature; 0 is greedy. Several are run one after the other."""
     acceptance: Literal["coupled", "rejection"] = "coupled"
-    """How drafts are judged: coupled (a draft is kept while it is the token that plain decoding commits with the same
-    seed), or rejection (the papers' rule: the same law, but a seed's text depends on the drafts)."""
+    """Acceptance rule: coupled keeps a drafted token if plain decoding with the same seed would choose it too.
+    rejection is speculative sampling as published: same distribution, but a seed's text depends on the drafts."""
     repeats: int = 1
-    """Repeat everything, to show the spread of the timings."""
+    """How often to run everything; the report shows medians and the spread of the timings."""
     window: int = 5
-    """Requests per point of the plots."""
+    """Requests averaged in one point of the plots."""
     telemetry: bool = False
-    """Measure regret, gradients and drift beside learning, for a second page; its time is kept apart."""
+    """Measure regret, gradients and drift, and add a page on them to the report. Not counted as learning time."""
     save: SaveFolder = None
-    """Write every learner's adapted drafter to a directory of its name in here."""
+    """Save the adapted drafters here, in a subdirectory per learner."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
     @property
     def drafter_name(self) -> str:
+        """The drafter to load, with the default filled in."""
         return ("demo" if self.target == "demo" else "eagle") if self.drafter is None else self.drafter
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Watch the shipped drafter learn: a stream of prose, code, SQL, arithmetic, and prose again."""
+    """Compare learners on the shipped pair, on a stream of prose, code, SQL, arithmetic, and prose again."""
 
     num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = (8, 25, 40, 40, 8)
-    """Requests per stretch of the stream, one number for all or one for each."""
+    """Requests per segment of the stream: one number for all, or one per segment."""
     minutes: float = 3.5
-    """Time for the whole stream; a slower machine has each stretch cut to its share. 0 takes all requests."""
+    """Time limit for the whole stream, in minutes; a slow machine runs fewer requests per segment. 0 is no limit."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/demo-<time>)")] = None
-    """Folder for report.json, report.html and requests.jsonl."""
+    """Directory for report.json, report.html and requests.jsonl."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     save: SaveFolder = None
-    """Write every learner's adapted drafter to a directory of its name in here."""
+    """Save the adapted drafters here, in a subdirectory per learner."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(num_draft_tokens=2)
-    """How answers are drafted and chosen. A third drafted token costs this small pair more than it brings."""
+    """Drafting and sampling. For this small pair, a third drafted token costs more time than it saves."""
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Distillation):
-    """Train a first drafter offline, on the target's own answers. The same command goes on where it was stopped."""
+    """Train a drafter offline, on the target's own answers. After an interruption, the same command continues."""
 
     target: TargetName
-    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    """The model to run: directory or Hub id of a Hugging Face checkpoint, or `demo` for the shipped one."""
     out: Annotated[Path, arg(metavar="DIR")]
-    """Where the drafter is written; work under way lies in DIR.work."""
+    """Directory to save the drafter to. Answers and training state are kept in DIR.work until it is done."""
     drafter: Annotated[str, arg(metavar="DRAFTER")] = "eagle"
-    """Name of a fresh drafter (eagle, small_lm), or directory or Hub id of a saved one to go on from."""
+    """Name of a drafter to train from scratch (eagle, small_lm), or directory or Hub id of one to continue from."""
     data: Annotated[tuple[str, ...], arg(metavar="DATA [DATA ...]")]
-    """Prompts to have answered: FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:NAME."""
+    """Sources of prompts to answer: FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:NAME."""
     num_requests: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]")] = Distillation.num_requests
-    """Prompts of each data, one number for all or one for each; 0 takes all of a file."""
+    """Prompts to take from each source: one number for all, or one per source. 0 takes all of a file."""
     temperature: Annotated[
         float | None, arg(metavar="NUMBER", help_behavior_hint="(default: half greedy, half at 1)")
     ] = None
-    """At which the target answers; 0 is greedy."""
+    """Sampling temperature of the target's answers; 0 is greedy."""
     step_size: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: by the drafter's size)")] = (
         None
     )
-    """Rate of learning: 2e-3 up to two million parameters that learn, then falling with the square root of their number
-    (3e-4 for a hundred million)."""
+    """Step size (learning rate).
+    The default is 2e-3 up to 2 million trainable parameters, then falls as 1/sqrt of their number (3e-4 at 100M)."""
     tune: Annotated[str | None, arg(metavar="PART", help_behavior_hint="(default: layers, of a small_lm)")] = None
-    """What of a small_lm learns: layers (all but embedding and head), all, or adapters (low-rank, as peft has them)."""
+    """Weights of a small_lm to train: layers (all but embedding and head), all, or adapters (LoRA as in peft)."""
     adapter_rank: int = Tuning.rank
-    """Rank of those adapters."""
+    """LoRA rank, for --tune adapters."""
     restart: bool = False
-    """Train anew, whatever is in DIR and DIR.work. Answers there are kept if they would come out the same."""
+    """Train from the start, whatever is in DIR and DIR.work.
+    Answers there are reused if the same ones would be generated again."""
     keep_text: bool = False
-    """Leave the answers in DIR.work when done: with --restart another training takes them as they are."""
+    """Keep the answers in DIR.work when done, so that another training with --restart can reuse them."""
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
     tuning: tyro.conf.Suppress[Tuning | None] = None  # from --tune and --adapter-rank
     seed: tyro.conf.Suppress[int] = 0  # from the machine's group
 
     def __post_init__(self) -> None:
-        """Checked by `settings`, so that a mistake is told as all others are."""
+        """Checks nothing: `settings` does, so that a wrong value gives the same one-line error as any other."""
 
     @property
     def settings(self) -> Distillation:
-        """As the library takes them.
+        """The library's settings.
 
         Raises:
-            ValueError: naming what is not allowed.
+            ValueError: naming the setting and what is allowed.
         """
         tuning = Tuning(self.tune, self.adapter_rank) if self.tune else None
         given = {field.name: getattr(self, field.name) for field in fields(Distillation)}
@@ -181,16 +184,16 @@ class Distill(Distillation):
 
 @dataclass(frozen=True)
 class Serve:
-    """Answer over HTTP as OpenAI's API does, while the drafter learns. SIGTERM or Ctrl-C: what runs is finished first.
+    """Serve an OpenAI-compatible HTTP API while the drafter learns. SIGTERM or Ctrl-C finishes running requests first.
 
-    What a request says of temperature, max_tokens and so on goes before what is said here."""
+    Settings in a request (temperature, max_tokens and so on) override the ones given here."""
 
     target: TargetName
-    """Directory or Hub id of a Hugging Face checkpoint, or `demo`."""
+    """The model to run: directory or Hub id of a Hugging Face checkpoint, or `demo` for the shipped one."""
     drafter: Annotated[
         str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
     ] = None
-    """Directory or Hub id of a drafter, `demo`, `demo/small_lm`, or the name of a fresh one: ngram, eagle, small_lm."""
+    """Directory or Hub id of a drafter, `demo` or `demo/small_lm`, or the name of a new one: ngram, eagle, small_lm."""
     learner: Annotated[
         str | None,
         arg(
@@ -200,62 +203,66 @@ class Serve:
         ),
     ] = None
     host: str = "127.0.0.1"
-    """Address to listen on; 127.0.0.1 is reached from this machine alone, 0.0.0.0 from everywhere."""
+    """Address to listen on; 127.0.0.1 accepts connections from this machine only, 0.0.0.0 from anywhere."""
     port: int = 8000
-    """0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     api_key: Annotated[
         str | None, arg(metavar="KEY", help_behavior_hint="(default: ONLINESPEC_API_KEY, else none)")
     ] = None
-    """What clients must send as `Authorization: Bearer KEY`. The environment keeps it out of the list of processes."""
+    """Key that clients must send as `Authorization: Bearer KEY`.
+    Give it in the environment variable to keep it out of the process list."""
     served_model_name: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: TARGET)")] = None
-    """What clients call the model."""
+    """Model name in the API."""
     temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
-    """0 is greedy."""
+    """Default sampling temperature; 0 is greedy."""
     limits: tyro.conf.OmitArgPrefixes[EngineLimits] = EngineLimits()
     prefix_megabytes: float = 256.0
-    """Memory for what was computed of prompts, so that what begins alike is read once; 0 is off."""
+    """Size of the prefix cache, in megabytes: a prompt prefix that was seen before is not prefilled again. 0 is off."""
     max_body_megabytes: float = 4.0
-    """Largest body that is read."""
+    """Largest request body, in megabytes; larger ones get 413."""
     max_prompt_tokens: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the context)")] = None
-    """Longest prompt."""
+    """Longest prompt that is accepted, in tokens."""
     grace_seconds: float = 30.0
-    """Time for requests that run when the server is stopped."""
+    """Seconds that running requests have to finish when the server is stopped."""
     fixed_draft_length: bool = False
-    """Always draft --num-draft-tokens, whatever that costs. Else that is the most: how many pay, none included, is
-    measured at the start and all the time."""
+    """Always draft --num-draft-tokens tokens. Otherwise that is the maximum; the number with the best goodput is used.
+    It can be 0, and is computed from costs measured at the start and while serving."""
     learn_in: Annotated[
         Literal["process", "thread", "inline"] | None,
         arg(metavar="PLACE", help_behavior_hint="(default: process on a CPU, thread on a GPU)"),
     ] = None
-    """Where learning runs: process or thread, beside serving, --learn-budget being its share of a core; or inline,
-    between steps. Beside serving, weights are served once they have drafted better on the same requests."""
+    """Where learning runs: in a process or thread beside serving, or inline, between decode steps.
+    A process or thread takes at most --learn-budget of one core.
+    It serves new weights only once they have drafted better than the current ones on the same requests."""
     versions: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not kept)")] = None
-    """Keep the versions that are served here, with the learner's state: a restart goes on from the newest good one."""
+    """Directory for the served weight versions and the learner's state.
+    A restart continues from the newest good version."""
     reset_drafter: bool = False
-    """Begin with --drafter as it is; what is in --versions is moved aside."""
+    """Start from --drafter; the versions in --versions are moved aside."""
     save: SaveFolder = None
-    """Write the adapted drafter to this directory when the server is stopped."""
+    """Save the adapted drafter to this directory when the server is stopped."""
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(max_new_tokens=512, num_draft_tokens=8)
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning(learn_budget=0.25, replay_minutes=1440.0)
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
     @property
     def drafter_name(self) -> str:
+        """The drafter to load, with the default filled in."""
         return ("demo" if self.target == "demo" else "ngram") if self.drafter is None else self.drafter
 
     def defaults(self, defaults: SamplingParams = SamplingParams()) -> GenerationParams:
-        """What requests do not say; `defaults` stands in for what is not said here either."""
+        """Returns the settings that requests may override. Flags that were not given are taken from `defaults`."""
         return self.decoding.params(self.temperature, defaults)
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a drafter or target directory is: format, shape, size, version, whom it fits."""
+    """Describe a drafter or target directory: format, shape, size, weights version, and which target a drafter fits."""
 
     path: Annotated[Positional[str], arg(metavar="PATH")]
-    """Directory or Hub id; `demo` for the shipped pair."""
+    """Directory or Hub id; `demo` is the shipped pair."""
     debug: bool = False
-    """Show Python's traceback when something goes wrong."""
+    """Show Python's traceback when a command fails."""
 
 
 Command = Demo | Generate | Compare | Distill | Serve | Inspect
@@ -272,10 +279,10 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 
 
 def check(command: Command) -> None:
-    """Refuses what can be refused at once, before anything that takes seconds.
+    """Checks a command's settings before anything that takes seconds, such as importing torch or loading a model.
 
     Raises:
-        ValueError, OSError, ImportError: with the value and the way out.
+        ValueError, OSError, ImportError: with the value, and what to give instead.
     """
     if isinstance(command, Inspect):
         return _check_demo(command.path, command.path)

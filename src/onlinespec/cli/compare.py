@@ -1,4 +1,4 @@
-"""`onlinespec compare` and `onlinespec demo`: learners over one stream, a table and a page."""
+"""The commands `onlinespec compare` and `onlinespec demo`: run learners on a stream, print a table, write a report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEMO_STREAM = ("builtin:prose", "builtin:code", "builtin:sql", "builtin:arithmet
 
 
 def demo_comparison(command: Demo) -> Compare:
-    """The demo as the comparison it is."""
+    """Returns the comparison that `onlinespec demo` runs."""
     return Compare(
         target="demo",
         data=DEMO_STREAM,
@@ -42,7 +42,14 @@ def demo_comparison(command: Demo) -> Compare:
 
 
 def compare(command: Compare) -> int:
-    """Refuses what would fail later, loads, compares."""
+    """Checks the settings, loads the target and compares.
+
+    Returns:
+        The exit status: 1 if answers differ from plain decoding by more than a tie, 130 after Ctrl-C.
+
+    Raises:
+        ValueError: for settings that can't work.
+    """
     use(command.machine)
     folder = command.out or _new_folder("compare")
     learners = tuple(name.strip() for name in command.learners.split(",") if name.strip())
@@ -74,7 +81,7 @@ def compare(command: Compare) -> int:
 
 @interrupts_raised()
 def _run(target: Target, comparison: Comparison, folder: Path, save_to: Path | None) -> int:
-    """Shows how far it is; whatever is finished when it ends is written and shown."""
+    """Runs with a progress display. After Ctrl-C, the requests finished so far are still reported and saved."""
     comparing = Comparing(target, comparison, folder, " ".join(sys.argv[1:]))
     status = 0
     try:
@@ -111,7 +118,7 @@ def _show(report: Report, folder: Path) -> None:
 
 
 def _tell_of_losses(report: Report) -> None:
-    """Says so where speculation did not pay: the table shows it to who knows where to look."""
+    """Prints a hint if no drafter was faster than plain decoding, which is easy to overlook in the table."""
     ratios = [run.totals.speedup_vs_none for run in report.runs if run.learner != NONE]
     known = [ratio for ratio in ratios if ratio is not None]
     if known and max(known) < 1:
@@ -137,7 +144,7 @@ def _fits(table: Table) -> bool:
 
 
 def _as_list(table: Table) -> Table:
-    """A line per figure, for terminals narrower than the table."""
+    """The table as a list with one cell per line, for terminals that are narrower than the table."""
     titles = [str(column.header).replace("\n", " ") for column in table.columns]
     lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0), caption=table.caption, caption_justify="left")
     for row in zip(*(column.cells for column in table.columns), strict=True):
@@ -153,7 +160,7 @@ def _save_all(comparing: Comparing, folder: Path) -> None:
 
 
 def folder_for(folder: Path, learner: str) -> Path:
-    """Where a learner's drafter is saved: its line, without what would open folders in folders."""
+    """Returns the folder of a learner's drafter: named by its spec, with `/` replaced so that it is one folder."""
     return folder / learner.replace("/", ",")
 
 

@@ -1,4 +1,4 @@
-"""From argv to an exit status: parses, refuses, runs, and turns errors into messages."""
+"""The main function: parses argv, checks it, runs the command, and turns errors into messages and an exit status."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from onlinespec.cli.terminal import complain, err
 
 
 def main() -> None:
-    """Exit status 0, 1 for a failed check, 2 for a mistake in what was asked, 70 for a bug of ours, 130 for Ctrl-C."""
+    """Runs the command in argv and exits the process.
+
+    The status is 0 for success, 1 for a failed check or a closed output pipe, 2 for a user's error, 70 for a bug of
+    onlinespec, 130 for Ctrl-C.
+    """
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # its warnings speak of ways it is not used here
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its warnings are about uses that do not occur here
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of an answer
     is_debugging = False
     try:
         command = tyro.extras.subcommand_cli_from_dict(
@@ -41,15 +45,15 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+    except BrokenPipeError:  # the reader of the pipe has closed it, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
         sys.exit(1)
     except (ValueError, OSError, ImportError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
         if is_debugging:
             traceback.print_exc()
         complain(str(error) or type(error).__name__)
         sys.exit(2)
-    except Exception as error:  # nothing of ours raises these on purpose
+    except Exception as error:  # no code here raises these types on purpose
         if is_debugging:
             traceback.print_exc()
         complain(
@@ -60,7 +64,7 @@ def main() -> None:
 
 
 def _find(command: Command) -> Callable[[], int]:
-    """What runs a command. Importing it takes seconds, most of them torch's and transformers'."""
+    """Imports and returns the function that runs a command. Importing torch and transformers takes seconds."""
     match command:
         case Inspect():
             from onlinespec.cli.inspect import inspect

@@ -1,4 +1,4 @@
-"""`onlinespec distill`: a first drafter, how far it is, and what it brought."""
+"""The command `onlinespec distill`: trains a drafter offline, with progress, and prints its scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ _ENDS = {
 
 
 def distill(command: Distill) -> int:
-    """Refuses what would fail later, loads, answers, trains."""
+    """Checks the settings, loads the target, has it answer the prompts, and trains the drafter on the answers.
+
+    Returns:
+        The exit status; 130 after Ctrl-C.
+
+    Raises:
+        ValueError: for settings that can't work.
+    """
     use(command.machine)
     settings = command.settings
     check_parent(command.out, "--out")
@@ -90,7 +97,7 @@ def _when(score: Score) -> str:
 
 @contextmanager
 def shown() -> Iterator[Callable[[Progress], None]]:
-    """Gives what takes the events: bars in a terminal, else a line now and then."""
+    """Gives a callback for progress events that draws bars in a terminal, and prints a line now and then elsewhere."""
     if not err.is_interactive:
         yield _Lines().take
         return
@@ -108,15 +115,15 @@ def shown() -> Iterator[Callable[[Progress], None]]:
 
 
 class _Lines:
-    """For logs: a line when a phase begins, when time has passed, when it ends, and for every score."""
+    """Progress for logs: a line when a phase starts and ends, for every score, and every 15 seconds between."""
 
     def __init__(self) -> None:
-        self._begun: dict[str, tuple[float, int]] = {}  # when each phase did, and how much had been done by then
+        self._begun: dict[str, tuple[float, int]] = {}  # per phase: start time, and what earlier runs had done
         self._said, self._num_scores = 0.0, -1
 
     def take(self, event: Progress) -> None:
         if event.phase == "scoring" or (event.done == event.total and event.phase not in self._begun):
-            return  # the latter: of an earlier run
+            return  # the second case: a phase that an earlier run finished
         now, is_new = monotonic(), event.phase not in self._begun
         began, done_before = self._begun.setdefault(event.phase, (now, event.done))
         is_scored = event.phase == "training" and len(event.scores) > self._num_scores

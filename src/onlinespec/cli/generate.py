@@ -1,4 +1,4 @@
-"""`onlinespec generate`: an answer as it comes, then its figures."""
+"""The command `onlinespec generate`: streams one answer, then prints its statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from onlinespec.registry import FROZEN
 
 
 def generate(command: Generate) -> int:
-    """Refuses what would fail later, loads, answers."""
+    """Checks the settings, loads the models and answers the prompt.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: for settings that can't work, or an empty prompt.
+        KeyboardInterrupt, BrokenPipeError: if Ctrl-C or a closed pipe ended the answer, after everything was saved.
+    """
     use(command.machine)
     config = checked_learner(command.learner, command.learning)
     check_save(command.save, config)
@@ -25,7 +33,7 @@ def generate(command: Generate) -> int:
     if not prompt.strip():
         source = "standard input" if command.prompt == "-" else "--prompt"
         raise ValueError(f"the prompt is empty: {source} holds no text; give some")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python decodes bytes that are not UTF-8
         raise ValueError("the prompt is not UTF-8 text; convert it first")
 
     learners = [config] if config and config.learner != FROZEN else []
@@ -41,7 +49,7 @@ def generate(command: Generate) -> int:
 
 @interrupts_raised()
 def _answer(command: Generate, loop: DecodeLoop, learning: InlineLearning | None, prompt: str) -> int:
-    """Streams one answer to standard output, figures to standard error. Ctrl-C ends the answer; the rest goes on."""
+    """Streams one answer to standard output, statistics to standard error. After Ctrl-C the drafter is still saved."""
     target = loop.target
     prompt_ids = target.encode(prompt, is_chat=not command.raw)
     stats = DecodeStats()
@@ -49,7 +57,7 @@ def _answer(command: Generate, loop: DecodeLoop, learning: InlineLearning | None
     try:
         for request in loop.generate(prompt_ids, command.params(target.sampling)):
             stats = request.stats
-            sys.stdout.write(request.text.take())  # not by rich, which would turn tabs into spaces
+            sys.stdout.write(request.text.take())  # rich would turn tabs into spaces
             sys.stdout.flush()
         print(flush=True)
     except (KeyboardInterrupt, BrokenPipeError) as reason:

@@ -1,4 +1,4 @@
-"""`onlinespec inspect`: what a directory holds."""
+"""The command `onlinespec inspect`: prints what a model or drafter directory holds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from onlinespec.cli.terminal import escaped, out
 from onlinespec.offline.inspection import describe, folders_of, history_of
 from onlinespec.publishing.protocol import Event
 
-_NEWEST = 20  # events that are shown
+_NEWEST = 20  # number of events shown
 
 
 def inspect(command: Inspect) -> int:
-    """Prints the facts, of a pair the target's first, and of versions what happened to them."""
+    """Prints a table of facts (for a pair, target first), then the event history of a version folder.
+
+    Returns:
+        The exit status, 0.
+    """
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for folder in folders_of(command.path):
         if table.row_count:
@@ -28,7 +32,7 @@ def inspect(command: Inspect) -> int:
 
 
 def _print_history(events: list[Event]) -> None:
-    """The newest events, the last one last."""
+    """Prints the newest events in order of time."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("when (UTC)", "what", "version", "acceptance length", "on", "why"):
         table.add_column(heading, justify="right" if heading == "version" else "left", overflow="fold")

@@ -1,4 +1,4 @@
-"""How far a comparison is: a bar in a terminal; elsewhere, in a log say, a line per stretch."""
+"""The progress display of a comparison: a bar in a terminal; elsewhere, such as in a log, a line per segment."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from onlinespec.registry import NONE
 
 @contextmanager
 def shown() -> Iterator[Callable[[Progress], None]]:
-    """Gives what takes the events of `Comparing.run`."""
+    """Gives a callback for the progress events of `Comparing.run`."""
     if err.is_interactive:
         with _bar() as bar:
             yield lambda event: _update(bar, event)
             (task,) = bar.tasks
-            bar.update(task.id, total=task.completed)  # a file may have had fewer rows, or time run out
+            bar.update(task.id, total=task.completed)  # fewer than expected if a file was short or time ran out
     else:
         stretch = _Stretch()
         try:
@@ -32,7 +32,7 @@ def shown() -> Iterator[Callable[[Progress], None]]:
 
 
 def _bar() -> Bar:
-    """The name of the data gives way in a narrow terminal, the figures do not."""
+    """A progress bar. In a narrow terminal the name of the data is shortened, the acceptance lengths are not."""
     err.print("acceptance length of the latest answer, by learner", highlight=False)
     name = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
     figures = TextColumn("{task.fields[lengths]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
@@ -52,7 +52,7 @@ def _update(bar: Bar, event: Progress) -> None:
 
 
 class _Stretch:
-    """Requests of one segment, told in a line when the next one begins."""
+    """Collects the requests of one segment, and prints them as one line when the next segment begins."""
 
     def __init__(self) -> None:
         self._events: list[Progress] = []

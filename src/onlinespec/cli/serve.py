@@ -1,4 +1,4 @@
-"""`onlinespec serve`: a target and a drafter behind HTTP, until someone stops it."""
+"""The command `onlinespec serve`: serves a target and a drafter over HTTP until it is stopped."""
 
 from __future__ import annotations
 
@@ -53,7 +53,17 @@ _KEY_VARIABLE = "ONLINESPEC_API_KEY"
 
 
 def serve(command: Serve) -> int:
-    """Refuses what would fail later, takes the address, loads, serves, saves."""
+    """Checks the settings, binds the address, loads, serves, and saves the drafter.
+
+    The address is bound before the models are loaded, so that a port in use is reported at once.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError, OSError: for settings that can't work, or an address in use.
+        KeyboardInterrupt: if Ctrl-C stopped the server, after everything was saved.
+    """
     use(command.machine)
     config = checked_learner(command.learner or LearnConfig.learner, command.learning)
     check_save(command.save, config)
@@ -75,7 +85,7 @@ def serve(command: Serve) -> int:
         control = None if command.fixed_draft_length else _control(command, target, drafter, limits)
         settings, facts = _settings(command, target), _facts(command, config, target)
         if versions and _place(command, config, target) in ("thread", "process"):
-            versions.close()  # which takes it from here
+            versions.close()  # releases the lock: the learning thread or process takes it over
         with _learning(command, config, target, drafter) as learning:
             engine = Engine(Scheduler(DecodeLoop(target, drafter, learning, prefixes), limits, control))
             greet = partial(_greet, command, settings, target, facts, door)
@@ -91,7 +101,11 @@ def serve(command: Serve) -> int:
 
 @contextmanager
 def _versions(command: Serve, config: LearnConfig | None) -> Iterator[Versions | None]:
-    """The folder for versions; whether it can be written to is found out before anything is loaded."""
+    """Gives the version folder, locked if versions will be written to it. None without --versions.
+
+    Raises:
+        ValueError: if the folder can't be written to; this is checked before anything is loaded.
+    """
     folder = command.versions
     if folder is None:
         yield None
@@ -110,18 +124,18 @@ def _versions(command: Serve, config: LearnConfig | None) -> Iterator[Versions |
 
 
 def _resume(command: Serve, versions: Versions, target: Target, drafter: Drafter) -> None:
-    """Goes on with the newest good version, or begins anew."""
+    """Puts the newest good version into the drafter, or leaves the drafter as --drafter gave it."""
     folder = versions.folder
     if command.reset_drafter and (aside := versions.reset()):
         err.print(f"the versions in {folder} are kept in {aside.name}", highlight=False, soft_wrap=True)
     if found := versions.latest_good(target.fingerprint):
-        versions.resume(found, drafter, found.learner)  # who learns on says so if it is another
+        versions.resume(found, drafter, found.learner)  # learning itself reports a change of the learner
         err.print(f"going on with version {found.version} of {folder}", highlight=False, soft_wrap=True)
         return
     if versions.numbers():
         told = f"none of the versions in {folder} can be served: beginning anew with {command.drafter_name}"
         err.print(told, highlight=False, soft_wrap=True)
-    if (number := versions.next_version) > drafter.weights.version:  # a number is never used again
+    if (number := versions.next_version) > drafter.weights.version:  # version numbers are not reused
         drafter.swap(DrafterWeights(drafter.weights.params, number))
 
 
@@ -130,7 +144,7 @@ def _drafter(command: Serve, target: Target) -> Drafter:
 
 
 def _control(command: Serve, target: Target, drafter: Drafter | None, limits: Limits) -> Controller | None:
-    """What chooses the number of drafted tokens, once it has measured what steps cost here."""
+    """Measures what decode steps cost here and returns the controller that chooses how many tokens to draft."""
     most = command.decoding.num_draft_tokens
     if not (most and drafter):
         return None
@@ -145,7 +159,7 @@ def _control(command: Serve, target: Target, drafter: Drafter | None, limits: Li
 def _learning(
     command: Serve, config: LearnConfig | None, target: Target, drafter: Drafter | None
 ) -> Iterator[Learning | None]:
-    """Learning where it was asked for; it ends with the block."""
+    """Starts learning in the place that was asked for, and stops it at the end of the block."""
     place = _place(command, config, target)
     if not (place and config and drafter):
         yield None
@@ -171,7 +185,7 @@ def _learning(
 
 
 def _beside(command: Serve, config: LearnConfig | None) -> Beside:
-    """What there will be memory needed for beside the target, of which nothing is known yet."""
+    """What needs memory beside the target, estimated from the settings: the target is not loaded yet."""
     if config is None:
         return Beside(None, [])
     is_learning = config.learner != FROZEN and command.decoding.num_draft_tokens > 0
@@ -180,7 +194,7 @@ def _beside(command: Serve, config: LearnConfig | None) -> Beside:
 
 
 def _place(command: Serve, config: LearnConfig | None, target: Target) -> str:
-    """Where learning runs; empty if nothing is learned."""
+    """Where learning runs: "process", "thread" or "inline"; empty if nothing is learned."""
     if config is None or config.learner == FROZEN or not command.decoding.num_draft_tokens:
         return ""
     if command.learn_in:
@@ -190,7 +204,7 @@ def _place(command: Serve, config: LearnConfig | None, target: Target) -> str:
 
 
 def _facts(command: Serve, config: LearnConfig | None, target: Target) -> dict[str, Any]:
-    """What the page says of the server."""
+    """What the live page shows about the server; see `create_app`."""
     place = _place(command, config, target)
     where = {"inline": "between steps", "thread": "in a thread", "process": "in a process of its own"}
     return {
@@ -201,12 +215,12 @@ def _facts(command: Serve, config: LearnConfig | None, target: Target) -> dict[s
 
 
 def _one_by_one(limits: Limits) -> Limits:
-    """For targets that run through transformers, whose cache holds one request at a time."""
+    """Limits for targets that run through transformers, whose cache holds one request at a time."""
     return replace(limits, max_running=1)
 
 
 def _settings(command: Serve, target: Target | None = None) -> ServerSettings:
-    """As the app takes them; without a target only to see whether they are fine."""
+    """Returns the server's settings. Without a target, they serve only to check the command's settings."""
     return ServerSettings(
         model=command.target if command.served_model_name is None else command.served_model_name,
         defaults=command.defaults(target.sampling) if target else command.defaults(),
@@ -218,7 +232,11 @@ def _settings(command: Serve, target: Target | None = None) -> ServerSettings:
 
 
 def _learner(command: Serve, config: LearnConfig | None, drafter: Drafter | None) -> LearnConfig | None:
-    """What was asked for, or what the drafter can do."""
+    """Returns the learner's settings; `frozen` if none was named and the drafter can't learn.
+
+    Raises:
+        ValueError: if a learner was named and the drafter can't learn.
+    """
     if not (config and drafter) or drafter.is_trainable or config.learner == FROZEN:
         return config
     if command.learner is not None:
@@ -233,7 +251,7 @@ def _drafting(facts: dict[str, Any]) -> str:
 def _greet(
     command: Serve, settings: ServerSettings, target: Target, facts: dict[str, Any], door: socket.socket
 ) -> None:
-    """What is served, where, and how to ask."""
+    """Prints what is served, at which URL, warnings, and a curl command to try."""
     host, port = door.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
@@ -244,7 +262,7 @@ def _greet(
         lines.append(f"warning: anyone who reaches {url} may ask: no --api-key is set")
     has_chat = bool(target.tokenizer.chat_template)
     path = "chat/completions" if has_chat else "completions"
-    text = "Write a short paragraph about a baker."  # one that the demo's small model can answer
+    text = "Write a short paragraph about a baker."  # a prompt that the demo's small model can answer
     asked = {"messages": [{"role": "user", "content": text}]} if has_chat else {"prompt": text}
     key = " -H 'Authorization: Bearer KEY'" if settings.api_key else ""
     lines.append(f"try: curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(asked)}'")

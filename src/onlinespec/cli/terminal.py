@@ -1,4 +1,7 @@
-"""The terminal: where to write, and what Ctrl-C does. Answers and tables go to standard output, the rest to error."""
+"""The consoles that commands print to, and what Ctrl-C does.
+
+Answers and tables go to standard output, everything else to standard error.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from rich.console import Console
 
 from onlinespec.cli.interrupt import stop
 
-_FILE_WIDTH = 160  # characters, where no terminal says how many it has: a row of a table, a line of the log stay whole
+_FILE_WIDTH = 160  # characters, if the output is no terminal: wide enough that table rows and log lines are not wrapped
 
 
 def _console(stderr: bool) -> Console:
@@ -26,7 +29,7 @@ out, err = _console(stderr=False), _console(stderr=True)
 
 @contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt, as usual, for work that leaves something to put in order."""
+    """Makes Ctrl-C raise KeyboardInterrupt inside the block, for work that must clean up; elsewhere it exits."""
     is_stopping = signal.getsignal(signal.SIGINT) is stop
     if is_stopping:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,10 +41,10 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def complain(message: str) -> None:
-    """An error, in one line on standard error."""
+    """Prints an error as one line on standard error."""
     err.print(f"[bold red]error:[/] {escaped(message)}", highlight=False, soft_wrap=True)
 
 
 def escaped(text: str) -> str:
-    """Text as it stands, in what rich would read for markup."""
+    """Escapes text so that rich does not take brackets for markup."""
     return text.replace("[", r"\[")

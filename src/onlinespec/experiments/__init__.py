@@ -1,1 +1,1 @@
-"""Comparisons of learners over a stream, and what they leave on disk."""
+"""Comparisons of learners on a stream of prompts, and the reports they write."""

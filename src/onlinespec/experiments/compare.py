@@ -1,8 +1,9 @@
-"""Several learners over one stream of prompts, request by request, so that a machine that slows down slows all alike.
+"""A comparison of learners on one stream of prompts.
 
-Every run has its own copy of the drafter and shares the target. `none` is plain decoding and the reference: every
-answer of every other run is compared with it, token by token, at every temperature (under the papers' rejection rule,
-whose text depends on the drafts, the greedy ones alone).
+The runs of all learners are interleaved request by request, so that a machine whose speed drifts affects all alike.
+Each run has its own copy of the drafter; all share the target. `none` is plain decoding and the reference: every answer
+of every other run is compared with it token by token, at every temperature. Under `rejection`, where sampled text
+depends on the drafts, only greedy answers are compared.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Runner:
-    """One learner's side of the comparison: its own drafter, weights and counts."""
+    """One learner's run: its own drafter, weights and statistics."""
 
     learner: str
     loop: DecodeLoop
     learning: InlineLearning | None
     stats: list[list[DecodeStats]] = field(default_factory=list)  # per segment, per request
-    differing: set[int] = field(default_factory=set)  # segments with an answer that is not plain decoding's
+    differing: set[int] = field(default_factory=set)  # segments with an answer that differs from plain decoding
 
     @property
     def weights_version(self) -> int:
@@ -62,17 +63,25 @@ class _Runner:
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after each request of the stream, all runs of it done."""
+    """The progress after a request of the stream has been answered in all runs."""
 
-    done: int
-    expected: int | None  # None while the length of a file is not known
-    segment: int  # counted on through repeats and temperatures
+    done: int  # requests so far
+    expected: int | None  # requests in all; None if a file is taken whole
+    segment: int  # index that keeps counting over repeats and temperatures
     data: str
-    acceptance_lengths: dict[str, float]  # of the last request, by learner
+    acceptance_lengths: dict[str, float]  # tokens per step in the latest request, by learner
 
 
 class Comparing:
-    """A comparison under way. `run` fills it; `report` can be asked for at any time, after an interruption too."""
+    """A comparison. `run` executes it; `report` gives the results so far at any time, also after an interruption.
+
+    Args:
+        out: Folder for report.json and requests.jsonl; None writes nothing.
+        command: The command line, for the report.
+
+    Raises:
+        ValueError: if the drafter or a learner does not exist or they don't fit, or `out` holds results already.
+    """
 
     def __init__(self, target: Target, comparison: Comparison, out: Path | None = None, command: str = "") -> None:
         self.target, self.comparison, self._out = target, comparison, out
@@ -83,20 +92,20 @@ class Comparing:
         self._provenance = provenance(
             command, target.name, comparison.drafter, target.fingerprint, msgspec.to_builtins(comparison)
         )
-        self._costs: dict[float, dict[str, Any]] = {}  # of learning, by temperature
+        self._costs: dict[float, dict[str, Any]] = {}  # round_cost and row_cost, by temperature
         self._provenance["loss"] = {
             name: [describe_loss(parse_learner(name, comparison.learn).loss, t) for t in comparison.temperatures]
             for name in comparison.learners
             if name not in (NONE, FROZEN)
         }
         self._workloads: dict[str, Workload] = {spec: load_workload(spec) for spec in comparison.data}
-        self._make_group()  # so that a drafter or a learner that does not exist is found before anything is written
+        self._make_group()  # before anything is written, so that a wrong drafter or learner leaves no files
         if out:
             claim(out)
 
     @property
     def drafters(self) -> dict[str, tuple[Drafter, bool]]:
-        """The latest runs' drafters by learner, each with whether it learned anything there."""
+        """The drafters of the latest runs, by learner, and whether each was updated in its run."""
         return {
             runner.learner: (runner.loop.drafter, runner.learning is not None and runner.learning.num_rounds > 0)
             for runner in self._group
@@ -104,7 +113,14 @@ class Comparing:
         }
 
     def run(self, on_progress: Callable[[Progress], None] = lambda progress: None) -> Report:
-        """Runs everything; files in `out` are brought up to date after every segment and when interrupted."""
+        """Runs all learners at all temperatures, as often as asked.
+
+        report.json is rewritten at each segment and at the end, also after an exception; requests.jsonl grows with
+        every request.
+
+        Args:
+            on_progress: Called after every request.
+        """
         comparison = self.comparison
         settings = [(t, r) for r in range(comparison.repeats) for t in comparison.temperatures]
         counts = [count for _, count in comparison.segments]
@@ -128,7 +144,7 @@ class Comparing:
         return report
 
     def report(self) -> Report:
-        """What is known so far."""
+        """Returns the results so far."""
         runs = list(self._runs)
         if not self._group_is_counted:
             runs += self._finished_runs()
@@ -138,7 +154,7 @@ class Comparing:
     # --- the stream ---------------------------------------------------------------------------------------------
 
     def _stream(self) -> Iterator[tuple[int, int, Prompt]]:
-        """(segment, index, prompt) of the whole stream."""
+        """Yields (segment, index of the request in the stream, prompt)."""
         index = 0
         iterators: dict[str, Iterator[Prompt]] = {}
         segments = zip(self.comparison.segments, self._deadlines(), strict=True)
@@ -154,7 +170,7 @@ class Comparing:
             self._write()
 
     def _deadlines(self) -> list[float]:
-        """When each segment has to end, by its share of the requests; a fast one leaves its time to the next."""
+        """The time at which each segment must end, by its share of the requests; unused time goes to the next ones."""
         comparison, now = self.comparison, time.monotonic()
         counts = [count for _, count in comparison.segments]
         if not comparison.minutes:
@@ -165,13 +181,17 @@ class Comparing:
     def _visit(self, iterators: dict[str, Iterator[Prompt]], spec: str, limit: int | None) -> list[Prompt]:
         iterators.setdefault(spec, self._workloads[spec].prompts(self.comparison.seed))
         prompts = list(islice(iterators[spec], limit))
-        if not prompts:  # visited before, to its end
+        if not prompts:  # used up by an earlier segment: start again
             iterators[spec] = self._workloads[spec].prompts(self.comparison.seed)
             prompts = list(islice(iterators[spec], limit))
         return prompts
 
     def _request(self, segment: int, index: int, prompt: Prompt) -> dict[str, float]:
-        """One prompt through every run, each time another one first; skipped by all if it does not fit the target."""
+        """Answers one prompt in every run, skipped in all if it does not fit the target; which run is first rotates.
+
+        Returns:
+            The acceptance length of the answer, by learner.
+        """
         prompt_ids = self.target.encode(prompt.text)
         shift = index % len(self._group)
         answers: dict[str, Request] = {}
@@ -199,7 +219,7 @@ class Comparing:
 
     @property
     def _is_text_fixed(self) -> bool:
-        """Whether drafts can change no answer, so that all are to be plain decoding's."""
+        """Whether the text must equal plain decoding's, because drafts can't influence it."""
         return self._sampling().is_greedy or self.comparison.acceptance == "coupled"
 
     def _seed_of(self, index: int) -> int:
@@ -266,7 +286,7 @@ class Comparing:
         return load_drafter(comparison.drafter, self.target, comparison.seed, comparison.tuning)
 
     def _measure_costs(self) -> None:
-        """Before the first run at a temperature: what budgets are counted in, if this machine is to say."""
+        """Measures the costs of learning on this machine before the first run at a temperature, if asked to."""
         is_asked = self.comparison.measures_costs and not {NONE, FROZEN}.issuperset(self.comparison.learners)
         temperature = self._setting[0]
         if not is_asked or temperature in self._costs:
@@ -283,7 +303,7 @@ class Comparing:
         told_so_far.append({"temperature": temperature, **self._costs[temperature]})
 
     def _warm_up(self) -> None:
-        """A few uncounted tokens per run, so that no run pays for the machine's first calls."""
+        """Decodes a few tokens per run without counting them, so that no run includes one-time costs."""
         params = GenerationParams(max_new_tokens=12, num_draft_tokens=self.comparison.generation.num_draft_tokens)
         prompt_ids = self.target.encode("Hello")
         for runner in self._group:

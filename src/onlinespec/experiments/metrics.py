@@ -1,4 +1,4 @@
-"""From counts to the figures of a report. The ratios of one run are `DecodeStats`' own; those between runs are here."""
+"""The statistics of a report: sums and windows of `DecodeStats`, and ratios between runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from onlinespec.experiments.report_schema import Window
 
 
 def total(stats: Sequence[DecodeStats]) -> DecodeStats:
-    """All of it added up."""
+    """Returns the sum of all statistics."""
     return sum(stats, start=DecodeStats())
 
 
 def speedup(stats: DecodeStats, control: DecodeStats | None) -> float | None:
-    """Ratio of net tokens per second; None without a control that measured something."""
+    """Returns the ratio of net tokens per second to the control's; None if there is no control or it has no time."""
     if control is None or not control.tokens_per_second:
         return None
     return stats.tokens_per_second / control.tokens_per_second
@@ -24,7 +24,12 @@ def speedup(stats: DecodeStats, control: DecodeStats | None) -> float | None:
 def figures(
     stats: DecodeStats, none: DecodeStats | None, frozen: DecodeStats | None, identical_to_plain: bool | None
 ) -> dict[str, Any]:
-    """The fields that a run's totals and each of its segments share in report.json."""
+    """Returns the fields of `Totals`, which a run and each of its segments have in report.json.
+
+    Args:
+        none: The same requests of the run of plain decoding, if there is one.
+        frozen: The same requests of the run without learning, if there is one.
+    """
     return {
         "requests": stats.requests,
         "skipped": stats.skipped,
@@ -45,7 +50,7 @@ def figures(
 
 
 def windows(stats: Sequence[DecodeStats], size: int) -> tuple[Window, ...]:
-    """Consecutive groups of `size` requests; the last may be smaller."""
+    """Returns statistics of consecutive groups of `size` requests; the last group may be smaller."""
     groups = [total(stats[i : i + size]) for i in range(0, len(stats), size)]
     return tuple(
         Window(

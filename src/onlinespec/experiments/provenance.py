@@ -1,4 +1,4 @@
-"""Where figures come from: versions, machine and settings, as they go into every report."""
+"""The provenance of a report: versions, machine and settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from onlinespec import __version__
 
 
 def provenance(command: str, target: str, drafter: str, fingerprint: str, settings: Any) -> dict[str, Any]:
-    """A flat record of what ran where; settings nest."""
+    """Returns the record of what ran where, for report.json.
+
+    Args:
+        fingerprint: Of the target.
+        settings: Of the comparison, as plain values; nested under "settings".
+    """
     return {
         "command": command,
         "version": __version__,
@@ -35,7 +40,7 @@ def provenance(command: str, target: str, drafter: str, fingerprint: str, settin
 
 
 def _commit() -> str:
-    """The source tree's commit, `-dirty` if it was changed since; empty outside a checkout of ours."""
+    """The git commit of the source tree, with `-dirty` if it has changes; empty if the package runs from elsewhere."""
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder)]

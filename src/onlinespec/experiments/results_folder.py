@@ -1,4 +1,4 @@
-"""Where results are written: found out before the work, and never over older ones."""
+"""The folder for results: checked before the work starts, and never one that holds results already."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def check_results_folder(out: Path) -> None:
-    """Makes sure, without leaving a trace, that results can be written to a folder and that none are overwritten.
+    """Checks that results can be written to a folder without overwriting any. Creates nothing.
 
     Raises:
         ValueError: if the folder can't be written to or holds results already.
     """
     lines, report = out / "requests.jsonl", out / "report.json"
-    if lines.stat().st_size if lines.exists() else report.exists():  # a run that finished no request holds nothing
+    if lines.stat().st_size if lines.exists() else report.exists():  # an empty file: a run without a finished request
         raise ValueError(
             f"{out} holds results already, and a run that was stopped is not continued; "
             "choose another --out, or move them away"
@@ -23,7 +23,7 @@ def check_results_folder(out: Path) -> None:
 
 
 def why_not_writable(folder: Path) -> str:
-    """Why no file can be made in a folder, which need not exist yet; empty if one can. Leaves nothing behind."""
+    """Returns why no file can be created in a folder, which may not exist yet; empty if one can. Creates nothing."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".onlinespec-", dir=existing):
@@ -33,6 +33,11 @@ def why_not_writable(folder: Path) -> str:
 
 
 def claim(out: Path) -> None:
+    """Checks the folder, and creates it with an empty requests.jsonl.
+
+    Raises:
+        ValueError: as `check_results_folder`.
+    """
     check_results_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "requests.jsonl").touch()

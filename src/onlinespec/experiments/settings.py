@@ -1,4 +1,4 @@
-"""What to compare, on what. Imports no torch, unless a learner is to be checked."""
+"""Settings of a comparison. Imports torch only to check a learner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onlinespec.registry import ACCEPTANCE, NONE
 
 
 def check_learner(method: str, defaults: LearnConfig) -> None:
-    """Refuses a learner's line that can't be read. Imports torch, which learners need."""
+    """Raises ValueError if a learner's spec can't be parsed. Imports torch, which learners need."""
     from onlinespec.learning.learner_spec import learner_of, parse_learner
 
     learner_of(parse_learner(method, defaults))
@@ -19,22 +19,26 @@ def check_learner(method: str, defaults: LearnConfig) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to compare, on what."""
+    """Settings of a comparison: which drafter and learners, on which prompts, and how.
 
-    drafter: str
-    learners: tuple[str, ...]  # none, or as `parse_learner` reads them
-    data: tuple[str, ...]  # segments of the stream in the order visited; one named twice goes on where it was left
-    num_requests: tuple[int, ...] = (50,)  # for all segments, or for each; 0 for all a file has
-    minutes: float = 0.0  # a slower stream has its segments cut, each to its share of the time; 0 for no limit
+    Raises:
+        ValueError: naming the setting and what is allowed.
+    """
+
+    drafter: str  # directory, Hub id or name, as `load_drafter` takes it
+    learners: tuple[str, ...]  # "none", or specs as `parse_learner` takes them
+    data: tuple[str, ...]  # sources of the segments, in order; one named twice continues where it stopped
+    num_requests: tuple[int, ...] = (50,)  # one for all segments, or one per segment; 0 takes all of a file
+    minutes: float = 0.0  # time limit; segments that exceed their share of it are cut short; 0 is no limit
     temperatures: tuple[float, ...] = (0.0,)
     seed: int = 0
     repeats: int = 1
-    window: int = 5  # requests per point of the report's plots
+    window: int = 5  # requests averaged in one point of the report's plots
     generation: GenerationParams = GenerationParams()
-    learn: LearnConfig = LearnConfig()  # for what the learners' own lines leave open
-    tuning: Tuning | None = None  # what of the drafter learns; None for its own choice
-    acceptance: str = "coupled"  # how drafts are judged; "rejection" is the papers' rule
-    measures_costs: bool = False  # of learning on this machine, instead of those in `learn`; the report says them
+    learn: LearnConfig = LearnConfig()  # defaults for settings that a learner's spec leaves out
+    tuning: Tuning | None = None  # which weights are trained; None leaves the choice to the drafter
+    acceptance: str = "coupled"  # acceptance rule; or "rejection", speculative sampling as published
+    measures_costs: bool = False  # measure the costs of learning here, instead of using those in `learn`
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -56,7 +60,7 @@ class Comparison:
             if method != NONE:
                 check_learner(method, self.learn)
         for temperature in self.temperatures:
-            replace(self.generation.sampling, temperature=temperature)  # refused now, not after the first run
+            replace(self.generation.sampling, temperature=temperature)  # raises now, not after the first run
         for spec, count in self.segments:
             if count < 0:
                 raise ValueError(f"num_requests is {count} for {spec}; it must be at least 0")
@@ -67,7 +71,7 @@ class Comparison:
 
     @property
     def segments(self) -> list[tuple[str, int]]:
-        """(data, number of requests) of every segment.
+        """(source, number of requests) of every segment.
 
         >>> Comparison("eagle", ("none",), ("a.jsonl", "b.jsonl"), num_requests=(7,)).segments
         [('a.jsonl', 7), ('b.jsonl', 7)]

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: `engine.py` decodes in a thread of its own, `app.py` speaks HTTP."""
+"""An OpenAI-compatible server: `engine.py` decodes in its own thread, `app.py` handles HTTP."""

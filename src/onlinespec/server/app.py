@@ -1,6 +1,6 @@
-"""The HTTP face of an engine: OpenAI's completions and chats, and what operators ask. No tensors here.
+"""The FastAPI app: routes of OpenAI's completions and chat, health, metrics, and the live page.
 
-`service.py` has a request's way from its body to its answer.
+How a completion request is processed is in `service.py`.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from onlinespec.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-_BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {  # and chunks of streams
+_BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {  # request body, and chunk of its stream
     "/v1/completions": (CompletionRequest, Completion),
     "/v1/chat/completions": (ChatRequest, ChatChunk),
 }
 
 
 def create_app(engine: Engine, settings: ServerSettings, facts: dict[str, Any] | None = None) -> FastAPI:
-    """The app; it starts the engine when it starts, and stops it when it ends.
+    """Returns the app. It starts the engine on startup and stops it on shutdown.
 
     Args:
-        facts: What the page says of the server: drafter, learning_mode, has_chat.
+        facts: Shown on the live page: drafter, learning_mode, has_chat.
     """
     live = Live(
         engine, {"model": settings.model, "drafter": "", "learning_mode": "", "has_chat": False} | (facts or {})
@@ -82,7 +82,7 @@ def create_app(engine: Engine, settings: ServerSettings, facts: dict[str, Any] |
     app.include_router(_operations(engine, metrics))
     app.include_router(routes(live))
     install(app)
-    app.add_middleware(CountResponses, metrics=metrics)  # around all others
+    app.add_middleware(CountResponses, metrics=metrics)  # outermost, so that it counts every response
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
@@ -102,7 +102,7 @@ def _tags(
 
 
 def _guards(settings: ServerSettings) -> list[Any]:
-    """What stands before /v1: the key, if there is one."""
+    """The dependencies of the /v1 routes: the check of the API key, if one is set."""
     if settings.api_key is None:
         return []
     expected = settings.api_key.encode()
@@ -129,12 +129,12 @@ def _models(engine: Engine, settings: ServerSettings) -> APIRouter:
 
     @router.get("/models")
     async def models() -> ModelList:
-        """The model that answers."""
+        """Lists the served model."""
         return ModelList(data=[card])
 
     @router.get("/models/{model:path}", responses=documented(404))
     async def model(model: str) -> ModelCard:
-        """The same, by its name."""
+        """Describes the served model, by its name."""
         check_model(model, settings)
         return card
 
@@ -150,7 +150,7 @@ def _completions(service: Service) -> APIRouter:
 
     @router.post("/completions", responses=answers(Completion))
     async def completions(request: Request, tags: Annotated[Tags, Depends(_tags)]) -> Response:
-        """Goes on behind a prompt, or several."""
+        """Continues one or several prompts."""
         body = await service.read(request, CompletionRequest)
         prompts = await service.texts.of_completion(body)
         return await service.answer(request, body, prompts, CompletionReply, tags)
@@ -170,14 +170,14 @@ def _operations(engine: Engine, metrics: Metrics) -> APIRouter:
 
     @router.get("/health", responses=documented(503))
     async def health() -> Status:
-        """Whether the server lives; if not, only a restart helps."""
+        """Liveness: 503 if decoding has failed, after which only a restart helps."""
         if not engine.is_alive:
             raise ApiError(503, "decoding has stopped", code="unavailable")
         return Status(status="ok")
 
     @router.get("/ready", responses=documented(503))
     async def ready() -> Status:
-        """Whether it takes requests: not any more while it stops."""
+        """Readiness: 503 while the server takes no requests, such as while it is stopping."""
         if not engine.is_ready:
             raise ApiError(503, "no requests are taken", code="unavailable")
         return Status(status="ready")
@@ -188,14 +188,17 @@ def _operations(engine: Engine, metrics: Metrics) -> APIRouter:
         responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
     )
     async def metrics_text() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the bodies, which are read by hand, and without FastAPI's 422, which never comes."""
+    """Returns the OpenAPI document.
+
+    Adds the request bodies, which `Service` parses instead of FastAPI, and removes FastAPI's 422, which is never sent.
+    """
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = document["components"]["schemas"]
@@ -222,7 +225,7 @@ def _refer_to(kind: type[BaseModel]) -> dict[str, str]:
 
 
 def _event_schema(chunk: type[BaseModel]) -> dict[str, Any]:
-    """Of each event of a stream."""
+    """The schema of a server-sent event."""
     data = {
         "type": "string",
         "description": "A chunk; [DONE] behind the last; of an event named error, what went wrong.",

@@ -1,7 +1,7 @@
-"""The thread that decodes, and the door between it and whoever asks: prompts in, pieces of answers out.
+"""The decoding thread, and its interface to an event loop: prompts in, pieces of answers out. No HTTP here.
 
-Knows nothing of HTTP. Asking is for an event loop's thread; the scheduler's steps run in the engine's own, so that
-neither waits for the other.
+Requests are submitted from the event loop's thread. The scheduler's steps run in the engine's own thread, so that
+neither blocks the other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onlinespec.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-_IDLE_SECONDS = 0.5  # between two looks for a reason to stop; work wakes it at once
+_IDLE_SECONDS = 0.5  # between two checks for a stop; new work wakes the thread at once
 
 
 class Closed(RuntimeError):
@@ -31,19 +31,19 @@ class Closed(RuntimeError):
 
 
 class Piece(NamedTuple):
-    """What one step added to an answer."""
+    """The part of an answer that one decode step added."""
 
-    text: str  # that became final: it may lag behind the tokens, or be empty
+    text: str  # text that is final by now: may lag behind the tokens, or be empty
     token_ids: tuple[int, ...]
-    is_drafted: tuple[bool, ...]  # of each token: kept from a draft, or the target's own
+    is_drafted: tuple[bool, ...]  # per token: true for an accepted draft, false for the target's own
     logprobs: tuple[TokenLogprobs, ...]
-    finish_reason: str | None  # of the last piece: see `Request` and `scheduler`
-    error: str
+    finish_reason: str | None  # in the last piece only: see `Request` and `scheduler`
+    error: str  # why the request failed; else empty
     stats: DecodeStats  # of the whole request so far
 
 
 class Answer:
-    """One request's answer as it comes: iterate over its pieces; `cancel` if no one wants the rest."""
+    """One request's answer: an asynchronous iterator over its pieces. `cancel` it if the rest is not needed."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.request = request
@@ -59,12 +59,12 @@ class Answer:
             yield piece
 
     def cancel(self) -> None:
-        """Frees what the request holds; no piece comes any more."""
+        """Cancels the request and frees its memory. No further piece arrives."""
         self._is_over = True
         self._engine.scheduler.cancel(self.request)
 
     def _next(self) -> Piece:
-        """What is new. Called in the engine's thread."""
+        """Returns what is new since the last piece. Called in the engine's thread."""
         request, first = self.request, self._num_sent
         ids = tuple(request.output_ids[first:])
         num_drafted = request.stats.accepted - self._num_accepted
@@ -82,26 +82,26 @@ class Answer:
 
 @dataclass
 class Totals:
-    """What was served so far; counts only ever grow."""
+    """Counters of what was served since the start; they only grow."""
 
-    stats: DecodeStats = field(default_factory=DecodeStats)  # of requests that ended
+    stats: DecodeStats = field(default_factory=DecodeStats)  # summed over finished requests
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompts', those that an earlier request had read
-    tokens_beyond_drafter: int = 0  # of answers, behind the longest text that the drafter drafts for
-    finished: Counter[str] = field(default_factory=Counter)  # by reason
+    cached_tokens: int = 0  # of the prompt tokens: found in the prefix cache
+    tokens_beyond_drafter: int = 0  # answer tokens beyond the drafter's maximum text length
+    finished: Counter[str] = field(default_factory=Counter)  # requests, by finish reason
 
 
 class Engine:
-    """Decodes what it is asked, in a thread of its own.
+    """Decodes requests in its own thread.
 
-    `start` it, ask for answers from one event loop, `stop` it.
+    Call `start`, `ask` and `stop` from one event loop.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler, self.totals = scheduler, Totals()
-        self.failure: BaseException | None = None  # what ended the thread, if anything did
+        self.failure: BaseException | None = None  # the exception that ended the thread
         self._answers: dict[Request, Answer] = {}
-        self._guard = threading.Lock()  # of _answers and _is_closed
+        self._guard = threading.Lock()  # guards _answers and _is_closed
         self._is_closed = self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="onlinespec-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -109,19 +109,23 @@ class Engine:
     # --- for the event loop -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begins to decode; answers go to the event loop that runs now."""
+        """Starts the thread. Answers are delivered to the current event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def ask(self, prompts: Sequence[tuple[Sequence[int], GenerationParams]], **tags: Any) -> list[Answer]:
-        """Answers to prompts, all of them or none.
+        """Submits requests: all of them, or none if one can't be accepted.
 
         Args:
-            tags: As `DecodeLoop.open` takes them.
+            prompts: (token ids, settings) of each request.
+            tags: Further arguments of `DecodeLoop.open`.
+
+        Returns:
+            One answer per request.
 
         Raises:
-            Closed: if the engine takes no more.
-            ValueError, UnfitPrompt, TooLarge, Busy: as `DecodeLoop.open` and `Scheduler.submit`.
+            Closed: if the engine is stopping or has failed.
+            ValueError, UnfitPrompt, TooLarge, Busy: from `DecodeLoop.open` and `Scheduler.submit`.
         """
         answers = [Answer(self, self.scheduler.loop.open(ids, params, **tags)) for ids, params in prompts]
         with self._guard:
@@ -133,14 +137,14 @@ class Engine:
 
     @property
     def num_answering(self) -> int:
-        """Answers that are not whole yet."""
+        """Number of answers that are not complete."""
         return len(self._answers)
 
     async def stop(self, seconds: float = 30.0) -> int:
-        """Takes no more requests, finishes those it has, gives up after so many seconds what is left.
+        """Takes no more requests, finishes the running ones, and cancels those that take longer than `seconds`.
 
         Returns:
-            How many answers it gave up.
+            The number of answers that were cancelled.
         """
         with self._guard:
             self._is_closed = True
@@ -157,18 +161,18 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it decodes."""
+        """Whether the thread runs and has not failed."""
         return self._thread.is_alive() and self.failure is None
 
     @property
     def is_ready(self) -> bool:
-        """Whether it would take a request."""
+        """Whether requests are accepted."""
         return self.is_alive and not self._is_closed
 
     # --- in its own thread --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        torch.get_num_threads()  # oneDNN asks OpenMP, which keeps a number for each thread: this sets this thread's
+        torch.get_num_threads()  # sets OpenMP's thread count, which is per thread, for oneDNN in this thread
         try:
             while not (self._is_stopping and not self.scheduler.has_work):
                 if self.scheduler.wait(_IDLE_SECONDS):
@@ -187,7 +191,7 @@ class Engine:
         self._post(pieces)
 
     def _post(self, pieces: Sequence[tuple[Answer, Piece]]) -> None:
-        """Hands pieces over, in one call for all."""
+        """Hands pieces to the event loop, all in one call."""
         if self._loop and pieces and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_put, pieces)
 
@@ -200,7 +204,7 @@ class Engine:
         totals.finished[request.finish_reason or ""] += 1
 
     def _fail(self, error: BaseException) -> None:
-        """Every answer ends with the error; none waits for ever."""
+        """Ends every open answer with the error, so that no client waits for ever."""
         self.failure = error
         with self._guard:
             self._is_closed = True

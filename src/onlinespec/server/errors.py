@@ -1,4 +1,4 @@
-"""Whatever goes wrong, in OpenAI's shape: which field, which value, what is allowed."""
+"""Error responses in OpenAI's format: which field is wrong, its value, and what is allowed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 
-_LONGEST_VALUE = 80  # characters of a refused value that are told
+_LONGEST_VALUE = 80  # characters of a refused value that a message repeats
 _BRANCH = re.compile(
     r"[^\w-]|^(constrained-)?(str|int|float|bool|dict|list)$"
-)  # how pydantic calls a union's members in a path
+)  # names of a union's members in pydantic's error paths
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 DESCRIPTIONS = {
@@ -45,7 +45,13 @@ DESCRIPTIONS = {
 
 
 class ApiError(Exception):
-    """An answer that is none."""
+    """An error response, as an exception.
+
+    Args:
+        status: HTTP status.
+        param: Field that is wrong.
+        code: OpenAI's machine-readable name of the error.
+    """
 
     def __init__(
         self,
@@ -60,15 +66,17 @@ class ApiError(Exception):
 
     @property
     def body(self) -> ErrorBody:
+        """The body of the response."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return ErrorBody(error=ErrorDetail(message=str(self), type=kind, param=self.param, code=self.code))
 
     def response(self) -> Response:
+        """Returns the HTTP response."""
         return Response(to_json(self.body), self.status, self.headers, "application/json")
 
 
 def to_json(body: BaseModel) -> bytes:
-    """What is set of a body. Half characters, which a refused value may hold, are escaped."""
+    """Encodes a body without unset fields. Lone surrogates, which a refused value may contain, are escaped."""
     try:
         return body.model_dump_json(exclude_unset=True).encode()
     except ValueError:
@@ -76,12 +84,12 @@ def to_json(body: BaseModel) -> bytes:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Answers with these statuses, for the OpenAPI document."""
+    """Describes responses with these statuses for the OpenAPI document."""
     return {status: {"model": ErrorBody, "description": DESCRIPTIONS[status]} for status in statuses}
 
 
 def install(app: FastAPI) -> None:
-    """Has every failure of an app answered in this shape."""
+    """Makes an app answer every error in this format."""
 
     async def known(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -104,12 +112,12 @@ def install(app: FastAPI) -> None:
 
 
 def _cut(text: str) -> str:
-    """As much of what a client made up as is told."""
+    """Shortens text from a client for an error message."""
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 class _AnswerBugs:
-    """ASGI middleware: what no one expected is logged and answered, and the connection goes on."""
+    """ASGI middleware: logs an unexpected exception and answers 500, so that the connection stays open."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -133,7 +141,7 @@ class _AnswerBugs:
 
 
 def parsed(kind: type[Body], raw: bytes) -> Body:
-    """A body of a kind.
+    """Parses and validates a JSON body.
 
     Raises:
         ApiError: 400, naming the first field that is wrong, its value, and what is allowed.
@@ -149,10 +157,12 @@ def _shapes(kind: type[BaseModel]) -> dict[str, str]:
 
 
 def from_validation(errors: Sequence[Any], shapes: Mapping[str, str] | None = None) -> ApiError:
-    """The first of pydantic's errors in our words; of a union's members, the one that was meant, or what all allow.
+    """Returns the first of pydantic's errors with a readable message.
+
+    For a field of several types, the error of the type that the client meant, or else what all types together allow.
 
     Args:
-        shapes: What fields must be, for those of several types.
+        shapes: By field name: what a field of several types must be, in words.
     """
     first, path = errors[0], _path(errors[0])
     context = first.get("ctx", {})
@@ -182,11 +192,11 @@ def from_validation(errors: Sequence[Any], shapes: Mapping[str, str] | None = No
 
 
 def from_asking(error: Exception, retry_after: int, prompt: str) -> ApiError:
-    """What `Engine.ask` raises, as an answer.
+    """Returns the error response for an exception of `Engine.ask`: 429, 503 or 400.
 
     Args:
-        retry_after: Seconds.
-        prompt: The field that prompts come from.
+        retry_after: In seconds.
+        prompt: Name of the field that holds the prompt.
     """
     again = {"Retry-After": str(retry_after)}
     match error:
@@ -202,7 +212,7 @@ def from_asking(error: Exception, retry_after: int, prompt: str) -> ApiError:
 
 
 def _path(error: Any) -> list[str | int]:
-    """Where it is, without the names of a union's members."""
+    """Path of the wrong field, without pydantic's names of a union's members."""
     return [part for part in error["loc"] if isinstance(part, int) or not _BRANCH.search(part)]
 
 

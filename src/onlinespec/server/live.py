@@ -1,4 +1,4 @@
-"""What the live page shows: figures of this moment, their course over the last half hour, and what happened in it."""
+"""The data of the live page: current statistics, their history over the last half hour, and its events."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from onlinespec.learning.update import InlineLearning
 from onlinespec.publishing.workers import BackgroundLearning
 from onlinespec.server.engine import Engine
 
-SECONDS = 2.0  # between two samples
+SECONDS = 2.0  # between two samples; 900 of them are half an hour
 _MOST_SAMPLES, _MOST_MARKS = 900, 100
 _COLUMNS = ("at", "tokens_per_second", "plain_tokens_per_second", "acceptance_length", "served_per_second", "running")
 
 
 class Live:
-    """Samples an engine; `run` it beside the server."""
+    """Samples an engine's counters while the server runs.
+
+    Args:
+        facts: Shown on the page as they are; see `create_app`.
+    """
 
     def __init__(self, engine: Engine, facts: dict[str, Any]) -> None:
         self._engine, self._facts = engine, facts
@@ -32,13 +36,13 @@ class Live:
         self._seen = {"drifts": 0, "events": 0, "is_drafting": True}
 
     async def run(self) -> None:
-        """Takes a sample every so often, for ever."""
+        """Takes a sample every `SECONDS`, until it is cancelled."""
         while True:
             await asyncio.sleep(SECONDS)
             self.sample()
 
     def sample(self) -> None:
-        """Notes what steps have brought since the last sample; nothing of a time in which none was taken."""
+        """Records the rates since the last sample, None if no step was decoded, and new events."""
         flow, now = replace(self._engine.scheduler.flow), time.monotonic()
         before, self._flow = self._flow, flow
         seconds, self._at = now - self._at, now
@@ -46,7 +50,7 @@ class Live:
         self._notice()
 
     def snapshot(self) -> dict[str, Any]:
-        """All that the page needs, in plain numbers and words."""
+        """Returns everything the page shows, ready for JSON."""
         scheduler, totals = self._engine.scheduler, self._engine.totals
         return {
             **self._facts,
@@ -72,9 +76,11 @@ class Live:
         }
 
     def _rates(self, before: StepCounters, flow: StepCounters, seconds: float) -> tuple[float | None, ...]:
-        """Tokens per second of decoding and learning, the same without drafts, acceptance length, tokens per second.
+        """Returns the rates between two samples.
 
-        Where most of the time went into steps without drafts, they measure plain decoding; else control estimates it.
+        They are: tokens per second of decoding and learning time, the same for plain decoding, acceptance length, and
+        tokens per second of elapsed time. Speed without drafts is measured if steps without drafts took most of the
+        decoding time; else the controller estimates it.
         """
         tokens, steps = flow.tokens - before.tokens, flow.steps - before.steps
         decoding = flow.decode_seconds - before.decode_seconds
@@ -99,7 +105,7 @@ class Live:
         return {}
 
     def _notice(self) -> None:
-        """Marks what happened since the last sample."""
+        """Adds a mark for each event since the last sample: of learning, a drift, drafting switched on or off."""
         learning, control = self._learning(), self._control()
         events = learning.get("events", [])
         now = {
@@ -109,7 +115,7 @@ class Live:
         }
         num_new = now["events"] - self._seen["events"]
         for event in events[-num_new:] if num_new > 0 else []:
-            at = datetime.fromisoformat(event["at"]).timestamp()  # where learning is busy, long before it is heard of
+            at = datetime.fromisoformat(event["at"]).timestamp()  # its own time: a busy learning process reports late
             self._mark(event["kind"], event.get("reason", ""), at, event["version"])
         if now["drifts"] > self._seen["drifts"]:
             self._mark("drift", "the traffic has moved")

@@ -1,4 +1,4 @@
-"""What Prometheus reads: the engine's counts as they are at that moment, and how long HTTP answers took."""
+"""Prometheus metrics: the engine's current counters, and histograms of HTTP latencies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 
 
 class Metrics:
-    """A registry of its own, so that several apps in one process don't mix."""
+    """The metrics of one app, in their own registry, so that several apps in a process don't mix."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
@@ -44,16 +44,17 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     async def timed(
         self, pieces: AsyncGenerator[tuple[int, Piece], None], began: float
     ) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Passes pieces on and measures when they come.
+        """Passes pieces on and records their latencies.
 
         Args:
-            began: When the HTTP request arrived, by `time.perf_counter`.
+            pieces: (index of the answer, piece), as from `merged`.
+            began: `time.perf_counter` when the HTTP request arrived.
         """
         last: dict[int, float] = {}
         try:
@@ -71,7 +72,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads an engine's counts when it is asked."""
+    """Reads an engine's counters at each scrape."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -119,7 +120,7 @@ def _is_learning(learning: Learning | None) -> bool:
 
 
 class CountResponses:
-    """ASGI middleware: counts responses by path, parameters left out, and status."""
+    """ASGI middleware: counts responses by route (without parameter values) and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._http = app, metrics.http
@@ -137,5 +138,5 @@ class CountResponses:
 
 
 def _path(scope: Scope) -> str:
-    """The path as it was declared: what clients make up must not fill the registry."""
+    """The path of the declared route; "other" for paths that clients make up, which must not fill the registry."""
     return getattr(scope.get("route"), "path", "other")

@@ -1,4 +1,4 @@
-"""The live page: one file that asks `/live` for its figures, with its chart script inside; nothing from elsewhere."""
+"""The routes of the live page: one HTML file with its script inside, which polls `/live` and loads nothing else."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def routes(live: Live) -> APIRouter:
-    """The page, and what it shows."""
+    """Returns the routes `/` (the page) and `/live` (its data)."""
     router = APIRouter()
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> HTMLResponse:
-        """For people."""
+        """The live page."""
         return HTMLResponse(_page(), headers={"Content-Security-Policy": _POLICY})
 
     @router.get("/live", include_in_schema=False)
     async def figures() -> dict[str, Any]:
-        """For the page."""
+        """The data that the live page shows."""
         return live.snapshot()
 
     return router
@@ -33,7 +33,7 @@ def routes(live: Live) -> APIRouter:
 
 @cache
 def _page() -> str:
-    """The page with script and style put in."""
+    """The HTML with uPlot's script and style inlined."""
     here = files("onlinespec.server")
     page = (here / "dashboard.html").read_text(encoding="utf-8")
     for mark, name in (("/*uplot.css*/", "uPlot.min.css"), ("/*uplot.js*/", "uPlot.iife.min.js")):

@@ -1,4 +1,4 @@
-"""From the pieces of answers to the bodies that OpenAI's clients read: whole ones, and chunks of streams."""
+"""Builders of response bodies in OpenAI's format from pieces of answers: complete bodies, and chunks of streams."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from onlinespec.server.texts import Texts
 
 
 class Choice:
-    """One answer as far as it has come."""
+    """One answer, as far as it is generated."""
 
     def __init__(self) -> None:
         self.text = ""
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.num_pieces = 0
-        self.text_offset = 0  # of the next token, in what the tokens before it spell
+        self.text_offset = 0  # of the next token, in characters of the tokens before it
 
     def add(self, piece: Piece) -> None:
-        """Takes a piece."""
+        """Appends a piece."""
         self.text += piece.text
         self.logprobs += piece.logprobs
         self.num_pieces += 1
@@ -55,9 +55,9 @@ class Choice:
 
 
 class Reply(ABC):
-    """The bodies of one HTTP request's answer."""
+    """Builds the bodies of the response to one HTTP request."""
 
-    prefix: str  # of its id
+    prefix: str  # of the response id
 
     def __init__(self, model: str, texts: Texts, has_logprobs: bool) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
@@ -66,20 +66,21 @@ class Reply(ABC):
 
     @abstractmethod
     def whole(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
-        """The body of an answer."""
+        """Returns the complete body."""
 
     @abstractmethod
     def chunk(self, index: int, choice: Choice, piece: Piece, has_tokens: bool) -> BaseModel:
-        """What a piece adds to a choice, as the body of a chunk.
+        """Returns the chunk of a stream for one piece.
 
         Args:
-            choice: Without the piece.
-            has_tokens: Whether to list the tokens, and what drafting did.
+            index: Of the choice.
+            choice: The state of the choice before the piece.
+            has_tokens: Whether to include the new tokens and the statistics of speculative decoding.
         """
 
     @abstractmethod
     def last(self, usage: Usage) -> BaseModel:
-        """The chunk behind all choices."""
+        """Returns the last chunk of a stream, which holds the usage."""
 
     def _speculation(self, piece: Piece) -> ChunkSpeculation:
         tokens = [
@@ -90,7 +91,7 @@ class Reply(ABC):
 
 
 class CompletionReply(Reply):
-    """As /v1/completions answers."""
+    """Bodies of /v1/completions."""
 
     prefix = "cmpl"
 
@@ -147,7 +148,7 @@ class CompletionReply(Reply):
 
 
 class ChatReply(Reply):
-    """As /v1/chat/completions answers."""
+    """Bodies of /v1/chat/completions."""
 
     prefix = "chatcmpl"
 
@@ -210,12 +211,12 @@ class ChatReply(Reply):
 
 
 def told(finish_reason: str | None) -> FinishReason | None:
-    """As OpenAI calls it: that the context is full is a matter of length."""
+    """Returns OpenAI's name of a finish reason: a full context is "length", too."""
     return None if finish_reason is None else "stop" if finish_reason == "stop" else "length"
 
 
 def _counts(stats: DecodeStats) -> dict[str, Any]:
-    """What drafting did."""
+    """The fields of `Speculation`."""
     return dict(
         drafted=stats.drafted,
         accepted=stats.accepted,
@@ -225,7 +226,7 @@ def _counts(stats: DecodeStats) -> dict[str, Any]:
 
 
 def usage_of(answers: Sequence[Answer], num_choices: int) -> Usage:
-    """Of answers to one HTTP request; a prompt counts once, however many choices there are of it."""
+    """Returns the usage over all answers to one HTTP request. A prompt counts once, however many choices it has."""
     requests = [answer.request for answer in answers]
     prompts = requests[::num_choices]
     stats = sum((request.stats for request in requests), DecodeStats())

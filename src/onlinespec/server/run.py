@@ -1,4 +1,4 @@
-"""Runs an app until it is asked to stop: then what runs is finished first, and nothing new is taken."""
+"""Runs the app under uvicorn until a signal: running requests are finished first, new ones are refused."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from onlinespec.server.engine import Engine
 
 log = logging.getLogger(__name__)
 
-_LEAST_SECONDS = 1.0  # for the last bytes to reach who reads them, whatever the grace
+_LEAST_SECONDS = 1.0  # for clients to receive the last bytes, however short the grace period
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to from now on; they are answered once the app runs.
+    """Returns a listening socket. Clients can connect at once and are answered when the app runs.
+
+    Args:
+        port: 0 picks a free one.
 
     Raises:
-        OSError: if the address is in use or not this machine's.
+        OSError: if the host can't be resolved, or the address is in use or not this machine's.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -45,10 +48,17 @@ def listening(host: str, port: int) -> socket.socket:
 def run(
     app: FastAPI, engine: Engine, at: socket.socket, grace_seconds: float, on_start: Callable[[], None]
 ) -> signal.Signals | None:
-    """Serves until SIGTERM or SIGINT, and finishes what runs. A second signal gives it up, a third ends the process.
+    """Serves until SIGTERM or SIGINT, then finishes running requests.
+
+    A second signal cuts them off, a third ends the process at once.
+
+    Args:
+        at: A listening socket, from `listening`.
+        grace_seconds: That running requests have to finish.
+        on_start: Called when the app accepts requests.
 
     Returns:
-        The first signal.
+        The first signal; None if the app ended without one.
 
     Raises:
         RuntimeError: if the app did not start.
@@ -62,7 +72,7 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn closes its door at the first signal; here it stays open until all is finished, to say 503."""
+    """Uvicorn stops listening at the first signal. This one listens until running requests end, to answer 503."""
 
     def __init__(
         self, config: uvicorn.Config, engine: Engine, grace_seconds: float, on_start: Callable[[], None]
@@ -79,7 +89,7 @@ class _Server(uvicorn.Server):
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._num_signals == 2:  # a step that does not come back would hold up the gentler ways
+        if self._num_signals == 2:  # a decode step that hangs would block a clean shutdown
             os._exit(128 + sig)
         self._num_signals += 1
         self.signal = self.signal or signal.Signals(sig)

@@ -1,7 +1,7 @@
-"""What is asked and answered over HTTP, in OpenAI's shapes.
+"""The request and response bodies of the HTTP API, in OpenAI's format.
 
-Types are strict: "3" is no number. Fields that nobody here knows are ignored, as every server of this protocol does.
-Fields that are known and not offered are listed with the values that change nothing; any other value is refused.
+Types are strict: "3" is not a number. Unknown fields are ignored, as in other servers of this API. Known fields that
+are not supported accept only the values that have no effect; any other value is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
 class Refusal(PydanticCustomError):
-    """A field whose value does not go with another's."""
+    """A validation error: the value of one field contradicts another field."""
 
     def __new__(cls, field: str, message: str) -> Self:
         return super().__new__(cls, "refused", "{message}", {"field": field, "message": message})
@@ -35,7 +35,7 @@ class _Asked(BaseModel):
 
 
 class StreamOptions(_Asked):
-    """What a stream carries beside the text."""
+    """What a stream contains beside the text."""
 
     include_usage: bool | None = None
     include_speculation: bool | None = Field(
@@ -44,13 +44,13 @@ class StreamOptions(_Asked):
 
 
 class TextFormat(_Asked):
-    """The one response format that is offered."""
+    """The only supported response format."""
 
     type: Literal["text"]
 
 
 class Sampled(_Asked):
-    """What both kinds of request have in common. What is left out or null is as the server was started."""
+    """The fields of both kinds of request. The server's settings apply to fields that are missing or null."""
 
     model: str | None = Field(None, description="The name under /v1/models.")
     max_tokens: int | None = Field(None, ge=1, description="Longest answer; the context bounds it, too.")
@@ -82,22 +82,22 @@ class Sampled(_Asked):
 
     @property
     def num_choices(self) -> int:
-        """Answers to each prompt."""
+        """Number of answers to each prompt."""
         return self.n or 1
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Stop strings."""
+        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def longest(self) -> int | None:
-        """Most tokens asked for."""
+        """Maximum length of the answer, in tokens; None if not given."""
         return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to report beside each; None reports nothing."""
+        """Number of top alternatives to report with each token's logprob; None reports no logprobs."""
         return None
 
 
@@ -120,7 +120,7 @@ class CompletionRequest(Sampled):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """Each prompt by itself."""
+        """The prompts as a list, as texts or as token ids."""
         given: Any = self.prompt
         return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
@@ -130,14 +130,14 @@ class CompletionRequest(Sampled):
 
 
 class TextPart(_Asked):
-    """A part of a message's content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Asked):
-    """A turn of a conversation."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
@@ -149,7 +149,7 @@ class Message(_Asked):
 
     @property
     def text(self) -> str:
-        """The content in one piece."""
+        """The content as one text; parts are joined with newlines."""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
@@ -194,7 +194,7 @@ class ChatRequest(Sampled):
 
 
 class Speculation(BaseModel):
-    """What drafting did for an answer."""
+    """Statistics of speculative decoding: drafted and accepted tokens, decode steps."""
 
     drafted: int
     accepted: int
@@ -203,20 +203,20 @@ class Speculation(BaseModel):
 
 
 class UsageSpeculation(Speculation):
-    """What drafting did for all answers to a request, and what their noise was made from."""
+    """Statistics of speculative decoding over all answers to a request, and the seed of its sampling."""
 
     beyond_drafter: int = Field(description="Tokens behind the longest text that the drafter drafts for.")
     seed: int = Field(description="The one that was asked for or drawn; with it the same request has the same texts.")
 
 
 class PromptDetails(BaseModel):
-    """Of a prompt's tokens, those that an earlier request had read."""
+    """How many of the prompt tokens were found in the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """What an answer took."""
+    """Token counts of a request and its answers."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -226,7 +226,7 @@ class Usage(BaseModel):
 
 
 class NewToken(BaseModel):
-    """A token of a chunk. Bytes of a character that another token ends show as U+FFFD."""
+    """A token of a chunk. If a character is split over several tokens, its bytes are shown as U+FFFD."""
 
     id: int
     text: str
@@ -234,7 +234,7 @@ class NewToken(BaseModel):
 
 
 class ChunkSpeculation(Speculation):
-    """What drafting did for a choice so far, and the tokens that are new."""
+    """Statistics of speculative decoding for a choice so far, and the new tokens."""
 
     tokens: list[NewToken]
 
@@ -243,7 +243,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class LegacyLogprobs(BaseModel):
-    """How likely tokens were, as completions have it: natural logarithms, before any sampling setting."""
+    """Logprobs in the format of /v1/completions: natural logarithms, before sampling settings are applied."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -252,7 +252,7 @@ class LegacyLogprobs(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token and how likely it was."""
+    """A token and its logprob."""
 
     token: str
     logprob: float
@@ -260,19 +260,19 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the answer, and the likeliest in its place."""
+    """A token of the answer, and the most likely tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """How likely tokens were, as chats have it."""
+    """Logprobs in the format of /v1/chat/completions: natural logarithms, before sampling settings are applied."""
 
     content: list[TokenLogprob]
 
 
 class CompletionChoice(BaseModel):
-    """An answer, or what is new of it."""
+    """An answer, or the new part of one in a chunk."""
 
     index: int
     text: str
@@ -282,7 +282,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The body of an answer, and of a chunk of one."""
+    """The response body of /v1/completions, and of each chunk of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -293,14 +293,14 @@ class Completion(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """An answer."""
+    """The message of an answer."""
 
     role: Literal["assistant"]
     content: str
 
 
 class ChatChoice(BaseModel):
-    """An answer and how it ended."""
+    """An answer and its finish reason."""
 
     index: int
     message: ChatMessage
@@ -309,7 +309,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The body of an answer."""
+    """The response body of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -320,14 +320,14 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new of a message."""
+    """The new part of a message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(BaseModel):
-    """What is new of an answer."""
+    """The new part of an answer."""
 
     index: int
     delta: Delta
@@ -337,7 +337,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """The body of a chunk."""
+    """A chunk of a stream of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -348,7 +348,7 @@ class ChatChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that answers."""
+    """A served model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -358,20 +358,20 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them: one."""
+    """The list of served models, which has one entry."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Status(BaseModel):
-    """Whether the server works."""
+    """The state of the server."""
 
     status: str
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong."""
+    """An error: message, type, the wrong field (`param`) and code."""
 
     message: str
     type: str
@@ -380,6 +380,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is none."""
+    """The response body of every error."""
 
     error: ErrorDetail

@@ -1,4 +1,4 @@
-"""From the body of an HTTP request to its answer: read, check, encode, ask for all choices or none, send them on."""
+"""The service behind both completion routes: reads and checks a body, submits its choices, sends the answers."""
 
 from __future__ import annotations
 
@@ -27,34 +27,41 @@ from onlinespec.server.streams import ClientGone, EventStream, event, merged, wh
 from onlinespec.server.texts import Texts
 
 JSON = "application/json"
-_CLOSE = {"Connection": "close"}  # for a body that was not read to its end
-_GLANCE_SECONDS = 0.25  # between two looks at the clock while a body comes
-_SEED_BITS = 53  # of a seed that is drawn and told: readers of JSON that know one kind of number keep it whole
-_GONE = 499  # nobody reads this status, but metrics count it
+_CLOSE = {"Connection": "close"}  # for a body that was not read completely
+_GLANCE_SECONDS = 0.25  # between two checks of the clock while a body arrives
+_SEED_BITS = 53  # of a drawn seed: JSON readers that parse all numbers as doubles keep it exact
+_GONE = 499  # status for a client that disconnected: nobody reads it, but the metrics count it
 
 Body = TypeVar("Body", bound=Sampled)
 
 
 @dataclass(frozen=True)
 class Tags:
-    """What headers say of a request beside its body."""
+    """The headers of a request: whether the drafter may learn from it, and its tenant."""
 
     learns: bool = True
     tenant: str = ""
 
 
 class Service:
-    """What the two routes that answer have in common."""
+    """What /v1/completions and /v1/chat/completions have in common."""
 
     def __init__(self, engine: Engine, settings: ServerSettings, metrics: Metrics) -> None:
         self._engine, self.settings, self._metrics = engine, settings, metrics
         self.texts = Texts(engine.scheduler.loop.target)
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
-        """A request's body, checked; the request's time begins."""
+        """Reads and checks a request's body, and starts the request's clock.
+
+        Args:
+            kind: The schema of the body.
+
+        Raises:
+            ApiError: 400, 404, 408, 413, 415, 499 or 503.
+        """
         request.state.began = time.perf_counter()
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
-            # what a foreign web page may send without asking has other types
+            # browsers send other types cross-site without asking: this keeps foreign web pages out
             raise ApiError(415, "send the body with `Content-Type: application/json`", code="unsupported_media_type")
         body = parsed(kind, await self._bounded(request))
         if body.model is not None:
@@ -62,7 +69,11 @@ class Service:
         return body
 
     async def _bounded(self, request: Request) -> bytes:
-        """The whole body, if it is not too large, comes in time, and the server does not stop before."""
+        """Reads the whole body.
+
+        Raises:
+            ApiError: if it is too large or too slow, the client leaves, or the server stops meanwhile.
+        """
         reading, until = asyncio.ensure_future(self._received(request)), time.monotonic() + self.settings.body_seconds
         try:
             while not (await asyncio.wait({reading}, timeout=_GLANCE_SECONDS))[0]:
@@ -96,7 +107,15 @@ class Service:
         kind: type[Reply],
         tags: Tags,
     ) -> Response:
-        """Answers a body that was read, for each of its prompts."""
+        """Answers a checked body, as JSON or as a stream of server-sent events.
+
+        Args:
+            prompts: Token ids of each prompt; each gets `body.num_choices` answers.
+            kind: Builds the reply in the format of the route.
+
+        Raises:
+            ApiError: if the request can't be accepted, an answer fails, or the client leaves.
+        """
         self._check(body, prompts)
         reply = kind(self.settings.model, self.texts, body.num_logprobs is not None)
         answers = self._ask(prompts, body, tags, reply.id)
@@ -112,7 +131,7 @@ class Service:
         return Response(to_json(reply.whole(choices, usage_of(answers, body.num_choices))), media_type=JSON)
 
     def _check(self, body: Sampled, prompts: Sequence[Sequence[int]]) -> None:
-        """Refuses what is longer, or more, than may be."""
+        """Raises ApiError if a prompt is too long, or there are too many choices."""
         longest, most = max(map(len, prompts)), self.settings.max_prompt_tokens
         if most is not None and longest > most:
             message = f"the prompt has {longest} tokens; it must have at most {most} here"
@@ -124,7 +143,7 @@ class Service:
             raise ApiError(400, message, "n", "invalid_value")
 
     def _ask(self, prompts: Sequence[Sequence[int]], body: Sampled, tags: Tags, request_id: str) -> list[Answer]:
-        """Choices for each prompt, all or none."""
+        """Submits all choices of all prompts, or none of them if one can't be accepted."""
         try:
             params = params_of(body, self.settings.defaults)
             jobs = [(ids, replace(params, choice=i)) for ids in prompts for i in range(body.num_choices)]
@@ -139,7 +158,7 @@ class Service:
         body: Sampled,
         reply: Reply,
     ) -> AsyncGenerator[bytes, None]:
-        """A stream's events, to the last."""
+        """The server-sent events of a stream; an error ends it with an event named error."""
         options = body.stream_options
         has_tokens = bool(options and options.include_speculation)
         choices = [Choice() for _ in answers]
@@ -155,15 +174,15 @@ class Service:
                     yield event(to_json(reply.last(usage_of(answers, body.num_choices))))
                 yield event(b"[DONE]")
         except ApiError as error:
-            _cancel_unfinished(answers)  # now: the client may be slow to read the error
+            _cancel_unfinished(answers)  # at once: the client may be slow to read the error
             yield event(to_json(error.body), b"error")
 
 
 def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
-    """A body's settings as the engine takes them; what it does not say is as in `defaults`. A seed is drawn.
+    """Returns a body's generation settings. Missing fields are taken from `defaults`; a missing seed is drawn.
 
     Raises:
-        ValueError: naming what is not allowed.
+        ValueError: naming the setting and what is allowed.
     """
     names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
@@ -184,7 +203,7 @@ def params_of(body: Sampled, defaults: GenerationParams) -> GenerationParams:
 async def _collected(
     answers: Sequence[Answer], pieces: AsyncGenerator[tuple[int, Piece], None], retry_after: int
 ) -> list[Choice]:
-    """Answers to their end."""
+    """Collects all answers until they are complete."""
     choices = [Choice() for _ in answers]
     async with aclosing(pieces):
         async for index, piece in pieces:
@@ -194,7 +213,7 @@ async def _collected(
 
 
 def _cancel_unfinished(answers: Sequence[Answer]) -> None:
-    """Nobody waits for what is not whole yet: it takes no memory and no step any more."""
+    """Cancels the answers that are not complete, to free their memory and their place in the batch."""
     for answer in answers:
         if answer.request.finish_reason is None:
             answer.cancel()
@@ -209,7 +228,7 @@ def _check_piece(piece: Piece, retry_after: int) -> None:
 
 
 def check_model(name: str, settings: ServerSettings) -> None:
-    """Refuses a model that is not there."""
+    """Raises ApiError, 404, if a model is not the one served."""
     if name != settings.model:
         message = f"model is {name!r}; it must be {settings.model!r}, which is the one served here"
         raise ApiError(404, message, "model", "model_not_found")

@@ -1,4 +1,4 @@
-"""What the server is told once, when it starts."""
+"""The settings of the server, fixed when it starts."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 from onlinespec.config import GenerationParams, check_that
 
-MAX_CHOICES = 128  # of one HTTP request: prompts times n
+MAX_CHOICES = 128  # in one HTTP request: number of prompts times n
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How the server answers; what a request may change is in `defaults`."""
+    """The settings of the server. Those in `defaults` can be overridden by each request."""
 
-    model: str  # the name clients ask for
-    defaults: GenerationParams = GenerationParams()  # for what a request does not say
-    api_key: str | None = None  # None: anyone may ask
-    max_body_bytes: int = 4_000_000
-    body_seconds: float = 60.0  # that a body may take to come
-    max_prompt_tokens: int | None = None  # None: what the target's context holds
-    retry_after: int = 1  # seconds, told to whom is turned away because the server is full or stopping
-    grace_seconds: float = 30.0  # for requests that run when the server is asked to stop
+    model: str  # model name in the API
+    defaults: GenerationParams = GenerationParams()  # generation settings for fields that a request leaves out
+    api_key: str | None = None  # that clients must send; None requires no key
+    max_body_bytes: int = 4_000_000  # larger request bodies get 413
+    body_seconds: float = 60.0  # time limit for receiving a request body
+    max_prompt_tokens: int | None = None  # None: limited by the target's context only
+    retry_after: int = 1  # seconds; value of Retry-After in 429 and 503 responses
+    grace_seconds: float = 30.0  # that running requests have to finish when the server stops
 
     def __post_init__(self) -> None:
         check_that(bool(self.model), "model", repr(self.model), "a name")

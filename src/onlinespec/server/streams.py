@@ -1,4 +1,4 @@
-"""Answers on their way to a client that may leave at any time: merged, watched, and sent as server-sent events."""
+"""Answer streams to a client that may disconnect at any time: merging, cancelling, and server-sent events."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ B = TypeVar("B")
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of several answers as they come, each with its answer's place."""
+    """Yields (index of the answer, piece) of several answers in order of arrival, until all are complete."""
     pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
     async def forward(index: int, answer: Answer) -> None:
@@ -41,10 +41,13 @@ async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Piece],
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, A]) -> A:
-    """Works as long as the client is there; its request's body must have been read.
+    """Runs `work` and returns its result; cancels it if the client disconnects first.
+
+    Args:
+        receive: Of the request, whose body must have been read.
 
     Raises:
-        ClientGone: if it leaves before the work is done, which is cancelled.
+        ClientGone: if the client disconnected.
     """
     async with _both(work, _left(receive)) as (working, _):
         if not working.done():
@@ -53,12 +56,12 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, A]) -> A:
 
 
 class EventStream(Response):
-    """Server-sent events. The generator is closed at once when the client leaves, even while nothing is sent.
+    """A response of server-sent events. The generator is closed as soon as the client disconnects, even while idle.
 
     Args:
-        on_end: Called once the response is over, however it ended. An asynchronous generator that was closed, or whose
-            reader was cancelled, before its first event never runs its own `finally`: what must not go on without a
-            reader is to be stopped here.
+        events: The encoded events.
+        on_end: Called once the response is over, however it ended. Clean up here, not in a `finally` of the generator,
+            which never runs if the generator is closed or its reader cancelled before the first event.
     """
 
     media_type = "text/event-stream"
@@ -87,15 +90,15 @@ class EventStream(Response):
 
 
 def event(data: bytes, name: bytes = b"") -> bytes:
-    """A server-sent event; the data has no line breaks."""
+    """Encodes a server-sent event. The data must have no line breaks."""
     return (b"event: %b\n" % name if name else b"") + b"data: %b\n\n" % data
 
 
 async def _send_to_client(send: Send, message: Message) -> None:
-    """Sends a message; an OSError says, since version 2.4 of ASGI's HTTP specification, that the client has left.
+    """Sends a message. Since version 2.4 of ASGI's HTTP specification, OSError means that the client disconnected.
 
     Raises:
-        ClientGone: if it has.
+        ClientGone: if it did.
     """
     try:
         await send(message)
@@ -112,7 +115,7 @@ async def _left(receive: Receive) -> None:
 async def _both(
     first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]
 ) -> AsyncIterator[tuple[asyncio.Task[A], asyncio.Task[B]]]:
-    """Runs two things until one of them is over; the other is cancelled behind the block, and waited for."""
+    """Runs two coroutines until one ends, and gives both tasks; the other is cancelled and awaited after the block."""
     tasks = asyncio.create_task(first), asyncio.create_task(second)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

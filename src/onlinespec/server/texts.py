@@ -1,7 +1,7 @@
-"""Text to token ids and back, for the server: prompts, conversations, and the names of single tokens.
+"""Tokenization for the server: prompts and conversations to token ids, and single tokens to text.
 
-Works on a tokenizer of its own: the decoding thread uses the target's, and one must not be set up anew while the other
-reads. Encoding is done in a thread, one text after the other, so that a long one does not stall the event loop.
+Uses a copy of the target's tokenizer, because encoding may change the settings of a tokenizer while the decoding thread
+reads it. Encoding runs in a thread, one text at a time, so that a long text does not block the event loop.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from onlinespec.models.loading import Target
 from onlinespec.server.errors import ApiError
 from onlinespec.server.schema import ChatRequest, CompletionRequest
 
-_PRIVATE = range(0xE000, 0xF8FF)  # characters that no text should hold; one marks a cut
+_PRIVATE = range(0xE000, 0xF8FF)  # private-use characters; one that no message has marks a cut
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 
 
 class Texts:
-    """A target's texts and tokens.
+    """A target's tokenizer, for use in the event loop.
 
-    What is written in a message never becomes a control token, however it is spelt: the checkpoint's special tokens
-    come from its chat template alone. Marks of a template that are ordinary text ("[INST]") can't be told apart.
+    Text in a message never becomes a special token, even if it spells one: special tokens come only from the chat
+    template. Template markers that are ordinary text ("[INST]") can't be distinguished from the same text in a message.
     """
 
     def __init__(self, target: Target) -> None:
@@ -39,14 +39,14 @@ class Texts:
         self._special = sorted(special | set(self._tokenizer.all_special_tokens))
 
     async def of_completion(self, request: CompletionRequest) -> list[list[int]]:
-        """Token ids of each prompt. In these, unlike in messages, special tokens may be spelt."""
+        """Returns the token ids of each prompt. Unlike in messages, text that spells a special token becomes one."""
         return [await self._run(self._encode, one, True) if isinstance(one, str) else one for one in request.prompts]
 
     async def of_chat(self, request: ChatRequest) -> list[int]:
-        """Token ids of a conversation, laid out by the checkpoint's chat template.
+        """Returns the token ids of a conversation, rendered by the checkpoint's chat template.
 
         Raises:
-            ApiError: if there is no template, or it refuses the conversation.
+            ApiError: 400, if there is no template or it rejects the conversation.
         """
         if not self._tokenizer.chat_template:
             raise ApiError(
@@ -84,7 +84,7 @@ class Texts:
         return [i for piece in rendered.split(cut) for i in self._encode(piece, False)]
 
     def _cut(self, text: str, cut: str) -> str:
-        """A text in which every special token's spelling is cut in two, each half to be encoded for itself."""
+        """Inserts the character `cut` into every special token spelt in a text; the parts are encoded separately."""
         places = {
             found.start() + 1
             for token in self._special
@@ -109,7 +109,7 @@ class Texts:
                 continue_final_message=request.continue_final_message,
                 **settings,
             )
-        except Exception as error:  # templates are programs of the checkpoint's, and refuse in many ways
+        except Exception as error:  # a template is code from the checkpoint and can raise anything
             raise ApiError(
                 400, f"messages don't fit the model's chat template: {error}", "messages", "invalid_value"
             ) from error
@@ -118,18 +118,18 @@ class Texts:
     # --- tokens -------------------------------------------------------------------------------------------------
 
     def bytes_of(self, token_id: int) -> bytes:
-        """A token as UTF-8 bytes, which need not be whole characters."""
+        """Returns a token's UTF-8 bytes, which can end within a character."""
         if token_id not in self._names:
             self._names[token_id] = self._spell(token_id)
         return self._names[token_id]
 
     def text_of(self, token_id: int) -> str:
-        """A token as text, with U+FFFD for what is no whole character."""
+        """Returns a token's text, with U+FFFD for incomplete characters."""
         return self.bytes_of(token_id).decode(errors="replace")
 
     def _spell(self, token_id: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        if piece is None:  # models are often a little larger than their tokenizers
+        if piece is None:  # a model's vocabulary is often padded beyond its tokenizer's
             return b""
         text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         if "\ufffd" in text:
@@ -137,13 +137,13 @@ class Texts:
                 return bytes.fromhex(found[1])
             if all(character in _BYTES for character in piece):
                 return bytes(_BYTES[character] for character in piece)
-        if piece.startswith(_SPACE) and not text.startswith(" "):  # which a decoder strips at a text's beginning
+        if piece.startswith(_SPACE) and not text.startswith(" "):  # the decoder strips a leading space
             text = " " + text
         return text.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The bytes behind the characters that byte-level vocabularies are written in."""
+    """The map from the characters of byte-level BPE vocabularies (as in GPT-2) to bytes."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

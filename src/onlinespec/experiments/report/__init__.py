@@ -1,1 +1,1 @@
-"""The page of a comparison: figures, sentences and plots from report.json."""
+"""The HTML report of a comparison: tables, sentences and plots from report.json."""

@@ -1,7 +1,7 @@
-"""What the report draws: of each metric a chart, and on the page about learning, charts by theme.
+"""The charts of a report: one per metric, and charts by theme on the page about learning.
 
-Rounds come when they are due, so runs have them at different places in the stream, and of different sizes: a curve over
-several runs reads each between its rounds, and means are over rows, each round counting by the rows it stands for.
+Runs have their rounds at different requests, with different numbers of rows. A curve over several runs therefore
+interpolates each run between its rounds, and means are weighted by the rows of each round.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from onlinespec.experiments.report.summaries import FROZEN, Group, LearnerSummar
 from onlinespec.experiments.report_schema import Run
 from onlinespec.learning.rounds import Round
 
-SMOOTHING = (
-    256  # rows of a moving mean, the last round whole: eight rounds, where every 16 steps of two tokens have one
-)
-MOST_POINTS = 240  # of a curve over rounds: a screen shows no more
-LOW = 210  # height of a chart of which a page has several
+SMOOTHING = 256  # rows of a moving mean, rounded up to whole rounds; 8 rounds if there is one per 16 steps of 2 tokens
+MOST_POINTS = 240  # of a curve over rounds; a screen can show no more
+LOW = 210  # height in pixels of charts that come in groups
 
 Styles = Mapping[str, Style]
-Values = Callable[[Sequence[Round]], list[float]]  # one for each round, NaN where there is none
+Values = Callable[[Sequence[Round]], list[float]]  # one value per round, NaN where it has none
 
 
 class Theme(NamedTuple):
-    """Charts that belong together, under one heading and one legend."""
+    """Charts with a common heading and legend."""
 
     title: str
     meaning: str
@@ -39,20 +37,21 @@ class Theme(NamedTuple):
 
     @property
     def looks(self) -> dict[str, Style]:
-        """For the one legend of its charts, but for those that have their own."""
+        """The styles of the common legend, without charts that have their own."""
         shared = (chart.looks for chart in self.charts if not chart.has_own_legend)
         return {label: style for looks in shared for label, style in looks.items()}
 
 
 class Track(NamedTuple):
-    """A figure over the rounds of one run."""
+    """A statistic over the rounds of one run."""
 
-    requests: list[float]  # where rounds stand on the axis of requests, in order
+    requests: list[float]  # positions of the rounds on the request axis, ascending
     values: list[float]
-    end: float  # of what the run saw of the stream
+    end: float  # position on the request axis where the run ended
 
     def at(self, request: float) -> float | None:
-        """Read between rounds, and after the last; None before the first and after the end.
+        """Returns the value at a position: interpolated, constant after the last round, None before the first or after
+        `end`.
 
         >>> track = Track([1.0, 2.0], [10.0, 20.0], end=3.0)
         >>> [track.at(x) for x in (0.5, 1.0, 1.5, 3.0, 3.5)]
@@ -68,7 +67,7 @@ class Track(NamedTuple):
 
 
 def metric_chart(group: Group, metric: Metric, styles: Styles) -> Chart:
-    """A metric of the windows, a curve per learner."""
+    """Returns the chart of a metric over windows, with a curve per learner."""
     curves = (
         Curve(learner.learner, styles[learner.learner], learner.points(group.places, metric))
         for learner in group.measured
@@ -77,7 +76,7 @@ def metric_chart(group: Group, metric: Metric, styles: Styles) -> Chart:
 
 
 def themes_of(group: Group, styles: Styles) -> list[Theme]:
-    """All there is to draw of how the learners of a group learned."""
+    """Returns the charts about learning, without those that have no data."""
     themes = [_regret(group, styles), _guarantee(group, styles), _drift(group, styles)]
     themes += [_ensembles(group, styles), _gradients(group, styles)]
     return [drawn for theme in themes if (drawn := _drawn(theme)).charts]
@@ -203,7 +202,7 @@ def _said_of_best_played(learner: LearnerSummary) -> str:
 
 
 def _said_of_bound(learner: LearnerSummary) -> str:
-    """What Hedge guarantees over the rounds there were, if the learner says it."""
+    """A sentence on the regret bound of Hedge over the run's rounds, if the learner reports it."""
     reports = [[each.learner for each in rounds_of(run) if each.is_update][-1:] for run in learner.watched]
     told = [report for last in reports for report in last if "regret_bound_per_round" in report]
     bounds = [report["regret_bound_per_round"] for report in told]
@@ -241,7 +240,7 @@ def _gradients(group: Group, styles: Styles) -> Theme:
 
 
 def _hint_errors(rounds: Sequence[Round], prefix: str) -> list[float]:
-    """Ratio of means over the last rounds, as the whole run's is one of sums over all."""
+    """Ratio of the moving means of hint errors and gradient norms, as the whole run's is a ratio of sums."""
     errors = _smooth(lambda each: each.learner.get(f"{prefix}hint_error"))(rounds)
     norms = _smooth(lambda each: each.learner.get(f"{prefix}gradient_norm"))(rounds)
     return [error / norm if norm else nan for error, norm in zip(errors, norms, strict=True)]
@@ -251,13 +250,13 @@ def _hint_errors(rounds: Sequence[Round], prefix: str) -> list[float]:
 
 
 def _curves(group: Group, styles: Styles, values: Values, origin: float = nan) -> tuple[Curve, ...]:
-    """One for every learner that has the figure."""
+    """A curve for every learner with telemetry."""
     learners = group.watched
     return tuple(_curve(each.learner, styles[each.learner], each.watched, values, origin) for each in learners)
 
 
 def _of_frozen(group: Group, styles: Styles, of: Callable[[Round], float | None]) -> tuple[Curve, ...]:
-    """The drafter as it started, which every learner measures beside itself."""
+    """The curve of the unchanged initial drafter, which is measured in the run of every learner."""
     runs = [run for learner in group.watched for run in learner.watched]
     curve = _curve(FROZEN, styles[FROZEN], runs, _smooth(of))
     return (curve._replace(points=_without_band(curve.points)),)
@@ -268,7 +267,7 @@ def _curve(label: str, style: Style, runs: Iterable[Run], values: Values, origin
 
 
 def _drawn(theme: Theme) -> Theme:
-    """The theme without curves of which nothing is known, and without charts that have no others."""
+    """The theme without curves that have no values, and without charts that have no curves left."""
     charts = (chart._replace(curves=tuple(filter(_is_known, chart.curves))) for chart in theme.charts)
     return theme._replace(charts=tuple(chart for chart in charts if chart.curves))
 
@@ -278,7 +277,7 @@ def _is_known(curve: Curve) -> bool:
 
 
 def _track(run: Run, values: Values, origin: float) -> Track:
-    """Where the figure is known; with an origin, from before the first round."""
+    """The finite values of a run. `origin` is the value before the first round; NaN for none."""
     rounds, end = rounds_of(run), run.totals.requests + 0.5
     points = [(0.5, origin), *zip(positions(rounds), values(rounds), strict=True)]
     known = [(min(x, end), value) for x, value in points if isfinite(value)]
@@ -286,7 +285,7 @@ def _track(run: Run, values: Values, origin: float) -> Track:
 
 
 def positions(rounds: Sequence[Round]) -> list[float]:
-    """Where rounds stand on the axis of requests: request i reaches from i - 0.5 to i + 0.5, rounds spread."""
+    """Returns the positions of rounds on the request axis. Request i covers i - 0.5 to i + 0.5, its rounds evenly."""
     num_within, seen = Counter(each.request for each in rounds), Counter[int]()
     places = []
     for each in rounds:
@@ -296,7 +295,7 @@ def positions(rounds: Sequence[Round]) -> list[float]:
 
 
 def over_runs(tracks: Sequence[Track]) -> Points:
-    """Median and extremes of the tracks, at the places of all of them or at as many as a screen can show."""
+    """Returns median, lowest and highest of the tracks at all their positions, thinned to about MOST_POINTS."""
     places = sorted({x for track in tracks for x in track.requests})
     step = max(1, -(-len(places) // MOST_POINTS))
     kept = [*places[::step], *(places[-1:] if (len(places) - 1) % step else [])]
@@ -313,7 +312,7 @@ def _without_band(points: Points) -> Points:
 
 
 def smoothed(values: Sequence[float], weights: Sequence[float], size: float = SMOOTHING) -> list[float]:
-    """Means of each value and those before it, as far back as the weights come to `size`; NaN counts as missing.
+    """Returns moving means: of each value and those before it, back to a total weight of `size`. NaN is missing.
 
     >>> smoothed([1.0, nan, 3.0, 5.0], [1, 1, 1, 3], size=2)
     [1.0, 1.0, 3.0, 5.0]
@@ -330,7 +329,7 @@ def smoothed(values: Sequence[float], weights: Sequence[float], size: float = SM
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
-    """Of values, each with its weight; NaN without any."""
+    """Weighted mean of (value, weight) pairs; NaN without weight."""
     whole = fsum(weight for _, weight in pairs)
     return fsum(value * weight for value, weight in pairs) / whole if whole else nan
 
@@ -340,7 +339,7 @@ def _smooth(of: Callable[[Round], float | None]) -> Values:
 
 
 def _regret_so_far(rounds: Sequence[Round]) -> list[float]:
-    """By the row, up to each round; one that was not measured changes nothing."""
+    """Regret per row over all rounds so far, after each round; rounds without a measurement are skipped."""
     gains = _each(_gain_lost, rounds)
     known = [
         (0.0, 0.0) if isnan(gain) else (gain, float(each.num_rows)) for gain, each in zip(gains, rounds, strict=True)
@@ -350,7 +349,7 @@ def _regret_so_far(rounds: Sequence[Round]) -> list[float]:
 
 
 def _each(of: Callable[[Round], Any], rounds: Sequence[Round]) -> list[float]:
-    """A figure of every round; NaN where the round has none, or one that is no finite number."""
+    """A statistic of every round; NaN where it is missing or not finite."""
     values = (of(each) for each in rounds)
     return [float(value) if value is not None and isfinite(value) else nan for value in values]
 

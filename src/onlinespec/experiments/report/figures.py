@@ -1,4 +1,4 @@
-"""What a report can say of a run: each figure with its name, and how it is formed."""
+"""The statistics that a report shows of a run: name, definition and number format of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onlinespec.learning.rounds import Round
 
 
 class Spread(NamedTuple):
-    """The same figure from several runs."""
+    """Median and range of one statistic over several runs."""
 
     median: float
     low: float
@@ -20,12 +20,12 @@ class Spread(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """What a plot or a table of segments shows."""
+    """A statistic that is plotted over the stream and listed per segment."""
 
     title: str
     unit: str
     of: Callable[[Totals | Window], float]
-    digits: int
+    digits: int  # after the decimal point
 
 
 METRICS = (
@@ -35,17 +35,17 @@ METRICS = (
 
 
 class Figure(NamedTuple):
-    """A column of the table of how each learner learned."""
+    """A column of the table on learning."""
 
     title: str
     of: Callable[[Run], float | None]
-    digits: int  # after the point, at most
+    digits: int  # after the decimal point, at most
     meaning: str
-    good_below: float | None = None  # where a reader should know at a glance which side of it a learner is on
+    good_below: float | None = None  # values below are marked good, values above bad; None marks nothing
 
 
 def _told(name: str) -> Callable[[Run], float | None]:
-    """A figure of the run's telemetry; None without."""
+    """Returns a function that gets a field of a run's telemetry; None without telemetry."""
     return lambda run: getattr(run.telemetry, name, None)
 
 
@@ -140,7 +140,7 @@ LEARNING_FIGURES = (
 
 
 def spread_of(values: Iterable[float | None]) -> Spread | None:
-    """Of what is known: None if there is not one finite value.
+    """Returns the spread of the finite values; None if there are none.
 
     >>> spread_of([1.5, None, 1.0, 2.5])
     Spread(median=1.5, low=1.0, high=2.5)
@@ -150,12 +150,12 @@ def spread_of(values: Iterable[float | None]) -> Spread | None:
 
 
 def rounds_of(run: Run) -> tuple[Round, ...]:
-    """None of them where learning was not measured; the last may be no update, see `Round.is_update`."""
+    """Returns the rounds of a run; none without telemetry. The last may be no update, see `Round.is_update`."""
     return run.telemetry.rounds if run.telemetry else ()
 
 
 def number(value: float | None, digits: int) -> str:
-    """For a reader: with a true minus, and no minus before a zero.
+    """Formats a number for display, with a typographic minus sign, and none before zero.
 
     >>> number(-1234.56, 1), number(-0.001, 2), number(None, 2)
     ('−1,234.6', '0.00', '–')

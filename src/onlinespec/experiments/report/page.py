@@ -1,6 +1,6 @@
-"""A report, for eyes: one self-contained HTML page, and a table for the terminal.
+"""The rendered report: a self-contained HTML page, and a table for the terminal.
 
-The figures are medians over the runs (repeats and seeds) of a learner at one temperature.
+All statistics are medians over the runs (repeats and seeds) of a learner at one temperature.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from onlinespec.experiments.report.figures import METRICS, Figure, Spread, numbe
 from onlinespec.experiments.report.summaries import FROZEN, PLAIN, groups_of, learner_names
 from onlinespec.experiments.report_schema import Report, write_atomically
 
-# --- for the terminal ---
+# --- the terminal ---
 
 
 def summary_table(report: Report) -> Table:
-    """A row per learner and temperature; medians over the repeats."""
+    """Returns the table for the terminal: a row per learner and temperature, with medians over the runs."""
     groups = groups_of(report)
     if not any(group.measured for group in groups):
         table = Table(box=None, show_header=False)
-        table.add_row("Nothing was measured.")  # rich prints nothing of a table without columns
+        table.add_row("Nothing was measured.")  # rich prints nothing for a table without columns
         return table
     has_temperatures = len(groups) > 1
     medians = "medians over the runs [lowest–highest]; " if any(group.num_runs > 1 for group in groups) else ""
@@ -52,24 +52,24 @@ def summary_table(report: Report) -> Table:
                 learner.identical,
             ]
             temperature = [f"{group.temperature:g}"] if has_temperatures else []
-            table.add_row(*map(Text, [*temperature, learner.learner, *cells]))  # Text: no markup in a name
+            table.add_row(*map(Text, [*temperature, learner.learner, *cells]))  # Text: no markup is parsed in names
         table.add_section()
     return table
 
 
-# --- for the browser ---
+# --- HTML ---
 
 
 def write_html(report: Report, path: str | PathLike[str]) -> None:
-    """One page with everything in it: no scripts, nothing fetched."""
+    """Writes the HTML page: self-contained, without scripts, loading nothing."""
     write_atomically(path, render_html(report).encode())
 
 
 def render_html(report: Report) -> str:
-    """The page itself. The same report gives the same text."""
+    """Returns the HTML page. The same report always gives the same text."""
     from onlinespec.experiments.report import (
         charts,
-        plots,  # here, because drawing takes a second to import and the table needs none
+        plots,  # imported here, because matplotlib takes a second and the table does not need it
     )
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -101,14 +101,14 @@ def render_html(report: Report) -> str:
 
 
 def _verdict(figure: Figure, spread: Spread | None) -> str:
-    """The class of a cell: whether its figure, as it is shown, is on the good side, where there is one."""
+    """The CSS class of a cell, "good" or "bad", by the rounded value; empty if the statistic has no good side."""
     if spread is None or figure.good_below is None or round(spread.median, figure.digits) == figure.good_below:
         return ""
     return "good" if spread.median < figure.good_below else "bad"
 
 
 def _range(spread: Spread, digits: int) -> str:
-    """Empty where the runs agree to the last digit shown."""
+    """The range as text; empty if all runs agree to the last digit shown."""
     low, high = number(spread.low, digits), number(spread.high, digits)
     return ("–" if spread.low >= 0 else " to ").join((low, high)) if low != high else ""
 
@@ -133,12 +133,12 @@ def _share_text(spread: Spread | None) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Lets a long name break after its punctuation."""
+    """Allows line breaks after punctuation in a long name."""
     return Markup("<wbr>").join(re.split(r"(?<=[_.:=/\\-])", name))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of nested dicts, as `outer.inner`."""
+    """Yields (name, value) of nested dicts as text, named `outer.inner`."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))

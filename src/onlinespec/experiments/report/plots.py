@@ -1,6 +1,6 @@
-"""Drawing: a chart becomes inline SVG, by matplotlib.
+"""Charts as inline SVG, drawn by matplotlib.
 
-Colours are CSS variables, so that a plot follows the reader's light or dark mode.
+Colours become CSS variables, so that a plot follows the browser's light or dark mode.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from onlinespec.experiments.report.summaries import FROZEN, PLAIN, Place, Points
 
-# name: (in light mode, in dark mode). The light ones are also how a colour is found again in an SVG: no two alike.
+# name: (light mode, dark mode). The light colours must differ: they identify a colour in matplotlib's SVG.
 COLOURS = {
     "ink": ("#1f2328", "#e6e8eb"),
     "muted": ("#5b646e", "#a1a9b3"),
@@ -32,7 +32,7 @@ COLOURS = {
     "shade": ("#f4f6f8", "#1c2127"),
     "plain": ("#2b3036", "#d5d9de"),
     "frozen": ("#858d96", "#8f98a3"),
-    "line-0": ("#0072b2", "#56b4e9"),  # from here on after Okabe and Ito, safe for colour-blind eyes
+    "line-0": ("#0072b2", "#56b4e9"),  # this and the following after Okabe and Ito, safe for colour-blind readers
     "line-1": ("#d55e00", "#ff8f50"),
     "line-2": ("#009e73", "#35cfa1"),
     "line-3": ("#b3478a", "#e79ac8"),
@@ -46,15 +46,15 @@ NUM_LINE_COLOURS = sum(name.startswith("line-") for name in COLOURS)
 MARKERS = "o^Dv*XPp<>"
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1.5)))
 FONT_SIZE = 12.0
-WIDTHS = {"wide": 900, "narrow": 380}  # in pixels of the page; the narrow one is for phones
+WIDTHS = {"wide": 900, "narrow": 380}  # pixels; narrow is for phones
 HEIGHT = 290
-DENSE = 60  # points of a line from which on it is drawn thinner
-RIGHT, BOTTOM, TOP = 8, 42, 24  # room around the axes, in pixels; on the left it is what the numbers need
+DENSE = 60  # lines with more points are drawn thinner
+RIGHT, BOTTOM, TOP = 8, 42, 24  # margins of the axes, in pixels; the left one depends on the tick labels
 LEAST_LEFT, BESIDE_NUMBERS = 52, 24
 
 
 class Style(NamedTuple):
-    """How one learner is drawn, in every plot of a page."""
+    """The line style of a learner, the same in all plots of a page."""
 
     colour: str  # a name in COLOURS
     marker: str
@@ -62,17 +62,18 @@ class Style(NamedTuple):
     width: float
 
     def kwargs(self) -> dict[str, Any]:
+        """Returns keyword arguments of matplotlib's `plot`."""
         colour = COLOURS[self.colour][0]
         return {"color": colour, "marker": self.marker, "linestyle": self.dashes, "linewidth": self.width, "ms": 5.0}
 
     @property
     def faint(self) -> Style:
-        """For what is not measured of a learner but follows from it: beside its line, and not to be taken for it."""
+        """The style for values derived from a learner's measurements, such as a bound: dashed, without markers."""
         return Style(self.colour, "", (0, (4, 2.2)), 1.5)
 
 
 class Curve(NamedTuple):
-    """A line of a chart, with a band where runs differ."""
+    """A line of a chart, with a band from lowest to highest where runs differ."""
 
     label: str
     style: Style
@@ -80,25 +81,25 @@ class Curve(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """What is drawn over the stream."""
+    """A chart over the requests of the stream."""
 
     title: str
     unit: str
     curves: tuple[Curve, ...]
-    level: float | None = None  # where a line is drawn across: what values are to be compared with
-    limits: tuple[float, float] | None = None  # of the values; by default what they need
+    level: float | None = None  # value of a horizontal reference line
+    limits: tuple[float, float] | None = None  # of the y axis; None fits the values
     height: int = HEIGHT
-    has_own_legend: bool = False  # its curves are not those of the charts beside it
-    note: str = ""  # what to see in it
+    has_own_legend: bool = False  # because its curves differ from those of the charts beside it
+    note: str = ""  # explanation below the chart
 
     @property
     def looks(self) -> dict[str, Style]:
-        """For a legend; fainter lines go with their learner's."""
+        """The styles for a legend. Lines without markers are left out: they belong to a learner that is listed."""
         return {curve.label: curve.style for curve in self.curves if curve.style.marker}
 
 
 def styles_of(names: Iterable[str]) -> dict[str, Style]:
-    """A look for each name, told apart without colour too; the controls always have theirs."""
+    """Returns a style for each name, distinguishable without colour too; the controls have fixed styles."""
     styles = {PLAIN: Style("plain", "", (0, (5, 3)), 1.3), FROZEN: Style("frozen", "s", "-", 1.5)}
     for i, name in enumerate(name for name in names if name not in styles):
         turn, colour = divmod(i, NUM_LINE_COLOURS)
@@ -108,9 +109,15 @@ def styles_of(names: Iterable[str]) -> dict[str, Style]:
 
 
 def plot(chart: Chart, places: Sequence[Place], width: int, prefix: str) -> tuple[Markup, bool]:
-    """The SVG of a chart, and whether segments were too narrow for their names.
+    """Draws a chart.
 
-    Where one was, its number stands for it, counted from 1. `prefix` keeps the ids of a page apart.
+    Args:
+        places: The segments of the stream.
+        width: In pixels.
+        prefix: Of all ids in the SVG, so that they are unique on the page.
+
+    Returns:
+        The SVG, and whether a segment too narrow for its name shows its number instead, counted from 1.
     """
     figure = Figure(figsize=(width / 72, chart.height / 72))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -129,7 +136,7 @@ def plot(chart: Chart, places: Sequence[Place], width: int, prefix: str) -> tupl
 
 
 def swatch(style: Style, prefix: str) -> Markup:
-    """A bit of a learner's line, for the legend."""
+    """Draws a sample of a style for the legend."""
     width, height = 34, 14
     figure = Figure(figsize=(width / 72, height / 72))
     figure.add_artist(Line2D([0, 1], [0.5, 0.5], **(style.kwargs() | {"marker": ""})))
@@ -156,7 +163,7 @@ def _set_axes(axes: Axes, num_requests: int, num_ticks: int) -> None:
 
 
 def _place_axes(figure: Figure, axes: Axes, chart: Chart, width: int) -> float:
-    """Leaves room for the numbers and the unit beside them; returns how much, in pixels."""
+    """Sets the margins, with room for tick labels and unit on the left. Returns the left margin in pixels."""
     low, high = axes.get_ylim()
     numbers = (_tick(value) for value in axes.get_yticks() if low <= value <= high)
     left = max(LEAST_LEFT, BESIDE_NUMBERS + max(map(_text_width, numbers), default=0.0))
@@ -178,7 +185,7 @@ def _tick(value: float) -> str:
 
 
 def _draw_segments(axes: Axes, places: Sequence[Place], pixels_per_request: float) -> bool:
-    """Bands, borders and names; whether a name had to give way to a number."""
+    """Draws bands, borders and names of the segments. Returns whether a number replaced a name."""
     muted, edge, shade = (COLOURS[name][0] for name in ("muted", "edge", "shade"))
     is_numbered, free_from = False, 0.0
     for number, place in enumerate(places, start=1):
@@ -191,7 +198,7 @@ def _draw_segments(axes: Axes, places: Sequence[Place], pixels_per_request: floa
         has_room = _text_width(place.data) + 8 <= room
         is_numbered |= not has_room
         text = place.data if has_room else str(number)
-        if has_room or centre - _text_width(text) / 2 >= free_from:  # where even numbers crowd, some are left out
+        if has_room or centre - _text_width(text) / 2 >= free_from:  # skips numbers that would overlap
             free_from = centre + _text_width(text) / 2 + 4
             style: dict[str, Any] = {
                 "color": muted,
@@ -219,7 +226,7 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, max_markers: int) -> None
         i for i, is_known in enumerate(known) if is_known and not any(known[max(i - 1, 0) : i] + known[i + 1 : i + 2])
     ]
     marked = sorted({*range(number % every, len(requests), every), *alone})
-    if alone and not style["marker"]:  # a point has no length to be seen by
+    if alone and not style["marker"]:  # a line without markers would not show a single point
         style |= {"marker": "_", "ms": 12.0}
         marked = alone
     axes.plot(
@@ -233,11 +240,11 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, max_markers: int) -> None
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> Markup:
-    """Inline SVG: ids apart from those of other plots, colours as variables, text as text, no size of its own."""
+    """Converts a figure to inline SVG: ids with the prefix, colours as CSS variables, text as text, no fixed size."""
     page = StringIO()
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "onlinespec", "axes.unicode_minus": True}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the reader's browser has its own fonts
+        warnings.filterwarnings("ignore", message="Glyph")  # irrelevant: the browser uses its own fonts
         figure.savefig(
             page, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
@@ -246,7 +253,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> Markup:
 
     def adapt(tag: re.Match[str]) -> str:
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", tag[0])
-        text = _LONG_NUMBER.sub(r"\1", text)  # a hundredth of a pixel is enough
+        text = _LONG_NUMBER.sub(r"\1", text)  # two decimals are precise enough
         return _HEX_COLOUR.sub(lambda found: _VARIABLES.get(found[0], found[0]), text)
 
     svg = re.sub("<[^>]*>", adapt, svg)  # in tags only: a segment's name is never rewritten
@@ -257,5 +264,5 @@ def _svg(figure: Figure, prefix: str, label: str) -> Markup:
 
 
 def _text_width(text: str) -> float:
-    """Pixels of a label, nearly: the reader's font is not known."""
+    """Estimates a label's width in pixels; the browser's font is unknown."""
     return sum(1.0 if east_asian_width(letter) in "WF" else 0.56 for letter in text) * FONT_SIZE

@@ -1,4 +1,4 @@
-"""What a report says about each learner: medians and spreads over its runs (repeats and seeds) at one temperature."""
+"""Summaries of learners for the report: medians and spreads over runs (repeats and seeds) at one temperature."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from onlinespec.experiments.report.figures import (
 )
 from onlinespec.experiments.report_schema import Report, Run, Segment, Totals
 
-PLAIN, FROZEN = registry.NONE, registry.FROZEN  # the controls: plain decoding, and a drafter that does not learn
+PLAIN, FROZEN = registry.NONE, registry.FROZEN  # the controls: plain decoding, and drafting without learning
 _CONTROL_RANK = {FROZEN: 1, PLAIN: 2}
 
 
 class Place(NamedTuple):
-    """A segment's place in the stream, as plots and tables need it."""
+    """The position of a segment in the stream."""
 
     segment: int  # its index in the records
     data: str
     start: int  # requests before it
-    length: int
+    length: int  # requests in it
 
 
 class Points(NamedTuple):
-    """One learner's curve: a point per window, NaN where a segment is missing."""
+    """The points of a learner's curve, one per window; NaN where a segment is missing."""
 
     requests: list[float]
     medians: list[float]
@@ -53,32 +53,33 @@ class LearnerSummary:
 
     @cached_property
     def measured(self) -> tuple[Totals, ...]:
-        """The totals of the runs that got as far as a request."""
+        """The totals of the runs with at least one request."""
         return tuple(run.totals for run in self.runs if run.totals.requests)
 
     @cached_property
     def watched(self) -> tuple[Run, ...]:
-        """The runs whose learning was measured, for at least a round."""
+        """The runs with telemetry of at least one round."""
         return tuple(run for run in self.runs if run.totals.requests and rounds_of(run))
 
     def figure(self, figure: Figure) -> Spread | None:
-        """Of how it learned; None where no run tells."""
+        """Returns the spread of a statistic on learning; None if no run has it."""
         return spread_of(figure.of(run) for run in self.runs if run.totals.requests)
 
     def spread(self, name: str) -> Spread | None:
-        """Of one figure of the totals; None where no run has it."""
+        """Returns the spread of a field of the totals; None if no run has it."""
         return spread_of(getattr(totals, name) for totals in self.measured)
 
     def segment_spread(self, index: int, metric: Metric) -> Spread | None:
+        """Returns the spread of a metric in one segment; None if no run has requests there."""
         return spread_of(metric.of(segment) for segment in self.segments(index) if segment.requests)
 
     def segments(self, index: int) -> list[Segment]:
-        """This segment in every run that has it."""
+        """Returns this segment of every run that has it."""
         return [segment for run in self.runs for segment in run.segments if segment.index == index]
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Medians over the runs that drafted that far."""
+        """For each position, the median over the runs that drafted that many tokens."""
         rows = [totals.acceptance_by_position for totals in self.measured]
         width = max(map(len, rows), default=0)
         return [median(row[i] for row in rows if i < len(row)) for i in range(width)]
@@ -90,21 +91,23 @@ class LearnerSummary:
 
     @property
     def ties(self) -> int:
+        """Requests, over all runs, that differ from plain decoding by a near-tie only."""
         return sum(totals.ties for totals in self.measured)
 
     @property
     def differs(self) -> bool:
-        """Whether some output differs from plain decoding by more than a tie."""
+        """Whether an answer differs from plain decoding by more than a tie."""
         return any(totals.identical_to_plain is False for totals in self.measured)
 
     @property
     def identical(self) -> str:
-        """For a table cell."""
+        """Text of the table cell "identical to plain"."""
         if self.differs:
             return "no"
         return f"{self.num_compared - self.ties:,} of {self.num_compared:,}" if self.num_compared else "–"
 
     def points(self, places: Sequence[Place], metric: Metric) -> Points:
+        """Returns the curve of a metric over the windows of all segments."""
         points = Points([], [], [], [])
         for place in places:
             for x, spread in self._windows(place, metric):
@@ -113,7 +116,7 @@ class LearnerSummary:
         return points
 
     def _windows(self, place: Place, metric: Metric) -> Iterator[tuple[float, Spread | None]]:
-        """Request number and figure of each window of a segment; a single gap where nothing was measured."""
+        """Yields (request number, spread) of each window of a segment; one gap if nothing was measured."""
         rows = [segment.windows for segment in self.segments(place.segment) if segment.windows]
         longest = max(rows, key=len, default=())
         if not longest:
@@ -127,18 +130,19 @@ class LearnerSummary:
 
 @dataclass(frozen=True)
 class Group:
-    """All learners at one temperature: what is compared with each other."""
+    """All learners at one temperature, which are compared with each other."""
 
     temperature: float
     learners: tuple[LearnerSummary, ...]
 
     @cached_property
     def measured(self) -> tuple[LearnerSummary, ...]:
+        """The learners with at least one request."""
         return tuple(learner for learner in self.learners if learner.measured)
 
     @cached_property
     def places(self) -> list[Place]:
-        """The stream as the run that got furthest in each segment saw it."""
+        """The segments of the stream; the length of each is the longest in any run."""
         furthest: dict[int, tuple[int, str]] = {}
         for segment in (segment for learner in self.learners for run in learner.runs for segment in run.segments):
             length = max(segment.requests, sum(window.requests for window in segment.windows))
@@ -151,18 +155,19 @@ class Group:
         return places
 
     def segment_row(self, index: int, metric: Metric) -> list[tuple[Spread | None, bool]]:
-        """A figure of every learner in one segment, and whether it is the highest."""
+        """Returns for every learner the spread of a metric in one segment, and whether it is the highest."""
         spreads = [learner.segment_spread(index, metric) for learner in self.measured]
         highest = max((spread.median for spread in spreads if spread), default=0.0)
         return [(spread, len(spreads) > 1 and _median(spread) == highest) for spread in spreads]
 
     @property
     def num_runs(self) -> int:
-        """The most runs that any learner has."""
+        """The largest number of runs of any learner."""
         return max((len(learner.measured) for learner in self.measured), default=0)
 
     @property
     def num_positions(self) -> int:
+        """The largest number of drafted positions of any learner."""
         return max((len(learner.acceptance_by_position) for learner in self.measured), default=0)
 
     @property
@@ -177,7 +182,7 @@ class Group:
 
     @property
     def seconds_measuring(self) -> Spread | None:
-        """What measuring regret, gradients and drift took, all learners together; None where nothing was measured."""
+        """Seconds spent on telemetry, summed over learners; the spread is over repeats. None without telemetry."""
         by_repeat: dict[tuple[int, int], float] = {}
         for run in (run for learner in self.measured for run in learner.runs):
             key = run.seed, run.repeat
@@ -186,16 +191,17 @@ class Group:
 
     @property
     def drafting(self) -> tuple[LearnerSummary, ...]:
+        """The learners that draft: all but plain decoding."""
         return tuple(learner for learner in self.measured if learner.learner != PLAIN)
 
     @property
     def watched(self) -> tuple[LearnerSummary, ...]:
-        """Those whose learning was measured."""
+        """The learners with telemetry."""
         return tuple(learner for learner in self.measured if learner.watched)
 
     @property
     def learning_figures(self) -> list[Figure]:
-        """Those that some learner has, each to three digits of its largest number."""
+        """The statistics on learning that some learner has, with three significant digits of the largest value."""
         figures = []
         for figure in LEARNING_FIGURES:
             spreads = [spread for learner in self.watched if (spread := learner.figure(figure))]
@@ -207,17 +213,18 @@ class Group:
 
     @property
     def best(self) -> LearnerSummary | None:
-        """The fastest of those that learn; a control if none does."""
+        """The fastest learner; a control if nothing learns."""
         by_speed = sorted(self.measured, key=lambda learner: -_median(learner.spread("tokens_per_second")))
         return min(by_speed, key=lambda learner: _CONTROL_RANK.get(learner.learner, 0), default=None)
 
     @property
     def differing(self) -> list[str]:
+        """Names of the learners with output that differs from plain decoding by more than a tie."""
         return [learner.learner for learner in self.measured if learner.differs]
 
     @property
     def verdict(self) -> str:
-        """What is known about the output being that of plain decoding."""
+        """A sentence on whether the output is identical to plain decoding."""
         compared, ties = (sum(getattr(learner, name) for learner in self.drafting) for name in ("num_compared", "ties"))
         if self.differing:
             return f"Output differs from plain decoding with {', '.join(self.differing)}: requests.jsonl says where."
@@ -230,7 +237,7 @@ class Group:
 
     @property
     def headline(self) -> str:
-        """The figures that matter, in words."""
+        """The main results as a sentence."""
         best = self.best
         if best is None:
             return "Nothing was measured."
@@ -248,7 +255,7 @@ class Group:
 
     @property
     def lesson(self) -> str:
-        """What learning brought, in words: by the row, because learners differ in how many rounds they have."""
+        """A sentence on the regret against `frozen`, per row because learners have different numbers of rounds."""
         by_row = _told("regret_vs_frozen_per_row")
         regrets = {learner.learner: spread_of(map(by_row, learner.watched)) for learner in self.watched}
         known = {name: spread.median for name, spread in regrets.items() if spread}
@@ -261,13 +268,13 @@ class Group:
 
 
 def learner_names(report: Report) -> list[str]:
-    """Controls first, the others in the order in which they came."""
+    """Returns the learners of a report: controls first, the others in order of appearance."""
     names = dict.fromkeys(run.learner for run in report.runs)
     return sorted(names, key=lambda name: -_CONTROL_RANK.get(name, 0))
 
 
 def groups_of(report: Report) -> list[Group]:
-    """The runs by temperature and learner."""
+    """Returns the runs, grouped by temperature and learner."""
     groups = []
     for temperature in sorted({run.temperature for run in report.runs}):
         runs = [run for run in report.runs if run.temperature == temperature]
