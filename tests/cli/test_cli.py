@@ -793,7 +793,7 @@ def greeting(run, monkeypatch):
     """What a server says as it begins, and its app; it ends at once, in this process."""
     apps = []
 
-    def greet_and_end(app, engine, door, grace_seconds, greet):
+    def greet_and_end(app, engine, listener, grace_seconds, greet):
         greet()
         apps.append(app)
         return signal.SIGTERM

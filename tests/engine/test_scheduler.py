@@ -335,10 +335,10 @@ def test_control_decides_within_what_requests_allow_and_hears_of_every_step():
     assert {record.num_draft_tokens_B[1] for record in control.records[:3]} == {0}
     assert all(record.verify_seconds > 0 for record in control.records)
     assert set(control.forgotten) == set(requests)
-    flow = scheduler.flow
-    assert flow.tokens == 24
-    assert flow.drafted == sum(sum(record.num_draft_tokens_B) for record in control.records)
-    assert flow.batches == len(control.records)
+    counters = scheduler.counters
+    assert counters.tokens == 24
+    assert counters.drafted == sum(sum(record.num_draft_tokens_B) for record in control.records)
+    assert counters.batches == len(control.records)
 
 
 @pytest.mark.parametrize("where", ["choose", "observe"])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onlinespec.core import DecodeStats
-from onlinespec.experiments.metrics import figures, speedup, total, windows
+from onlinespec.experiments.metrics import speedup, total, totals_of, windows
 from onlinespec.experiments.report_schema import Totals
 
 ONE = DecodeStats(
@@ -58,7 +58,7 @@ def test_there_is_no_speedup_over_a_control_that_measured_nothing(control):
 
 @pytest.mark.parametrize("is_identical", [True, False, None])
 def test_figures_are_the_fields_of_the_report(is_identical):
-    found = figures(ONE, replace(ONE, decode_seconds=4.0), None, is_identical)
+    found = totals_of(ONE, replace(ONE, decode_seconds=4.0), None, is_identical)
     assert Totals(**found).identical_to_plain is is_identical
     assert (found["speedup_vs_none"], found["speedup_vs_frozen"]) == (2.0, None)
     assert found["acceptance_length"] == 3.0

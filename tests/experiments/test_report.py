@@ -14,9 +14,9 @@ from rich.console import Console
 
 from onlinespec.experiments.report import plots
 from onlinespec.experiments.report.charts import MOST_POINTS, SMOOTHING, Track, over_runs, positions, themes_of
-from onlinespec.experiments.report.figures import METRICS
 from onlinespec.experiments.report.page import render_html, summary_table, write_html
 from onlinespec.experiments.report.plots import COLOURS, MARKERS, styles_of
+from onlinespec.experiments.report.statistics import METRICS
 from onlinespec.experiments.report.summaries import groups_of, learner_names
 from onlinespec.experiments.report_schema import Report, Run, Segment, Totals, Window
 from onlinespec.learning.rounds import Round, summarise
@@ -639,7 +639,7 @@ def test_a_learner_of_one_round_that_learned_nothing_looks_best_nowhere():
         assert figures["online_gradient"] < figures["osd"], title
     assert table["osd"]["Rows"] == table["online_gradient"]["Rows"] == "600"
     (group,) = groups_of(report)
-    assert group.lesson.startswith("Of 2 learners, online_gradient did best: 1.00 nats a row below frozen")
+    assert group.regret_sentence.startswith("Of 2 learners, online_gradient did best: 1.00 nats a row below frozen")
 
 
 @pytest.mark.parametrize(
@@ -656,7 +656,7 @@ def test_lesson_goes_by_the_row(regrets, words):
         for name, (sum_of, count) in regrets.items()
     ]
     (group,) = groups_of(make_report(*runs))
-    assert group.lesson.startswith(words)
+    assert group.regret_sentence.startswith(words)
 
 
 @pytest.mark.usefixtures("undrawn")

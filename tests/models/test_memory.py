@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.learning.footprint import Beside, copies_of
+from onlinespec.learning.footprint import MemoryBeside, copies_of
 from onlinespec.learning.learner_spec import learner_of, parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
@@ -269,7 +269,7 @@ METHODS = ("online_gradient/geometry=diagonal", "optimistic", "ensemble")
 )
 def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_foretold(products, name, method):
     decode(load_drafter(name, WIDE))  # first uses are not counted
-    told = Beside(name)(SHAPE, torch.float32, torch.device("cpu"))
+    told = MemoryBeside(name)(SHAPE, torch.float32, torch.device("cpu"))
     before = bytes_there()
     drafter = load_drafter(name, WIDE)
     drafter.draft_vocab._num_seen = 10**6  # so that lists are drafted from
@@ -279,7 +279,7 @@ def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_for
     assert bytes_there() + seen - before == pytest.approx(told, rel=0.25)
 
     config = parse_learner(f"{method}/{ROUNDS}")
-    told_learning = Beside(name, [config])(SHAPE, torch.float32, torch.device("cpu")) - told
+    told_learning = MemoryBeside(name, [config])(SHAPE, torch.float32, torch.device("cpu")) - told
     passing = 20_000 * 32 * (4 + 2) if products is HalfLinear else 0
     before = bytes_there()
     learning = InlineLearning(drafter, config=config)
@@ -291,7 +291,8 @@ def test_what_a_drafter_and_its_learning_hold_beside_a_wide_head_is_what_was_for
 def test_a_learning_process_is_foretold_its_copies_of_the_targets_ends():
     shape, config = replace(SHAPE, vocab_size=128_256), LearnConfig()
     thread, process = (
-        Beside("eagle", [config], place)(shape, torch.bfloat16, torch.device("cpu")) for place in ("thread", "process")
+        MemoryBeside("eagle", [config], place)(shape, torch.bfloat16, torch.device("cpu"))
+        for place in ("thread", "process")
     )
     assert process - thread == 2 * 128_256 * 32 * 2
 
@@ -312,11 +313,11 @@ def test_an_8b_target_in_bfloat16_is_told_of_gigabytes_beside_it():
     layer = LayerConfig(4096, 14_336, 32, 8, 128, 1e-5, Rope(5e5))
     shape = ModelConfig(layer, 32, 128_256, 8192)
     head = 128_256 * 4096 * 2
-    inline = Beside("eagle", [LearnConfig()])(shape, torch.bfloat16, torch.device("cpu"))
+    inline = MemoryBeside("eagle", [LearnConfig()])(shape, torch.bfloat16, torch.device("cpu"))
     assert inline > head, "the gradient's way back through the head"
-    process = Beside("eagle", [LearnConfig()], "process")(shape, torch.bfloat16, torch.device("cpu"))
+    process = MemoryBeside("eagle", [LearnConfig()], "process")(shape, torch.bfloat16, torch.device("cpu"))
     assert process - inline > 2 * head
-    assert Beside("ngram")(shape, torch.bfloat16, torch.device("cpu")) == 0
+    assert MemoryBeside("ngram")(shape, torch.bfloat16, torch.device("cpu")) == 0
 
 
 def test_a_target_that_fits_alone_is_refused_where_its_drafter_does_not(folder, monkeypatch, no_reading):

@@ -53,7 +53,7 @@ async def collect(answer):
 
 def test_answers_asked_for_together_come_whole_and_exact():
     async def use(engine):
-        answers = engine.ask([(prompt, PARAMS) for prompt in PROMPTS])
+        answers = engine.submit([(prompt, PARAMS) for prompt in PROMPTS])
         return await asyncio.gather(*map(collect, answers))
 
     for prompt, pieces in zip(PROMPTS, run(use), strict=True):
@@ -69,7 +69,7 @@ def test_a_piece_says_which_of_its_tokens_were_drafted():
     script = Script(PROMPTS[0] + answer_ids, wrong_at={len(PROMPTS[0]) + 7})
 
     async def use(engine):
-        return await collect(engine.ask([(PROMPTS[0], GenerationParams(30, 4))])[0])
+        return await collect(engine.submit([(PROMPTS[0], GenerationParams(30, 4))])[0])
 
     pieces = run(use, make(drafter=script))
     assert [list(piece.is_drafted) for piece in pieces[:3]] == [
@@ -82,7 +82,7 @@ def test_a_piece_says_which_of_its_tokens_were_drafted():
 
 def test_a_cancelled_answer_frees_its_request_while_others_go_on():
     async def use(engine):
-        long, short = engine.ask([(PROMPTS[0], GenerationParams(900)), (PROMPTS[1], PARAMS)])
+        long, short = engine.submit([(PROMPTS[0], GenerationParams(900)), (PROMPTS[1], PARAMS)])
         async for _ in long:
             break
         long.cancel()
@@ -99,12 +99,12 @@ def test_a_cancelled_answer_frees_its_request_while_others_go_on():
 def test_what_can_not_be_answered_is_refused_where_it_is_asked():
     async def use(engine):
         with pytest.raises(ContextOverflow):
-            engine.ask([(PROMPTS[0], PARAMS), ([5] * 2000, PARAMS)])
+            engine.submit([(PROMPTS[0], PARAMS), ([5] * 2000, PARAMS)])
         with pytest.raises(ValueError, match="no tokens"):
-            engine.ask([([], PARAMS)])
-        engine.ask([(PROMPTS[0], GenerationParams(900))])
+            engine.submit([([], PARAMS)])
+        engine.submit([(PROMPTS[0], GenerationParams(900))])
         with pytest.raises(Busy):
-            engine.ask([(PROMPTS[0], PARAMS)] * 2)
+            engine.submit([(PROMPTS[0], PARAMS)] * 2)
 
     run(use, make(Limits(max_running=1, max_waiting=0)))
 
@@ -113,11 +113,11 @@ def test_stopping_finishes_what_runs_and_takes_nothing_more():
     async def main():
         engine = make(Limits(max_running=1))
         engine.start()
-        first, second = engine.ask([(PROMPTS[0], GenerationParams(200)), (PROMPTS[1], PARAMS)])
+        first, second = engine.submit([(PROMPTS[0], GenerationParams(200)), (PROMPTS[1], PARAMS)])
         stopping = asyncio.create_task(engine.stop(HANG_SECONDS))
         await asyncio.sleep(0)
         with pytest.raises(Closed, match="shutting down"):
-            engine.ask([(PROMPTS[0], PARAMS)])
+            engine.submit([(PROMPTS[0], PARAMS)])
         results = await asyncio.gather(collect(first), collect(second))
         await stopping
         return [pieces[-1].finish_reason for pieces in results], engine.is_ready
@@ -131,7 +131,7 @@ def test_stopping_gives_up_what_takes_too_long():
         step = engine.scheduler.step
         engine.scheduler.step = lambda: time.sleep(0.01) or step()  # the whole takes ten seconds on any machine
         engine.start()
-        (answer,) = engine.ask([(PROMPTS[0], GenerationParams(1000, num_draft_tokens=0))])
+        (answer,) = engine.submit([(PROMPTS[0], GenerationParams(1000, num_draft_tokens=0))])
         num_given_up = await engine.stop(0.05)
         return (await collect(answer))[-1].finish_reason, num_given_up, engine.num_answering
 
@@ -143,14 +143,14 @@ def test_an_engine_that_fails_ends_every_answer_and_says_so(monkeypatch, caplog)
 
     async def main():
         engine.start()
-        answers = engine.ask([(PROMPTS[0], GenerationParams(900)), (PROMPTS[1], GenerationParams(900))])
+        answers = engine.submit([(PROMPTS[0], GenerationParams(900)), (PROMPTS[1], GenerationParams(900))])
         async for _ in answers[0]:
             break
         monkeypatch.setattr(engine.scheduler, "step", lambda: 1 / 0)
         results = await asyncio.wait_for(asyncio.gather(*map(collect, answers)), HANG_SECONDS)
         assert not engine.is_alive
         with pytest.raises(Closed, match="has failed"):
-            engine.ask([(PROMPTS[0], PARAMS)])
+            engine.submit([(PROMPTS[0], PARAMS)])
         await engine.stop(1)
         return results, answers
 
@@ -165,7 +165,7 @@ def test_an_engine_that_fails_ends_every_answer_and_says_so(monkeypatch, caplog)
 
 def test_what_was_served_is_counted():
     async def use(engine):
-        answers = engine.ask([(prompt, PARAMS) for prompt in PROMPTS])
+        answers = engine.submit([(prompt, PARAMS) for prompt in PROMPTS])
         await asyncio.gather(*map(collect, answers))
         return engine.totals
 
@@ -187,7 +187,7 @@ def test_an_idle_engine_wakes_for_work_and_not_by_the_clock():
 
     async def use(engine):
         await asyncio.to_thread(is_idle.wait, HANG_SECONDS)
-        return await collect(engine.ask([(PROMPTS[1], GenerationParams(1))])[0])
+        return await collect(engine.submit([(PROMPTS[1], GenerationParams(1))])[0])
 
     assert len(run(use, engine)) == 1
 
@@ -205,7 +205,7 @@ async def main():
     step = engine.scheduler.step
     engine.scheduler.step = lambda: seen.append(openmp.omp_get_max_threads()) or step()
     engine.start()
-    async for _ in engine.ask([([5, 9], GenerationParams(3))])[0]:
+    async for _ in engine.submit([([5, 9], GenerationParams(3))])[0]:
         pass
     await engine.stop(5)
 

@@ -38,15 +38,15 @@ def make_engine(learning=None, drafter=None):
 @contextmanager
 def served(engine, **facts):
     """A server's address; it runs in a thread."""
-    with listening("127.0.0.1", 0) as door:
+    with listening("127.0.0.1", 0) as listener:
         app = create_app(engine, ServerSettings("tiny"), {"drafter": "eagle", "learning_mode": "learns", **facts})
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[door])))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         while not server.started:
             time.sleep(0.01)
         try:
-            yield f"http://127.0.0.1:{door.getsockname()[1]}"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
@@ -230,12 +230,12 @@ def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypa
     engine = make_engine()
     figures = {"drifts": 0, "num_events": 0, "events": []}
     live, control = live_of(engine, monkeypatch, figures)
-    flow = engine.scheduler.flow
+    counters = engine.scheduler.counters
     promoted = {"kind": "promoted", "at": "2026-01-02T12:00:00+00:00", "reason": "better", "version": 1}
     live.sample()
     assert live.snapshot()["course"]["tokens_per_second"] == [None]
-    flow.tokens, flow.steps, flow.drafted, flow.accepted = 30, 10, 40, 20
-    flow.verify_seconds, flow.prefill_seconds = 0.2, 5.0
+    counters.tokens, counters.steps, counters.drafted, counters.accepted = 30, 10, 40, 20
+    counters.verify_seconds, counters.prefill_seconds = 0.2, 5.0
     figures |= {"drifts": 1, "num_events": 1, "events": [promoted]}
     control.is_drafting = False
     live.sample()
@@ -252,12 +252,12 @@ def test_samples_are_of_the_time_between_them_and_marks_of_what_changed(monkeypa
 def test_where_little_is_drafted_plain_speed_is_what_was_measured(monkeypatch):
     engine = make_engine()
     live, _ = live_of(engine, monkeypatch)
-    flow = engine.scheduler.flow
+    counters = engine.scheduler.counters
 
     def steps(num_steps, num_draft_tokens, seconds, learn_seconds=0.0):
         for _ in range(num_steps):
             drafted = [Feedback(Trace([], Features(torch.empty(0))), 0, 1, num_draft_tokens, 0, 0)]
-            flow.add(Step([], drafted, 0.0, seconds, learn_seconds))
+            counters.add(Step([], drafted, 0.0, seconds, learn_seconds))
 
     def plain_speed():
         live.sample()

@@ -102,13 +102,13 @@ class Live:
 
 @contextmanager
 def live(engine, app):
-    door = listening("127.0.0.1", 0)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections have it too: little is on its way
+    listener = listening("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections have it too: little is on its way
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
-    clients = Live(engine, f"http://127.0.0.1:{door.getsockname()[1]}")
+    clients = Live(engine, f"http://127.0.0.1:{listener.getsockname()[1]}")
     try:
         yield clients
     finally:
@@ -815,11 +815,11 @@ def answers_that_end_with(send, cancels_at_once=False, **body):
     async def main():
         async with app.router.lifespan_context(app):
             found = await asyncio.wait_for(connect(), 60)
-            flow = engine.scheduler.flow
-            most = flow.batches + 500  # steps: a cancelled request is gone at the next one
+            counters = engine.scheduler.counters
+            most = counters.batches + 500  # steps: a cancelled request is gone at the next one
             try:
                 while engine._answers or engine.scheduler.has_work:
-                    assert flow.batches < most, f"{len(engine._answers)} answers go on, for nobody"
+                    assert counters.batches < most, f"{len(engine._answers)} answers go on, for nobody"
                     await asyncio.sleep(0.01)
             finally:
                 await engine.stop(0)
@@ -910,7 +910,7 @@ def test_openais_client_sees_an_error_in_the_middle_of_a_stream(long, monkeypatc
 def test_a_bug_of_ours_is_logged_and_a_500_in_the_same_shape(monkeypatch, caplog):
     engine, app = make()
     with live(engine, app) as server:
-        monkeypatch.setattr(engine, "ask", lambda *_, **__: {}["nothing"])
+        monkeypatch.setattr(engine, "submit", lambda *_, **__: {}["nothing"])
         response = server.post(COMPLETIONS, {"prompt": "a"})
         assert_error(response, 500, None, "KeyError")
         assert "Traceback" in caplog.text
@@ -1083,8 +1083,8 @@ def test_an_answer_beyond_the_drafters_context_goes_on_without_drafts_and_all_fi
 
 def test_what_was_cancelled_is_counted_as_far_as_it_came(long):
     answers = []
-    ask = long.engine.ask
-    long.engine.ask = lambda *args, **tags: answers.extend(ask(*args, **tags)) or answers[-2:]
+    submit = long.engine.submit
+    long.engine.submit = lambda *args, **tags: answers.extend(submit(*args, **tags)) or answers[-2:]
     body = {"prompt": "a", "max_tokens": 50_000, "n": 2, "stream": True}
     with closing(long.connect(COMPLETIONS, body)) as connection:
         wait_until(lambda: len(long.engine.scheduler.running) == 2)

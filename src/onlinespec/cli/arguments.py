@@ -19,7 +19,7 @@ from onlinespec.registry import FROZEN, LEARNER_NAMES, NONE
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
 SaveFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not saved)")]
-NAMES = (
+LEARNER_HELP = (
     f"{NONE} (plain decoding, without a drafter), {FROZEN} (the drafter stays as it is), "
     f"{', '.join(name for name in LEARNER_NAMES if name not in (NONE, FROZEN))}; "
     "NAME/SETTING=VALUE/... changes settings"

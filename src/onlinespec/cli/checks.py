@@ -11,7 +11,7 @@ from onlinespec.cli.terminal import err
 from onlinespec.drafters.checkpoints import SIDE_FILE
 from onlinespec.drafters.contract import Drafter
 from onlinespec.experiments.results_folder import why_not_writable
-from onlinespec.learning.footprint import Beside
+from onlinespec.learning.footprint import MemoryBeside
 from onlinespec.learning.learner_spec import learner_of, parse_learner
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.models.loading import Target, as_device, as_dtype, load_target
@@ -29,7 +29,7 @@ def use(machine: Machine) -> None:
     torch.set_num_threads(machine.num_threads)
 
 
-def load(name: str, machine: Machine, beside: Beside) -> Target:
+def load(name: str, machine: Machine, beside: MemoryBeside) -> Target:
     """Loads the target, with a spinner on standard error.
 
     Args:

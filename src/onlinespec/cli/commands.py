@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from onlinespec.cli.arguments import NAMES, Decoding, EngineLimits, Learning, Machine, SaveFolder, TargetName
+from onlinespec.cli.arguments import LEARNER_HELP, Decoding, EngineLimits, Learning, Machine, SaveFolder, TargetName
 from onlinespec.config import GenerationParams, SamplingParams, check_that
 from onlinespec.drafters.settings import Tuning
 from onlinespec.learning.settings import LearnConfig
@@ -39,8 +39,8 @@ class Generate:
         str,
         arg(
             metavar="LEARNER",
-            help=f"How the drafter learns while it answers: {NAMES}. What one answer teaches is lost without --save, "
-            f"so nothing is learned unless a learner is named ({LearnConfig.learner} is what serve has).",
+            help=f"How the drafter learns while it answers: {LEARNER_HELP}. What it learns from one answer is lost "
+            f"without --save, so it learns only if one is named ({LearnConfig.learner} is what serve has).",
         ),
     ] = FROZEN
     temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="(default: the checkpoint's)")] = None
@@ -80,7 +80,7 @@ class Compare:
     """Directory or Hub id of a drafter, `demo` or `demo/small_lm`, or the name of a new one: ngram, eagle, small_lm."""
     learners: Annotated[
         str,
-        arg(metavar="LEARNERS", help=f"Separated by commas: {NAMES}, as in ensemble/with_frozen=true."),
+        arg(metavar="LEARNERS", help=f"Separated by commas: {LEARNER_HELP}, as in ensemble/with_frozen=true."),
     ] = f"{NONE},{FROZEN},{LearnConfig.learner}"
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/compare-<time>)")] = None
     """Directory for report.json, report.html and requests.jsonl."""
@@ -199,7 +199,7 @@ class Serve:
         arg(
             metavar="LEARNER",
             help_behavior_hint=f"(default: {LearnConfig.learner}, where the drafter can learn)",
-            help=f"How the drafter learns while it serves: {NAMES}.",
+            help=f"How the drafter learns while it serves: {LEARNER_HELP}.",
         ),
     ] = None
     host: str = "127.0.0.1"

@@ -12,13 +12,13 @@ from rich.table import Table
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.commands import Compare, Demo
 from onlinespec.cli.progress import shown
-from onlinespec.cli.terminal import complain, err, interrupts_raised, out
+from onlinespec.cli.terminal import complain, err, out, raise_on_ctrl_c
 from onlinespec.experiments.compare import Comparing
 from onlinespec.experiments.report.page import summary_table, write_html
 from onlinespec.experiments.report_schema import Report
 from onlinespec.experiments.results_folder import check_results_folder
 from onlinespec.experiments.settings import Comparison
-from onlinespec.learning.footprint import Beside
+from onlinespec.learning.footprint import MemoryBeside
 from onlinespec.models.loading import Target
 from onlinespec.registry import FROZEN, NONE
 
@@ -75,11 +75,12 @@ def compare(command: Compare) -> int:
         if config:
             check_save(command.save and folder_for(command.save, name), config)
     learning = [config for config in configs.values() if config and config.learner != FROZEN]
-    beside = Beside(command.drafter_name, learning, num_drafters=sum(config is not None for config in configs.values()))
+    num_drafters = sum(config is not None for config in configs.values())
+    beside = MemoryBeside(command.drafter_name, learning, num_drafters=num_drafters)
     return _run(load(command.target, command.machine, beside), comparison, folder, command.save)
 
 
-@interrupts_raised()
+@raise_on_ctrl_c()
 def _run(target: Target, comparison: Comparison, folder: Path, save_to: Path | None) -> int:
     """Runs with a progress display. After Ctrl-C, the requests finished so far are still reported and saved."""
     comparing = Comparing(target, comparison, folder, " ".join(sys.argv[1:]))
@@ -95,9 +96,9 @@ def _run(target: Target, comparison: Comparison, folder: Path, save_to: Path | N
     if save_to:
         _save_all(comparing, save_to)
     _show(report, folder)
-    _tell_of_losses(report)
+    _warn_if_slower(report)
     if report.provenance["cut_short"] and status == 0:
-        _tell_of_cuts(report, comparison)
+        _warn_if_cut_short(report, comparison)
     differing = [run.learner for run in report.runs if run.totals.identical_to_plain is False]
     if differing:
         complain(f"answers of {', '.join(dict.fromkeys(differing))} differ from plain decoding: see requests.jsonl")
@@ -117,7 +118,7 @@ def _show(report: Report, folder: Path) -> None:
     out.print(f"the figures: {folder / 'report.json'}", highlight=False, soft_wrap=True)
 
 
-def _tell_of_losses(report: Report) -> None:
+def _warn_if_slower(report: Report) -> None:
     """Prints a hint if no drafter was faster than plain decoding, which is easy to overlook in the table."""
     ratios = [run.totals.speedup_vs_none for run in report.runs if run.learner != NONE]
     known = [ratio for ratio in ratios if ratio is not None]
@@ -129,7 +130,7 @@ def _tell_of_losses(report: Report) -> None:
         )
 
 
-def _tell_of_cuts(report: Report, comparison: Comparison) -> None:
+def _warn_if_cut_short(report: Report, comparison: Comparison) -> None:
     done = sum(run.totals.requests + run.totals.skipped for run in report.runs) // len(report.runs)
     wanted = sum(count for _, count in comparison.segments)
     err.print(

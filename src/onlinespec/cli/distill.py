@@ -13,8 +13,8 @@ from rich.table import Table
 
 from onlinespec.cli.checks import check_parent, load, use
 from onlinespec.cli.commands import Distill
-from onlinespec.cli.terminal import err, interrupts_raised, out
-from onlinespec.learning.footprint import Beside
+from onlinespec.cli.terminal import err, out, raise_on_ctrl_c
+from onlinespec.learning.footprint import MemoryBeside
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.offline.distill import Distilling
 from onlinespec.offline.outcome import Outcome, Progress, Score
@@ -39,13 +39,13 @@ def distill(command: Distill) -> int:
     use(command.machine)
     settings = command.settings
     check_parent(command.out, "--out")
-    beside = Beside(command.drafter, [LearnConfig(geometry="diagonal")])  # trained by Adam
+    beside = MemoryBeside(command.drafter, [LearnConfig(geometry="diagonal")])  # trained by Adam
     return _run(
         command, Distilling(load(command.target, command.machine, beside), settings, command.out, command.restart)
     )
 
 
-@interrupts_raised()
+@raise_on_ctrl_c()
 def _run(command: Distill, distilling: Distilling) -> int:
     if distilling.is_resumed:
         err.print(f"going on with what is in {distilling.work}", highlight=False, soft_wrap=True)

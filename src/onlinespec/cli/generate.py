@@ -6,12 +6,12 @@ import sys
 
 from onlinespec.cli.checks import check_save, checked_learner, load, save, use
 from onlinespec.cli.commands import Generate
-from onlinespec.cli.terminal import err, interrupts_raised
+from onlinespec.cli.terminal import err, raise_on_ctrl_c
 from onlinespec.core import DecodeStats
 from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.step import DecodeLoop
 from onlinespec.learners.losses import describe_loss
-from onlinespec.learning.footprint import Beside
+from onlinespec.learning.footprint import MemoryBeside
 from onlinespec.learning.update import InlineLearning
 from onlinespec.registry import FROZEN
 
@@ -37,7 +37,7 @@ def generate(command: Generate) -> int:
         raise ValueError("the prompt is not UTF-8 text; convert it first")
 
     learners = [config] if config and config.learner != FROZEN else []
-    target = load(command.target, command.machine, Beside(command.drafter_name if config else None, learners))
+    target = load(command.target, command.machine, MemoryBeside(command.drafter_name if config else None, learners))
     if config is None:
         return _answer(command, DecodeLoop(target), None, prompt)
     drafter = load_drafter(command.drafter_name, target, command.machine.seed, command.learning.tuning())
@@ -47,7 +47,7 @@ def generate(command: Generate) -> int:
     return _answer(command, DecodeLoop(target, drafter, learning), learning, prompt)
 
 
-@interrupts_raised()
+@raise_on_ctrl_c()
 def _answer(command: Generate, loop: DecodeLoop, learning: InlineLearning | None, prompt: str) -> int:
     """Streams one answer to standard output, statistics to standard error. After Ctrl-C the drafter is still saved."""
     target = loop.target

@@ -27,7 +27,7 @@ from onlinespec.engine.profile import measure_step_costs
 from onlinespec.engine.scheduler import Scheduler
 from onlinespec.engine.settings import Limits
 from onlinespec.engine.step import DecodeLoop, Learning
-from onlinespec.learning.footprint import Beside
+from onlinespec.learning.footprint import MemoryBeside
 from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.loading import Target
@@ -73,7 +73,7 @@ def serve(command: Serve) -> int:
     _settings(command)
     if command.reset_drafter and not command.versions:
         raise ValueError("--reset-drafter moves the versions in --versions DIR aside; give that, too")
-    with listening(command.host, command.port) as door, _versions(command, config) as versions:
+    with listening(command.host, command.port) as listener, _versions(command, config) as versions:
         target = load(command.target, command.machine, _beside(command, config))
         drafter = _drafter(command, target) if config else None
         config = _learner(command, config, drafter)
@@ -88,8 +88,8 @@ def serve(command: Serve) -> int:
             versions.close()  # releases the lock: the learning thread or process takes it over
         with _learning(command, config, target, drafter) as learning:
             engine = Engine(Scheduler(DecodeLoop(target, drafter, learning, prefixes), limits, control))
-            greet = partial(_greet, command, settings, target, facts, door)
-            stopped_by = run(create_app(engine, settings, facts), engine, door, settings.grace_seconds, greet)
+            greet = partial(_print_banner, command, settings, target, facts, listener)
+            stopped_by = run(create_app(engine, settings, facts), engine, listener, settings.grace_seconds, greet)
     if command.save and drafter:
         whose = f"drafter (weights version {drafter.weights.version})"
         save(drafter, command.save, drafter.weights.version > start, whose)
@@ -184,13 +184,13 @@ def _learning(
         learning.stop()
 
 
-def _beside(command: Serve, config: LearnConfig | None) -> Beside:
+def _beside(command: Serve, config: LearnConfig | None) -> MemoryBeside:
     """What needs memory beside the target, estimated from the settings: the target is not loaded yet."""
     if config is None:
-        return Beside(None, [])
+        return MemoryBeside(None, [])
     is_learning = config.learner != FROZEN and command.decoding.num_draft_tokens > 0
     place = command.learn_in or ("process" if torch.device(command.machine.device).type == "cpu" else "thread")
-    return Beside(command.drafter_name, [config] * is_learning, "" if place == "inline" else place)
+    return MemoryBeside(command.drafter_name, [config] * is_learning, "" if place == "inline" else place)
 
 
 def _place(command: Serve, config: LearnConfig | None, target: Target) -> str:
@@ -248,11 +248,11 @@ def _drafting(facts: dict[str, Any]) -> str:
     return "plain decoding" if facts["drafter"] == NONE else f"drafter {facts['drafter']} {facts['learning_mode']}"
 
 
-def _greet(
-    command: Serve, settings: ServerSettings, target: Target, facts: dict[str, Any], door: socket.socket
+def _print_banner(
+    command: Serve, settings: ServerSettings, target: Target, facts: dict[str, Any], listener: socket.socket
 ) -> None:
     """Prints what is served, at which URL, warnings, and a curl command to try."""
-    host, port = door.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
     lines = [f"serving {settings.model} at {url}; {_drafting(facts)}"]

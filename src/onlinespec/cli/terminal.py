@@ -28,7 +28,7 @@ out, err = _console(stderr=False), _console(stderr=True)
 
 
 @contextmanager
-def interrupts_raised() -> Iterator[None]:
+def raise_on_ctrl_c() -> Iterator[None]:
     """Makes Ctrl-C raise KeyboardInterrupt inside the block, for work that must clean up; elsewhere it exits."""
     is_stopping = signal.getsignal(signal.SIGINT) is stop
     if is_stopping:

@@ -95,7 +95,7 @@ class Scheduler:
 
     def __init__(self, loop: DecodeLoop, limits: Limits | None = None, control: Control | None = None) -> None:
         self.loop, self.limits, self.control = loop, limits or Limits(), control
-        self.flow = StepCounters()
+        self.counters = StepCounters()
         self._learn_share = -1.0  # as learning was last told
         self._num_published = 0  # as control was last told
         self.waiting: deque[Request] = deque()
@@ -200,7 +200,7 @@ class Scheduler:
             most = self.limits.prefill_tokens if self.running else self.limits.prefill_alone
             began = self.loop.clock.mark()
             self._together(partial(self.loop.prefill, max_tokens=most), unread)
-            self.flow.prefill_seconds += self.loop.clock.seconds(began, self.loop.clock.mark())
+            self.counters.prefill_seconds += self.loop.clock.seconds(began, self.loop.clock.mark())
         ready = [request for request in unread if request.is_ready and request.finish_reason is None]
         self.running += ready
         self.prefilling = [request for request in self.prefilling if request not in ready]
@@ -212,7 +212,7 @@ class Scheduler:
             return
         limits = [request.most_draft_tokens if request.is_drafting else 0 for request in requests]
         step = self.loop.step(requests, self.control.choose(requests, limits))
-        self.flow.add(step)
+        self.counters.add(step)
         self.control.observe(
             StepRecord(
                 request_ids=step.requests,
@@ -227,7 +227,7 @@ class Scheduler:
 
     def _decode_freely(self, requests: list[Request]) -> None:
         """A step with as many drafts as requests ask for: control has no part in it."""
-        self.flow.add(self.loop.step(requests))
+        self.counters.add(self.loop.step(requests))
 
     def _consult(self, control: Control, learning: Learning) -> None:
         """What learning and control must know of each other."""

@@ -25,7 +25,7 @@ from onlinespec.drafters.loading import load_drafter
 from onlinespec.engine.profile import steps_to_learn_from
 from onlinespec.engine.request import Request, UnfitPrompt
 from onlinespec.engine.step import DecodeLoop
-from onlinespec.experiments.metrics import figures, total, windows
+from onlinespec.experiments.metrics import total, totals_of, windows
 from onlinespec.experiments.provenance import provenance
 from onlinespec.experiments.report_schema import Report, RequestRecord, Run, Segment, Totals, write_report
 from onlinespec.experiments.results_folder import claim
@@ -326,7 +326,7 @@ class Comparing:
             own = total_of(runner, segment) or DecodeStats()
             differs = bool(runner.differing) if segment is None else segment in runner.differing
             is_identical = not differs if is_checked and own.requests else None
-            return figures(own, total_of(none, segment), total_of(frozen, segment), is_identical)
+            return totals_of(own, total_of(none, segment), total_of(frozen, segment), is_identical)
 
         segments = [
             Segment(

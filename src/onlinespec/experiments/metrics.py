@@ -21,7 +21,7 @@ def speedup(stats: DecodeStats, control: DecodeStats | None) -> float | None:
     return stats.tokens_per_second / control.tokens_per_second
 
 
-def figures(
+def totals_of(
     stats: DecodeStats, none: DecodeStats | None, frozen: DecodeStats | None, identical_to_plain: bool | None
 ) -> dict[str, Any]:
     """Returns the fields of `Totals`, which a run and each of its segments have in report.json.

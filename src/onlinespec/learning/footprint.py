@@ -30,7 +30,7 @@ _OF_PUBLISHING = 4  # what is served, what was before, what learning began with,
 
 
 @dataclass(frozen=True)
-class Beside:
+class MemoryBeside:
     """A drafter and what learns it, as a command names them.
 
     Args:

@@ -94,7 +94,7 @@ class Totals:
 class Engine:
     """Decodes requests in its own thread.
 
-    Call `start`, `ask` and `stop` from one event loop.
+    Call `start`, `submit` and `stop` from one event loop.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -113,7 +113,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def ask(self, prompts: Sequence[tuple[Sequence[int], GenerationParams]], **tags: Any) -> list[Answer]:
+    def submit(self, prompts: Sequence[tuple[Sequence[int], GenerationParams]], **tags: Any) -> list[Answer]:
         """Submits requests: all of them, or none if one can't be accepted.
 
         Args:

@@ -191,7 +191,7 @@ def from_validation(errors: Sequence[Any], shapes: Mapping[str, str] | None = No
     return ApiError(400, f"{name} is {_told(first['input'])}; {allowed}", name, "invalid_value")
 
 
-def from_asking(error: Exception, retry_after: int, prompt: str) -> ApiError:
+def from_submit_error(error: Exception, retry_after: int, prompt: str) -> ApiError:
     """Returns the error response for an exception of `Engine.ask`: 429, 503 or 400.
 
     Args:

@@ -32,7 +32,7 @@ class Live:
         self._started = time.time()
         self._samples: deque[tuple[float | None, ...]] = deque(maxlen=_MOST_SAMPLES)
         self._marks: deque[dict[str, Any]] = deque(maxlen=_MOST_MARKS)
-        self._flow, self._at = replace(engine.scheduler.flow), time.monotonic()
+        self._counters, self._at = replace(engine.scheduler.counters), time.monotonic()
         self._seen = {"drifts": 0, "events": 0, "is_drafting": True}
 
     async def run(self) -> None:
@@ -43,15 +43,17 @@ class Live:
 
     def sample(self) -> None:
         """Records the rates since the last sample, None if no step was decoded, and new events."""
-        flow, now = replace(self._engine.scheduler.flow), time.monotonic()
-        before, self._flow = self._flow, flow
+        counters, now = replace(self._engine.scheduler.counters), time.monotonic()
+        before, self._counters = self._counters, counters
         seconds, self._at = now - self._at, now
-        self._samples.append((time.time(), *self._rates(before, flow, seconds), len(self._engine.scheduler.running)))
+        rates = self._rates(before, counters, seconds)
+        self._samples.append((time.time(), *rates, len(self._engine.scheduler.running)))
         self._notice()
 
     def snapshot(self) -> dict[str, Any]:
         """Returns everything the page shows, ready for JSON."""
         scheduler, totals = self._engine.scheduler, self._engine.totals
+        counters = scheduler.counters
         return {
             **self._facts,
             "uptime_seconds": time.time() - self._started,
@@ -66,31 +68,32 @@ class Live:
                 "most_running": scheduler.limits.max_running,
                 "finished": dict(totals.finished),
             },
-            "tokens": scheduler.flow.tokens,
-            "drafted": scheduler.flow.drafted,
+            "tokens": counters.tokens,
+            "drafted": counters.drafted,
             "longest_drafted": scheduler.loop.drafter.longest_text if scheduler.loop.drafter else None,
             "tokens_beyond_drafter": totals.tokens_beyond_drafter,
-            "acceptance_length": 1 + scheduler.flow.accepted / scheduler.flow.steps if scheduler.flow.steps else None,
+            "acceptance_length": 1 + counters.accepted / counters.steps if counters.steps else None,
             "control": self._control(),
             "learning": self._learning(),
         }
 
-    def _rates(self, before: StepCounters, flow: StepCounters, seconds: float) -> tuple[float | None, ...]:
+    def _rates(self, before: StepCounters, counters: StepCounters, seconds: float) -> tuple[float | None, ...]:
         """Returns the rates between two samples.
 
         They are: tokens per second of decoding and learning time, the same for plain decoding, acceptance length, and
         tokens per second of elapsed time. Speed without drafts is measured if steps without drafts took most of the
         decoding time; else the controller estimates it.
         """
-        tokens, steps = flow.tokens - before.tokens, flow.steps - before.steps
-        decoding = flow.decode_seconds - before.decode_seconds
+        tokens, steps = counters.tokens - before.tokens, counters.steps - before.steps
+        decoding = counters.decode_seconds - before.decode_seconds
         if not steps or decoding <= 0:
             return None, None, None, 0.0
-        busy = decoding + flow.learn_seconds - before.learn_seconds
-        plain_tokens, plain_seconds = flow.plain_tokens - before.plain_tokens, flow.plain_seconds - before.plain_seconds
+        busy = decoding + counters.learn_seconds - before.learn_seconds
+        plain_tokens = counters.plain_tokens - before.plain_tokens
+        plain_seconds = counters.plain_seconds - before.plain_seconds
         is_measured = plain_seconds > 0.5 * decoding
         plain = plain_tokens / plain_seconds if is_measured else self._control().get("goodput_plain")
-        return tokens / busy, plain, 1 + (flow.accepted - before.accepted) / steps, tokens / max(seconds, 1e-9)
+        return tokens / busy, plain, 1 + (counters.accepted - before.accepted) / steps, tokens / max(seconds, 1e-9)
 
     def _control(self) -> dict[str, Any]:
         control = self._engine.scheduler.control

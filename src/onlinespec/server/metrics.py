@@ -88,18 +88,22 @@ class _EngineCollector(Collector):
         yield finished
         for name, help_text, value in (
             ("prompt_tokens", "Tokens of prompts.", totals.prompt_tokens),
-            ("cached_prompt_tokens", "Of these, tokens that an earlier request had read.", totals.cached_tokens),
+            ("cached_prompt_tokens", "Of these, tokens found in the prefix cache.", totals.cached_tokens),
             ("tokens", "Tokens of answers.", stats.tokens),
             ("steps", "Verifications by the target.", stats.steps),
             ("drafted_tokens", "Tokens that were drafted.", stats.drafted),
             ("accepted_tokens", "Drafted tokens that were kept.", stats.accepted),
             (
                 "tokens_beyond_drafter",
-                "Tokens of answers behind the longest text that the drafter drafts for.",
+                "Tokens of answers beyond the longest text that the drafter can draft for.",
                 totals.tokens_beyond_drafter,
             ),
-            ("decode_seconds", "Time spent reading prompts and decoding.", stats.decode_seconds),
-            ("learn_seconds", "Time that decoding gave to learning, or to who learns beside it.", stats.learn_seconds),
+            ("decode_seconds", "Time spent on prefill and decoding.", stats.decode_seconds),
+            (
+                "learn_seconds",
+                "Time in the decoding thread spent on learning, or on handing records to it.",
+                stats.learn_seconds,
+            ),
         ):
             yield CounterMetricFamily(f"onlinespec_{name}", f"{help_text} Of requests that ended.", value)
         loop = scheduler.loop

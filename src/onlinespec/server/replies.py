@@ -51,7 +51,7 @@ class Choice:
         self.text += piece.text
         self.logprobs += piece.logprobs
         self.num_pieces += 1
-        self.finish_reason = told(piece.finish_reason)
+        self.finish_reason = openai_finish_reason(piece.finish_reason)
 
 
 class Reply(ABC):
@@ -112,7 +112,7 @@ class CompletionReply(Reply):
             index=index,
             text=piece.text,
             logprobs=self._logprobs(piece.logprobs, choice),
-            finish_reason=told(piece.finish_reason),
+            finish_reason=openai_finish_reason(piece.finish_reason),
         )
         if has_tokens:
             new.speculation = self._speculation(piece)
@@ -177,7 +177,7 @@ class ChatReply(Reply):
             index=index,
             delta=delta,
             logprobs=self._logprobs(piece.logprobs),
-            finish_reason=told(piece.finish_reason),
+            finish_reason=openai_finish_reason(piece.finish_reason),
         )
         if has_tokens:
             new.speculation = self._speculation(piece)
@@ -210,7 +210,7 @@ class ChatReply(Reply):
         return TopLogprob(token=spelt.decode(errors="replace"), logprob=logprob, bytes=list(spelt))
 
 
-def told(finish_reason: str | None) -> FinishReason | None:
+def openai_finish_reason(finish_reason: str | None) -> FinishReason | None:
     """Returns OpenAI's name of a finish reason: a full context is "length", too."""
     return None if finish_reason is None else "stop" if finish_reason == "stop" else "length"
 

@@ -20,7 +20,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 ListsOfIds = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
 
 
 class Refusal(PydanticCustomError):
@@ -30,11 +30,11 @@ class Refusal(PydanticCustomError):
         return super().__new__(cls, "refused", "{message}", {"field": field, "message": message})
 
 
-class _Asked(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
 
-class StreamOptions(_Asked):
+class StreamOptions(_Body):
     """What a stream contains beside the text."""
 
     include_usage: bool | None = None
@@ -43,13 +43,13 @@ class StreamOptions(_Asked):
     )
 
 
-class TextFormat(_Asked):
+class TextFormat(_Body):
     """The only supported response format."""
 
     type: Literal["text"]
 
 
-class Sampled(_Asked):
+class Sampled(_Body):
     """The fields of both kinds of request. The server's settings apply to fields that are missing or null."""
 
     model: str | None = Field(None, description="The name under /v1/models.")
@@ -129,21 +129,21 @@ class CompletionRequest(Sampled):
         return self.logprobs
 
 
-class TextPart(_Asked):
+class TextPart(_Body):
     """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Asked):
+class Message(_Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
         description="a text, or a list of text parts"
     )
-    tool_calls: Nothing | None = None
+    tool_calls: EmptyList | None = None
     function_call: None = None
     audio: None = None
 
@@ -165,9 +165,9 @@ class ChatRequest(Sampled):
     chat_template_kwargs: dict[str, bool | int] | None = Field(
         None, description="Settings of the checkpoint's chat template, such as enable_thinking."
     )
-    tools: Nothing | None = None
+    tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
+    functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None

@@ -18,7 +18,7 @@ from onlinespec.config import GenerationParams
 from onlinespec.engine.request import ERROR
 from onlinespec.engine.scheduler import CANCELLED, Busy
 from onlinespec.server.engine import Answer, Closed, Engine, Piece
-from onlinespec.server.errors import ApiError, from_asking, parsed, to_json
+from onlinespec.server.errors import ApiError, from_submit_error, parsed, to_json
 from onlinespec.server.metrics import Metrics
 from onlinespec.server.replies import Choice, Reply, usage_of
 from onlinespec.server.schema import ChatRequest, Sampled
@@ -28,7 +28,7 @@ from onlinespec.server.texts import Texts
 
 JSON = "application/json"
 _CLOSE = {"Connection": "close"}  # for a body that was not read completely
-_GLANCE_SECONDS = 0.25  # between two checks of the clock while a body arrives
+_POLL_SECONDS = 0.25  # between two checks of the clock while a body arrives
 _SEED_BITS = 53  # of a drawn seed: JSON readers that parse all numbers as doubles keep it exact
 _GONE = 499  # status for a client that disconnected: nobody reads it, but the metrics count it
 
@@ -76,7 +76,7 @@ class Service:
         """
         reading, until = asyncio.ensure_future(self._received(request)), time.monotonic() + self.settings.body_seconds
         try:
-            while not (await asyncio.wait({reading}, timeout=_GLANCE_SECONDS))[0]:
+            while not (await asyncio.wait({reading}, timeout=_POLL_SECONDS))[0]:
                 if not self._engine.is_ready:
                     raise ApiError(503, "the server is stopping", code="unavailable", headers=_CLOSE)
                 if time.monotonic() > until:
@@ -147,9 +147,9 @@ class Service:
         try:
             params = params_of(body, self.settings.defaults)
             jobs = [(ids, replace(params, choice=i)) for ids in prompts for i in range(body.num_choices)]
-            return self._engine.ask(jobs, request_id=request_id, tenant=tags.tenant, may_learn=tags.learns)
+            return self._engine.submit(jobs, request_id=request_id, tenant=tags.tenant, may_learn=tags.learns)
         except (ValueError, Busy, Closed) as error:
-            raise from_asking(error, self.settings.retry_after, _source(body)) from error
+            raise from_submit_error(error, self.settings.retry_after, _source(body)) from error
 
     async def _events(
         self,

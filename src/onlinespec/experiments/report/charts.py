@@ -14,8 +14,8 @@ from itertools import accumulate
 from math import fsum, isfinite, isnan, nan
 from typing import Any, NamedTuple
 
-from onlinespec.experiments.report.figures import METRICS, Metric, rounds_of, spread_of
 from onlinespec.experiments.report.plots import Chart, Curve, Style, styles_of
+from onlinespec.experiments.report.statistics import METRICS, Metric, rounds_of, spread_of
 from onlinespec.experiments.report.summaries import FROZEN, Group, LearnerSummary, Points
 from onlinespec.experiments.report_schema import Run
 from onlinespec.learning.rounds import Round
@@ -99,7 +99,7 @@ def _regret(group: Group, styles: Styles) -> Theme:
     return Theme(
         "Regret",
         "Below zero, a learner's weights have so far served better than those it started from. A line that falls gains "
-        "more than before; one that rises gains less of late, or loses.",
+        "more than before; one that rises gains less than before, or loses.",
         (regret, losses),
     )
 
@@ -107,7 +107,7 @@ def _regret(group: Group, styles: Styles) -> Theme:
 def _guarantee(group: Group, styles: Styles) -> Theme:
     measured = (
         Curve(learner.learner, styles[learner.learner], learner.points(group.places, METRICS[0]))
-        for learner in group.watched
+        for learner in group.with_telemetry
     )
     bounds = (
         curve._replace(style=curve.style.faint, points=_without_band(curve.points))
@@ -165,14 +165,15 @@ def _ensembles(group: Group, styles: Styles) -> Theme:
         note="Loss of the mean of the experts' weights, minus the mean of their losses: above zero, averaging hurts, "
         "and the best expert plays instead.",
     )
-    charts = [_meta_weights(learner) for learner in group.watched]
+    charts = [_meta_weights(learner) for learner in group.with_telemetry]
     return Theme("Ensembles", "Which experts an ensemble trusts, and whether their mean is any good.", (*charts, gap))
 
 
 def _meta_weights(learner: LearnerSummary) -> Chart:
-    names = dict.fromkeys(name for run in learner.watched for each in rounds_of(run) for name in _meta_weights_of(each))
+    runs = learner.with_telemetry
+    names = dict.fromkeys(name for run in runs for each in rounds_of(run) for name in _meta_weights_of(each))
     styles = styles_of(names)
-    curves = (_curve(name, styles[name], learner.watched, _smooth(partial(_meta_weight, name))) for name in names)
+    curves = (_curve(name, styles[name], runs, _smooth(partial(_meta_weight, name))) for name in names)
     return Chart(
         f"Meta weights of {learner.learner}",
         "meta weight",
@@ -194,7 +195,7 @@ def _meta_weight(expert: str, each: Round) -> float | None:
 
 def _said_of_best_played(learner: LearnerSummary) -> str:
     note = f"Means of the last {SMOOTHING} rows; experts go by their step sizes.{_said_of_bound(learner)}"
-    told = [each.learner.get("is_best_played") for run in learner.watched for each in rounds_of(run)]
+    told = [each.learner.get("is_best_played") for run in learner.with_telemetry for each in rounds_of(run)]
     known = [is_best for is_best in told if is_best is not None]
     if not known:
         return note
@@ -203,7 +204,7 @@ def _said_of_best_played(learner: LearnerSummary) -> str:
 
 def _said_of_bound(learner: LearnerSummary) -> str:
     """A sentence on the regret bound of Hedge over the run's rounds, if the learner reports it."""
-    reports = [[each.learner for each in rounds_of(run) if each.is_update][-1:] for run in learner.watched]
+    reports = [[each.learner for each in rounds_of(run) if each.is_update][-1:] for run in learner.with_telemetry]
     told = [report for last in reports for report in last if "regret_bound_per_round" in report]
     bounds = [report["regret_bound_per_round"] for report in told]
     if not bounds:
@@ -251,13 +252,13 @@ def _hint_errors(rounds: Sequence[Round], prefix: str) -> list[float]:
 
 def _curves(group: Group, styles: Styles, values: Values, origin: float = nan) -> tuple[Curve, ...]:
     """A curve for every learner with telemetry."""
-    learners = group.watched
-    return tuple(_curve(each.learner, styles[each.learner], each.watched, values, origin) for each in learners)
+    learners = group.with_telemetry
+    return tuple(_curve(each.learner, styles[each.learner], each.with_telemetry, values, origin) for each in learners)
 
 
 def _of_frozen(group: Group, styles: Styles, of: Callable[[Round], float | None]) -> tuple[Curve, ...]:
     """The curve of the unchanged initial drafter, which is measured in the run of every learner."""
-    runs = [run for learner in group.watched for run in learner.watched]
+    runs = [run for learner in group.with_telemetry for run in learner.with_telemetry]
     curve = _curve(FROZEN, styles[FROZEN], runs, _smooth(of))
     return (curve._replace(points=_without_band(curve.points)),)
 

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from onlinespec.experiments.report.figures import METRICS, Figure, Spread, number
+from onlinespec.experiments.report.statistics import METRICS, Spread, Statistic, number
 from onlinespec.experiments.report.summaries import FROZEN, PLAIN, groups_of, learner_names
 from onlinespec.experiments.report_schema import Report, write_atomically
 
@@ -84,7 +84,7 @@ def render_html(report: Report) -> str:
     return template.render(
         report=report,
         groups=groups,
-        watched=[group for group in groups if group.watched],
+        with_telemetry=[group for group in groups if group.with_telemetry],
         provenance=list(_flat(report.provenance)),
         colours=plots.COLOURS,
         styles=plots.styles_of(learner_names(report)),
@@ -100,7 +100,7 @@ def render_html(report: Report) -> str:
     )
 
 
-def _verdict(figure: Figure, spread: Spread | None) -> str:
+def _verdict(figure: Statistic, spread: Spread | None) -> str:
     """The CSS class of a cell, "good" or "bad", by the rounded value; empty if the statistic has no good side."""
     if spread is None or figure.good_below is None or round(spread.median, figure.digits) == figure.good_below:
         return ""

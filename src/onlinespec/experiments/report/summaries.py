@@ -10,11 +10,11 @@ from statistics import median
 from typing import NamedTuple
 
 from onlinespec import registry
-from onlinespec.experiments.report.figures import (
+from onlinespec.experiments.report.statistics import (
     LEARNING_FIGURES,
-    Figure,
     Metric,
     Spread,
+    Statistic,
     _told,
     number,
     rounds_of,
@@ -57,11 +57,11 @@ class LearnerSummary:
         return tuple(run.totals for run in self.runs if run.totals.requests)
 
     @cached_property
-    def watched(self) -> tuple[Run, ...]:
+    def with_telemetry(self) -> tuple[Run, ...]:
         """The runs with telemetry of at least one round."""
         return tuple(run for run in self.runs if run.totals.requests and rounds_of(run))
 
-    def figure(self, figure: Figure) -> Spread | None:
+    def figure(self, figure: Statistic) -> Spread | None:
         """Returns the spread of a statistic on learning; None if no run has it."""
         return spread_of(figure.of(run) for run in self.runs if run.totals.requests)
 
@@ -195,16 +195,16 @@ class Group:
         return tuple(learner for learner in self.measured if learner.learner != PLAIN)
 
     @property
-    def watched(self) -> tuple[LearnerSummary, ...]:
+    def with_telemetry(self) -> tuple[LearnerSummary, ...]:
         """The learners with telemetry."""
-        return tuple(learner for learner in self.measured if learner.watched)
+        return tuple(learner for learner in self.measured if learner.with_telemetry)
 
     @property
-    def learning_figures(self) -> list[Figure]:
+    def learning_statistics(self) -> list[Statistic]:
         """The statistics on learning that some learner has, with three significant digits of the largest value."""
         figures = []
         for figure in LEARNING_FIGURES:
-            spreads = [spread for learner in self.watched if (spread := learner.figure(figure))]
+            spreads = [spread for learner in self.with_telemetry if (spread := learner.figure(figure))]
             if spreads:
                 largest = int(max(abs(spread.median) for spread in spreads))
                 digits = 3 - len(str(largest)) if largest else 3
@@ -254,10 +254,10 @@ class Group:
         return f"{opening}: {text}. {self.verdict}"
 
     @property
-    def lesson(self) -> str:
+    def regret_sentence(self) -> str:
         """A sentence on the regret against `frozen`, per row because learners have different numbers of rounds."""
         by_row = _told("regret_vs_frozen_per_row")
-        regrets = {learner.learner: spread_of(map(by_row, learner.watched)) for learner in self.watched}
+        regrets = {learner.learner: spread_of(map(by_row, learner.with_telemetry)) for learner in self.with_telemetry}
         known = {name: spread.median for name, spread in regrets.items() if spread}
         if not known:
             return "No regret was measured."

@@ -34,7 +34,7 @@ METRICS = (
 )
 
 
-class Figure(NamedTuple):
+class Statistic(NamedTuple):
     """A column of the table on learning."""
 
     title: str
@@ -59,28 +59,28 @@ def _final_distance(run: Run) -> float | None:
 
 
 LEARNING_FIGURES = (
-    Figure("Rounds", _num_rounds, 0, "Updates of the drafter."),
-    Figure(
+    Statistic("Rounds", _num_rounds, 0, "Updates of the drafter."),
+    Statistic(
         "Rows",
         lambda run: run.telemetry.num_rows or None if run.telemetry else None,
         0,
         "Verified positions, each measured with the weights that drafted it. Figures per row are means over them, so "
         "that learners compare whether they had many rounds or few.",
     ),
-    Figure(
+    Statistic(
         "Token loss per row",
         _told("token_loss_per_row"),
         3,
-        "Cross-entropy of the tokens that were committed, in nats, whatever loss is trained. Lower is better.",
+        "Cross-entropy of the committed tokens, in nats, whichever loss is trained. Lower is better.",
     ),
-    Figure(
+    Statistic(
         "Regret per row, at most",
         _told("kl_per_row"),
         3,
         "KL divergence from target to drafter, in nats. Against whatever weights, the regret is no larger. Lower is "
         "better.",
     ),
-    Figure(
+    Statistic(
         "Regret per row vs frozen",
         _told("regret_vs_frozen_per_row"),
         3,
@@ -88,14 +88,14 @@ LEARNING_FIGURES = (
         "it spoilt.",
         good_below=0.0,
     ),
-    Figure(
+    Statistic(
         "Regret per row vs best expert",
         _told("regret_vs_best_expert_per_row"),
         3,
         "Of ensembles: the loss that is trained, on what its rounds trained, less that of the expert which did best "
         "over the whole stream. Near zero, the best was found; below zero, it was beaten.",
     ),
-    Figure(
+    Statistic(
         "Hint error",
         _told("hint_error_ratio"),
         2,
@@ -103,34 +103,34 @@ LEARNING_FIGURES = (
         "gradients. Below 1 hints helped, above 1 they misled.",
         good_below=1.0,
     ),
-    Figure(
+    Statistic(
         "Hint error in geometry",
         _told("direction_hint_error_ratio"),
         2,
         "The same of the directions that the learner's geometry makes of gradients: what the weights move along.",
         good_below=1.0,
     ),
-    Figure(
+    Statistic(
         "Gradient cosine",
         _told("gradient_cosine"),
         2,
         "Of each round's gradient with the one before, mean over the rounds. Above a half, the last gradient is a "
         "useful hint where both are of a size. Rounds of more rows hold less noise, and are more alike.",
     ),
-    Figure(
+    Statistic(
         "Distance from start",
         _final_distance,
         3,
         "Euclidean, of the last round's weights from the first's. Neither good nor bad: how much was learned, or "
         "forgotten.",
     ),
-    Figure(
+    Statistic(
         "Learning, seconds",
         lambda run: run.totals.learn_seconds,
         1,
         "Time spent learning between steps, which tokens per second count.",
     ),
-    Figure(
+    Statistic(
         "Measuring, seconds",
         lambda run: run.totals.diagnostic_seconds if run.telemetry else None,
         1,
