@@ -760,7 +760,7 @@ def test_what_is_confirmed_or_was_not_promoted_is_watched_no_more(tmp_path, draf
     assert_equal(store.canary_reference(store.read(2)).params, weights_of(drafter, 1).params)
     cut(tmp_path / "versions" / "000001" / "model.safetensors")
     assert store.canary_reference(store.read(2)) is None
-    assert "version 2 is not canary_reference any more" in caplog.text
+    assert "version 2 is served without a canary test" in caplog.text
     store = filled(tmp_path / "other", drafter, [0, 1])
     store.note(happened("confirmed", 1))
     assert store.canary_reference(store.read(1)) is None

@@ -15,10 +15,16 @@ from onlinespec.config import GenerationParams, SamplingParams
 from onlinespec.drafters.settings import Tuning
 from onlinespec.engine.settings import Limits
 from onlinespec.learning.settings import LearnConfig
-from onlinespec.registry import FROZEN, LEARNER_NAMES, NONE
+from onlinespec.registry import DRAFTERS, FROZEN, LEARNER_NAMES, LOSSES, NONE, SHIPPED_DRAFTERS
 
 TargetName = Annotated[Positional[str], arg(metavar="TARGET")]
 SaveFolder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: not saved)")]
+_SHIPPED = " or ".join(SHIPPED_DRAFTERS)
+DRAFTER_HELP = f"Directory or Hub id of a drafter, {_SHIPPED}, or the name of a new one: {', '.join(DRAFTERS)}."
+LOSS_HELP = (
+    f"Training loss: {', '.join(LOSSES)}. auto trains mostly on the committed token when greedy, on the target's "
+    "whole distribution when sampled."
+)
 LEARNER_HELP = (
     f"{NONE} (plain decoding, without a drafter), {FROZEN} (the drafter stays as it is), "
     f"{', '.join(name for name in LEARNER_NAMES if name not in (NONE, FROZEN))}; "
@@ -102,9 +108,7 @@ class Learning:
     The default is 1e-3 up to 2 million trainable parameters, then falls as 1/sqrt of their number (1.4e-4 at 100M)."""
     geometry: str = LearnConfig.geometry
     """Gradient scaling: preconditioned (per weight), diagonal (Adam: averages gradients too) or euclidean (none)."""
-    loss: str = LearnConfig.loss
-    """Training loss: auto, soft_cross_entropy, cross_entropy, mix, reverse_kl, jsd or total_variation.
-    auto trains mostly on the committed token when greedy, on the target's whole distribution when sampled."""
+    loss: Annotated[str, arg(help=LOSS_HELP)] = LearnConfig.loss
     learn_budget: float = LearnConfig.budget
     """Maximum share of decoding time spent on learning, or of one core where serve learns in a process or thread.
     0.08 is 8 %; inf is no limit. A few updates are allowed in advance, so a short run can exceed the share."""

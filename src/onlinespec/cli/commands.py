@@ -14,7 +14,16 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from onlinespec.cli.arguments import LEARNER_HELP, Decoding, EngineLimits, Learning, Machine, SaveFolder, TargetName
+from onlinespec.cli.arguments import (
+    DRAFTER_HELP,
+    LEARNER_HELP,
+    Decoding,
+    EngineLimits,
+    Learning,
+    Machine,
+    SaveFolder,
+    TargetName,
+)
 from onlinespec.config import GenerationParams, SamplingParams, check_that
 from onlinespec.drafters.settings import Tuning
 from onlinespec.learning.settings import LearnConfig
@@ -32,9 +41,9 @@ class Generate:
     prompt: Annotated[str, arg(aliases=["-p"], metavar="TEXT")]
     """The prompt; `-` reads it from standard input."""
     drafter: Annotated[
-        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
+        str | None,
+        arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)", help=DRAFTER_HELP),
     ] = None
-    """Directory or Hub id of a drafter, `demo` or `demo/small_lm`, or the name of a new one: ngram, eagle, small_lm."""
     learner: Annotated[
         str,
         arg(
@@ -75,9 +84,9 @@ class Compare:
     """Sources of prompts, one per segment of the stream; a source named again continues where it stopped.
     FILE.jsonl[.gz] with a `prompt` per row, hf:dataset[:split], or builtin:NAME (prose, code, sql, arithmetic)."""
     drafter: Annotated[
-        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)")
+        str | None,
+        arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else eagle)", help=DRAFTER_HELP),
     ] = None
-    """Directory or Hub id of a drafter, `demo` or `demo/small_lm`, or the name of a new one: ngram, eagle, small_lm."""
     learners: Annotated[
         str,
         arg(metavar="LEARNERS", help=f"Separated by commas: {LEARNER_HELP}, as in ensemble/with_frozen=true."),
@@ -191,9 +200,9 @@ class Serve:
     target: TargetName
     """The model to run: directory or Hub id of a Hugging Face checkpoint, or `demo` for the shipped one."""
     drafter: Annotated[
-        str | None, arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)")
+        str | None,
+        arg(metavar="DRAFTER", help_behavior_hint="(default: demo for demo, else ngram)", help=DRAFTER_HELP),
     ] = None
-    """Directory or Hub id of a drafter, `demo` or `demo/small_lm`, or the name of a new one: ngram, eagle, small_lm."""
     learner: Annotated[
         str | None,
         arg(

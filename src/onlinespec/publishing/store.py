@@ -302,7 +302,7 @@ class Versions:
         try:
             return self.weights(self.read(event.parent).version)
         except ValueError as error:
-            self._warn_once(f"{error}; version {version.version} is not canary_reference any more")
+            self._warn_once(f"{error}; version {version.version} is served without a canary test")
             return None
 
     def read(self, number: int) -> VersionRecord:
