@@ -1,11 +1,11 @@
-"""Lossless speculative decoding whose drafter learns online."""
+"""Lossless speculative decoding with a drafter that learns online. `docs/api.md` describes the names below."""
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-# True to type checkers, as in `typing`. At run time each name is imported when it is first asked for: torch and
-# transformers take seconds, and the command line answers without them where it can.
+# Type checkers read this as true, like `typing.TYPE_CHECKING`. At run time a name is imported when it is first used:
+# importing torch and transformers takes seconds, and `--help` must not wait for them.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from onlinespec.config import GenerationParams, SamplingParams
@@ -89,7 +89,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # which would take any name for one of ours
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
     def __getattr__(name: str) -> object:
         for module, names in _MODULES.items():

@@ -1,6 +1,6 @@
-"""What every room needs to agree on: how a request is answered, and how settings are checked.
+"""Settings of a request, and how settings are checked.
 
-Each room's own settings are frozen dataclasses in its `settings.py`, checked once where they are made.
+Each room's own settings are frozen dataclasses in its `settings.py`, checked when they are constructed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS: dict[type, tuple[type, str]] = {
 
 
 def check_types(settings: Any) -> None:
-    """Refuses fields that hold another type than a frozen dataclass says: numbers, texts, and tuples of them.
+    """Checks that the fields of a frozen dataclass have the annotated types: numbers, strings, and tuples of them.
 
     Raises:
         ValueError: naming the field, its value, and what it must be.
@@ -37,7 +37,7 @@ def check_types(settings: Any) -> None:
         kinds, words = next((_KINDS[choice] for choice in choices if choice in _KINDS), (object, ""))
         for one in given if is_tuple else (given,):
             is_left_out = one is None and type(None) in choices
-            is_truth = isinstance(one, bool) and kinds not in (bool, object)  # Python's bools are ints
+            is_truth = isinstance(one, bool) and kinds not in (bool, object)  # because bool is a subclass of int
             check_that(is_left_out or (isinstance(one, kinds) and not is_truth), name, repr(one), words)
 
 
@@ -47,14 +47,14 @@ def _hints(kind: Hashable) -> dict[str, Any]:
 
 
 def check_that(is_fine: bool, name: str, value: object, allowed: str) -> None:
-    """Raises ValueError, naming a setting, its value and what is allowed, unless it is fine."""
+    """Raises ValueError unless `is_fine`, naming the setting, its value and what is allowed."""
     if not is_fine:
         raise ValueError(f"{name} is {value}; it must be {allowed}")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen from the target's logits; the defaults are greedy and change nothing.
+    """How the next token is chosen from the target's logits. The defaults are greedy, without cuts or penalties.
 
     >>> SamplingParams(temperature=-1.0)
     Traceback (most recent call last):
@@ -66,8 +66,8 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output, as transformers counts it
-    presence_penalty: float = 0.0  # over the output only, as OpenAI counts it
+    repetition_penalty: float = 1.0  # over prompt and output, as in transformers; 1: off
+    presence_penalty: float = 0.0  # over the output only, as in OpenAI's API; 0: off
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
@@ -89,18 +89,18 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every row becomes one-hot at its argmax."""
+        """Whether the temperature is 0, so that each token is the argmax of its scores."""
         return self.temperature == 0
 
     @property
     def has_penalties(self) -> bool:
-        """Whether rows depend on which tokens came before."""
+        """Whether a penalty is on, so that scores depend on earlier tokens."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """One request's limits: how long, where to stop, which random numbers."""
+    """Settings of one request: length, drafts, sampling, stops, seed."""
 
     max_new_tokens: int = 96
     num_draft_tokens: int = 4  # K; 0 is plain decoding
@@ -108,9 +108,9 @@ class GenerationParams:
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # beside the target's own end tokens
     ignore_end_tokens: bool = False  # for benchmarks of a fixed length
-    num_logprobs: int | None = None  # likeliest tokens reported beside each committed one; None reports nothing
-    seed: int = 0  # one per request: two that share a seed and a choice draw with the same numbers
-    choice: int = 0  # which of a request's n choices: noise is a function of (seed, choice, position)
+    num_logprobs: int | None = None  # most likely tokens to report with each committed one; None reports no logprobs
+    seed: int = 0  # sampling noise is a function of (seed, choice, position)
+    choice: int = 0  # index among several answers to one prompt
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,9 +1,9 @@
-"""Where numbers leave the host and come back to it: the one function that waits for the device.
+"""Copies between the host and the device. `to_host` is the only function that waits for the device.
 
-On an accelerator every read of a tensor by Python makes the host wait for all work that was queued. A decoding step and
-a learning round therefore read through this function alone, a step once, at its end. Tests replace it, to run on
-tensors that hold no numbers. On a CPU numbers are there anyway, so `decode` and `sampling` look at some of them
-earlier; the rejection rule, for comparisons alone, waits more often.
+On an accelerator, reading a tensor's values makes the host wait until all queued work is done. So a decoding step and a
+learning round read values through `to_host` only: a step once, at its end. Tests replace it, to run on fake tensors
+that have no values. On a CPU nothing is queued, so `engine/step.py` and `lossless/sampling.py` read some values
+earlier. The rejection rule, which is for comparisons only, reads more often.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def to_host(*tensors: Tensor) -> list[Any]:
-    """The numbers of each tensor as Python has them: nested lists, or one number of a tensor without axes.
+    """Returns the values of each tensor as nested lists, or as one number if the tensor has no axes.
 
     >>> import torch
     >>> to_host(torch.tensor([1, 2]), torch.tensor(0.5))
@@ -25,7 +25,7 @@ def to_host(*tensors: Tensor) -> list[Any]:
 
 
 def to_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers that the host has, in lists or arrays, whole numbers as int64; nobody waits for it.
+    """Returns a tensor of numbers given as lists or arrays, integers as int64, without waiting for the copy.
 
     >>> to_device([], torch.device("cpu"), torch.int64).dtype
     torch.int64

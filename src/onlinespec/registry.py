@@ -1,7 +1,7 @@
-"""Names of what there is several of: drafters, learners, losses, workloads and more, and the models that ship.
+"""Tables of names: drafters, learners, losses, geometries, acceptance rules, workloads, and the shipped models.
 
-A name stands for "package.module:Class", imported when it is asked for, so that the command line can list them all
-without importing torch. A new variant is one file and one line here.
+A name stands for "package.module:Class", which is imported when it is needed, so that the command line can list all
+names without importing torch. A new variant is one file and one line here.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ GEOMETRIES = {
     "preconditioned": "onlinespec.learners.geometry:Preconditioned",
 }
 
-ACCEPTANCE = {  # how drafts are judged
+ACCEPTANCE = {  # rules that decide which drafted tokens are kept
     "coupled": "onlinespec.lossless.verify:Coupled",
     "rejection": "onlinespec.lossless.rejection:Rejection",
 }
@@ -59,24 +59,24 @@ _SHIPPED = Path(__file__).parent / "demo"
 SHIPPED_TARGETS = {"demo": _SHIPPED / "target"}
 SHIPPED_DRAFTERS = {"demo": _SHIPPED / "drafter", "demo/small_lm": _SHIPPED / "small_lm"}
 
-# Names for whole settings, as the lines they stand for; see `parse_learner`.
+# Names of learner specs; see `parse_learner`.
 PRESETS = {
     # Online Speculative Decoding, arXiv:2310.07177: one Adam step per eight requests, on rejected positions, used once.
     "osd": "online_gradient/step_size=1e-4/geometry=diagonal/clip_norm=inf/full_loss=0/rows=rejected"
     "/requests_per_round=8/max_rows=1000000/loss=soft_cross_entropy/replay_every=0/budget=inf",
 }
 
-LEARNER_NAMES = (NONE, *LEARNERS, *PRESETS)  # wherever a learner is named
+LEARNER_NAMES = (NONE, *LEARNERS, *PRESETS)  # what a command takes as a learner
 
 
 def resolve(table: Mapping[str, str], name: str, kind: str) -> Any:
-    """What a name of the table stands for; "pkg.module:Class" reaches things outside the table.
+    """Imports and returns what a name of the table stands for, or what "pkg.module:Class" names outside of it.
 
     Args:
-        kind: What the table holds ("learner", "workload"), for the messages.
+        kind: What the table holds ("learner", "workload"), for error messages.
 
     Raises:
-        ValueError: the name is neither in the table nor an importable path.
+        ValueError: if the name is neither in the table nor an importable "pkg.module:Class".
     """
     path = table.get(name, name)
     if ":" not in path:
@@ -89,7 +89,7 @@ def resolve(table: Mapping[str, str], name: str, kind: str) -> Any:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something it imports is not
+            raise  # the module exists, but one of its own imports fails
         raise ValueError(f'{kind} "{name}": no module named {error.name!r}') from error
     if not hasattr(module, attribute):
         raise ValueError(f'{kind} "{name}": module {module_name!r} has no {attribute!r}')

@@ -1,7 +1,7 @@
-"""How likely the next drafted tokens are to be kept: a running estimate, by position and by request.
+"""A running estimate of how likely drafted tokens are to be accepted, by position and by request.
 
-Deterministic. Counted, not estimated: of a step's draft it uses the tokens that were kept, and whether one was refused
-behind them.
+It counts outcomes of verification: the tokens of a draft that were kept, and whether one after them was rejected. It is
+deterministic.
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ from dataclasses import dataclass
 
 
 class Acceptance:
-    """P(position kept | position reached), pooled over requests, and how much oftener each request misses.
+    """Estimates P(position kept | position reached), pooled over requests, and a factor of misses for each request.
 
-    Counts at each position fade over some hundred steps. A position that was not reached lately leans on the one
-    before it, so a drafter that is accepted gets to try a deeper draft, and one that fails there is soon believed.
-    When what is seen departs from what was expected by more than chance, old counts are forgotten at once.
+    Counts at each position decay over some hundred steps. A position that was rarely reached takes the estimate of the
+    position before it as a prior, so that an accepted drafter may try deeper drafts. If outcomes depart from the
+    estimate by more than chance, old counts are dropped at once.
 
-    A request misses `factor` times as often as the pool, at all positions alike: misses over expected misses, shrunk
-    towards 1 by as many imagined tokens as have foretold best, lately, how requests differ.
+    A request misses `factor` times as often as the pool, at all positions. The factor is its misses over its expected
+    misses, shrunk towards 1 by a pseudo-count; of three pseudo-counts the one with the best recent log-loss is used.
     """
 
-    _FADING = 1 - 1 / 256  # by a step that drafts
-    _FIRST = 0.6  # at the first position, before anything is known ...
-    _LEAN = 3.0  # ... and on the position before it: in tokens
+    _FADING = 1 - 1 / 256  # decay of counts, per step that drafts
+    _FIRST = 0.6  # prior of the first position ...
+    _LEAN = 3.0  # ... and weight of a position's prior, in tokens
     _LEAST, _MOST = 0.01, 0.99
 
-    _FAST = 1 - 1 / 16  # of surprises, by a step that drafts
+    _FAST = 1 - 1 / 16  # decay of the sum of surprises, per step that drafts
     _ALARM = 3.5  # standard deviations
-    _LATELY = 1 - 1 / 8  # counts, by a step that drafts, that an alarm starts from ...
-    _KEPT_AFTER_ALARM = 4.0  # ... as so many tokens at each position ...
-    _FADING_AFTER_ALARM = 0.25  # ... beside this share of a request's counts
+    _LATELY = 1 - 1 / 8  # decay of the recent counts that replace the others after an alarm ...
+    _KEPT_AFTER_ALARM = 4.0  # ... worth at most this many tokens at each position ...
+    _FADING_AFTER_ALARM = 0.25  # ... and this share of each request's counts
 
-    _REQUEST_FADING = 1 - 1 / 64  # of a request's counts, by a token of its own ...
-    _IDLE_FADING = 1 - 1 / 512  # ... or by a step in which it drafts nothing, so that it is tried again
-    _SHRINKAGES = (6.0, 24.0, 1e4)  # tokens; the last: all requests are alike
-    _LOSS_FADING = 1 - 1 / 512  # by a token
-    _EVIDENCE = 3.0  # nats, before requests are told apart
+    _REQUEST_FADING = 1 - 1 / 64  # decay of a request's counts, per token of its own ...
+    _IDLE_FADING = 1 - 1 / 512  # ... or per step in which it drafts nothing, so that it is tried again
+    _SHRINKAGES = (6.0, 24.0, 1e4)  # pseudo-counts in tokens; the last treats all requests alike
+    _LOSS_FADING = 1 - 1 / 512  # decay of the log-losses, per token
+    _EVIDENCE = 3.0  # nats by which telling requests apart must be better
 
     def __init__(self, max_draft_tokens: int) -> None:
         self._kept, self._reached = [0.0] * max_draft_tokens, [0.0] * max_draft_tokens
         self._lately_kept, self._lately_reached = self._kept.copy(), self._kept.copy()
         self._requests: dict[Hashable, _Misses] = {}
-        self._losses = [0.0] * len(self._SHRINKAGES)  # of each shrinkage, in nats
+        self._losses = [0.0] * len(self._SHRINKAGES)  # log-loss of each pseudo-count, in nats
         self._surprise = self._surprise_variance = 0.0
-        self.probs = [0.0] * max_draft_tokens  # the pool's, by position
+        self.probs = [0.0] * max_draft_tokens  # the pooled estimate, by position
         self._estimate()
 
     def survival(self, request_id: Hashable, depth: int) -> list[float]:
-        """P(the first k tokens are kept) for k from 1 to depth."""
+        """Returns P(the first k tokens are kept) for k from 1 to depth."""
         miss_factor, survival, kept = self._factor(request_id), [], 1.0
         for prob in self.probs[:depth]:
             kept *= min(max(1 - miss_factor * (1 - prob), self._LEAST), self._MOST)
@@ -59,10 +59,10 @@ class Acceptance:
     def observe(
         self, request_ids: Sequence[Hashable], num_draft_tokens_B: Iterable[int], num_accepted_B: Iterable[int]
     ) -> bool:
-        """Hears what became of a step's drafts.
+        """Updates the estimate with the outcome of a step.
 
         Returns:
-            Whether that came as such a surprise that most of what was believed is forgotten.
+            Whether the outcomes were so unlikely that old counts were dropped.
         """
         rows = list(zip(request_ids, num_draft_tokens_B, num_accepted_B, strict=True))
         self._kept = [self._FADING * count for count in self._kept]
@@ -87,7 +87,7 @@ class Acceptance:
         return is_alarm
 
     def discount(self, num_tokens: float) -> None:
-        """Keeps what is believed, but no more firmly than so many tokens at each position would make it believed."""
+        """Keeps the estimate, but scales the counts down to at most this many tokens at each position."""
         for position, reached in enumerate(self._reached):
             if reached > num_tokens:
                 self._kept[position] *= num_tokens / reached
@@ -95,7 +95,7 @@ class Acceptance:
         self._lately_kept, self._lately_reached = [0.0] * len(self.probs), [0.0] * len(self.probs)
 
     def forget(self, request_id: Hashable) -> None:
-        """The request is over."""
+        """Drops the counts of a request that has ended."""
         self._requests.pop(request_id, None)
 
     def _observe_request(self, request_id: Hashable, num_accepted: int, is_refused: bool) -> None:
@@ -143,7 +143,7 @@ class Acceptance:
 
 @dataclass
 class _Misses:
-    """One request's refused tokens, and how many the pool would have had in its place; both fade."""
+    """One request's rejected tokens, and the number that the pooled estimate expected. Both decay."""
 
     missed: float = 0.0
     expected: float = 0.0

@@ -1,7 +1,7 @@
-"""What a step costs by its shape: measured before serving, then corrected by the steps that are served.
+"""The time of a step by its shape (requests, drafted tokens): profiled before serving, then tracked while serving.
 
-Nothing here reads a clock: seconds come in. Axis letters: B requests, K drafted tokens, G batch sizes of the profile,
-N its numbers of drafted tokens.
+Nothing here reads a clock; seconds are passed in. Axis letters: B requests, K drafted tokens, G batch sizes of the
+profile, N its numbers of drafted tokens.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Cell = tuple[int, int]
-Cells = tuple[tuple[Cell, float], ...]  # of a grid, and how much each counts; those that don't are left out
+Cells = tuple[tuple[Cell, float], ...]  # cells of a grid with their weights; cells of weight 0 are left out
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a step in which every one of a batch's requests drafts the same number of tokens.
+    """Seconds of steps in which all requests of a batch draft the same number of tokens.
 
-    `draft_seconds[g][n]` drafts `num_draft_tokens[n]` tokens for `batch_sizes[g]` requests, 0 for none;
-    `verify_seconds[g][n]` is all the rest of that step: target forward, verification, commit.
+    `draft_seconds[g][n]` is the time to draft `num_draft_tokens[n]` tokens for `batch_sizes[g]` requests (0 if no
+    tokens); `verify_seconds[g][n]` is the rest of that step: the target's forward pass, verification, commit.
+
+    Raises:
+        ValueError: if the grids do not rise, the shapes do not match, or a time is not positive.
 
     >>> costs = StepCosts((1, 4), (0, 2), ((0.0, 1e-3), (0.0, 2e-3)), ((4e-3, 5e-3), (8e-3, 9e-3)))
     >>> costs.max_draft_tokens
@@ -59,7 +62,7 @@ class StepCosts:
 
     @property
     def max_draft_tokens(self) -> int:
-        """The deepest draft that was measured."""
+        """The largest number of drafted tokens that was measured."""
         return self.num_draft_tokens[-1]
 
 
@@ -74,11 +77,11 @@ def profile(
     num_draft_tokens: Sequence[int],
     repeats: int = 5,
 ) -> StepCosts:
-    """Medians of steps of every shape. Shapes take turns, so that a machine whose speed drifts hurts all alike.
+    """Measures the median time of steps of all shapes. Shapes take turns, so that drifting machine speed affects all.
 
     Args:
-        measure: Runs a step in which so many requests draft so many tokens each; its draft and verify seconds.
-        repeats: Timed steps of a shape; one more goes before them, to warm up.
+        measure: Called with (requests, drafted tokens); runs such a step and returns its draft and verify seconds.
+        repeats: Timed steps per shape, after one that is not counted.
     """
     shapes = [(batch, depth) for batch in batch_sizes for depth in num_draft_tokens]
     seen: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in shapes}
@@ -98,19 +101,20 @@ def profile(
 
 
 class TrackedCosts:
-    """The profile as it stands now: one common scale for the machine's speed, one correction for each of its cells.
+    """The profile, corrected by the steps that are served: one scale for the machine's speed, one factor per cell.
 
-    Each timed step tells the log of measured over expected seconds. A surprise in a cell that steps visit all the time
-    is mostly the machine's, so the scale takes it and all cells follow; one in a cell that was not seen for long is
-    mostly the cell's, so a wrong profile heals where it is visited (a Kalman filter, the covariances left out). Only
-    what two visits of a cell in a row agree on counts: a hiccup, however long, moves nothing.
+    Each step gives the log of measured over expected seconds. In a cell that is visited all the time, a deviation is
+    mostly the machine's, so the scale takes it; in a cell that was not visited for long it is mostly the cell's. This
+    is a Kalman filter without the covariances. A cell is updated only when two consecutive measurements deviate in the
+    same direction; single outliers are ignored.
 
-    Only ratios matter to who chooses, so tables are in seconds of the profile's machine; `scale` tells the rest.
+    Choices depend on ratios only, so the tables are in seconds of the machine as it was profiled; `scale` is its
+    slowdown since then.
     """
 
     _NOISE = 0.1**2  # variance of a step's log seconds
-    _SCALE_DRIFT = 0.02**2  # of the scale, by a step
-    _LIKELY = 3.0  # standard deviations: more, if visits agree on it, is a leap, and a hiccup if they don't
+    _SCALE_DRIFT = 0.02**2  # variance that the scale gains per step
+    _LIKELY = 3.0  # standard deviations; a larger deviation is a jump if two measurements agree, else an outlier
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
@@ -122,17 +126,17 @@ class TrackedCosts:
 
     @property
     def scale(self) -> float:
-        """By how much the machine is slower than when it was profiled."""
+        """Factor by which the machine is slower than when it was profiled."""
         return math.exp(self._log_scale)
 
     def verify_by_rows(self, batch: int, num_drafted: int) -> list[float]:
-        """Verify seconds of a step of `batch` requests with 0, 1, ... num_drafted drafted tokens in all."""
+        """Returns the verify seconds of a step of `batch` requests with 0, 1, ... num_drafted drafted tokens in all."""
         by_batch = _between(self.costs.batch_sizes, batch)
         seconds = by_batch @ self._verify.seconds @ _by_rows(self.costs.num_draft_tokens, batch, num_drafted)
         return [float(x) for x in seconds]
 
     def draft_by_depth(self, batch: int, depth: int) -> list[list[float]]:
-        """Seconds that the d-th drafted token adds to a step if n requests draft it: [d - 1][n], n from 0 to batch."""
+        """Returns the seconds that the d-th drafted token adds if n requests draft it, at [d - 1][n]."""
         by_batch = _by_batch(self.costs.batch_sizes, batch)
         seconds: list[list[float]] = (
             by_batch @ self._draft.seconds @ _added(self.costs.num_draft_tokens, depth)
@@ -140,7 +144,7 @@ class TrackedCosts:
         return seconds
 
     def step_seconds(self, num_draft_tokens_B: Sequence[int]) -> tuple[float, float]:
-        """Draft and verify seconds expected of a step, on the machine as it is now."""
+        """Returns the expected draft and verify seconds of a step, at the machine's present speed."""
         batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
         by_depth = self.draft_by_depth(batch, depth) if depth else []
         draft = sum(by_depth[d][sum(d < K for K in num_draft_tokens_B)] for d in range(depth))
@@ -150,11 +154,13 @@ class TrackedCosts:
     def observe(
         self, num_draft_tokens_B: Sequence[int], draft_seconds: float, verify_seconds: float
     ) -> tuple[float, float]:
-        """A step of this shape took so long; 0 for what is not known. Verification alone tells the machine's speed:
-        what a draft costs hangs on what the drafter has yet to read.
+        """Updates the costs with the time of a step; 0 stands for an unknown time.
+
+        Only the verify time updates the scale, because the draft time also depends on how many tokens the drafter had
+        to process first.
 
         Returns:
-            The draft and verify seconds that were expected.
+            The draft and verify seconds that were expected before the update.
         """
         self._now += 1
         batch, drafted, depth = len(num_draft_tokens_B), sum(num_draft_tokens_B), max(num_draft_tokens_B)
@@ -174,8 +180,8 @@ class TrackedCosts:
         return expected_draft, expected_verify
 
     def stalest(self, batch: int, limit: int) -> int:
-        """The profile's number of drafted tokens, at most `limit`, that a batch of about this size drafted longest ago;
-        the smallest of those that it never did."""
+        """Returns the profiled number of drafted tokens, at most `limit`, that a batch of about this size drafted
+        longest ago; of those it never drafted, the smallest."""
         row = _nearest(self.costs.batch_sizes, batch)
         columns = [n for n, depth in enumerate(self.costs.num_draft_tokens) if depth <= limit]
         return self.costs.num_draft_tokens[min(columns, key=lambda n: self._verify.visited[row, n])]
@@ -187,7 +193,7 @@ class TrackedCosts:
         agreed = grid.agreed(cell, surprise)
         if agreed is None or abs(surprise - agreed) > likely:
             return
-        if abs(agreed) > likely:  # whatever is known less has leapt
+        if abs(agreed) > likely:  # a jump, of whichever is known less well
             if known[0] > known[1]:
                 grid.loosen(shares, agreed**2)
             else:
@@ -201,35 +207,35 @@ class TrackedCosts:
 
 
 class _Grid:
-    """Seconds by batch size and drafted tokens, and how far each cell is to be trusted.
+    """Seconds by batch size and drafted tokens, with a variance for each cell.
 
-    A step's seconds are a weighted sum of cells; each has its share in the sum, and in what the sum was wrong by.
-    A step concerns few cells and comes every few milliseconds, so they are gone through one by one.
+    A step's seconds are a weighted sum of cells, and each cell takes its share of an error of the sum. A step involves
+    few cells, so Python loops over them are faster than array operations.
     """
 
-    _AT_START = 0.1**2  # variance of a cell's log seconds before it is served
-    _DRIFT = 3e-5  # of it, by a step in which it is not visited: answers get longer, caches fill
+    _AT_START = 0.1**2  # variance of a profiled cell's log seconds; also the maximum
+    _DRIFT = 3e-5  # variance gained per step without a visit: answers get longer, caches fill
 
     def __init__(self, seconds: Floats) -> None:
         self.seconds = seconds
-        self.visited = np.zeros(seconds.shape, dtype=np.int64)  # step number, 0 for never
-        self._updated = np.zeros(seconds.shape, dtype=np.int64)  # step number of `_variance`
+        self.visited = np.zeros(seconds.shape, dtype=np.int64)  # number of the last step there; 0 for never
+        self._updated = np.zeros(seconds.shape, dtype=np.int64)  # number of the step that `_variance` is from
         self._variance = np.full(seconds.shape, self._AT_START)
-        self._last = np.full(seconds.shape, math.nan)  # surprise
+        self._last = np.full(seconds.shape, math.nan)  # last deviation
 
     def sum(self, weights: Cells) -> float:
-        """Seconds."""
+        """Returns the seconds of a weighted sum of cells."""
         return math.fsum(weight * float(self.seconds[cell]) for cell, weight in weights)
 
     def agreed(self, cell: Cell, surprise: float) -> float | None:
-        """What this surprise and the last at its cell have in common: the smaller, or nothing; None the first time."""
+        """Returns the smaller of this deviation and the last one; 0 if their signs differ, None the first time."""
         last, self._last[cell] = float(self._last[cell]), surprise
         if math.isnan(last):
             return None
         return math.copysign(min(abs(last), abs(surprise)), surprise) if last * surprise > 0 else 0.0
 
     def visit(self, weights: Cells, at: Cell, now: int) -> Cells:
-        """Marks a cell; the share of every cell in a weighted sum."""
+        """Marks a cell as visited. Returns the share of every cell in a weighted sum."""
         parts = [(cell, weight * float(self.seconds[cell])) for cell, weight in weights if weight > 0]
         total = math.fsum(part for _, part in parts)
         for cell, _ in parts:
@@ -239,16 +245,16 @@ class _Grid:
         return tuple((cell, part / total) for cell, part in parts)
 
     def variance(self, shares: Cells) -> float:
-        """Of the sum's logarithm."""
+        """Returns the variance of the logarithm of a sum."""
         return math.fsum(share * share * float(self._variance[cell]) for cell, share in shares)
 
     def loosen(self, shares: Cells, variance: float) -> None:
-        """Trusts these cells less."""
+        """Adds to the variance of these cells."""
         for cell, _ in shares:
             self._variance[cell] += variance
 
     def correct(self, shares: Cells, surprise: float, total_variance: float) -> None:
-        """Takes the cells' part of a surprise."""
+        """Applies the cells' part of a deviation."""
         for cell, share in shares:
             gain = share * float(self._variance[cell]) / total_variance
             self.seconds[cell] *= math.exp(gain * surprise)
@@ -256,8 +262,8 @@ class _Grid:
 
 
 def _mended(depths: Sequence[int], seconds: Sequence[float]) -> Floats:
-    """Draft seconds that rise with depth, as they must: what fits least, a hiccup while measuring, is drawn anew."""
-    rising: list[list[int]] = []  # for each column the longest rising row of columns that ends there
+    """Makes draft seconds rise with depth: values outside the longest rising subsequence are interpolated anew."""
+    rising: list[list[int]] = []  # for each column, the longest rising subsequence that ends there
     for n, cell in enumerate(seconds):
         before = [row for row in rising if seconds[row[-1]] <= cell]
         rising.append([*max(before, key=len, default=[]), n])
@@ -265,12 +271,12 @@ def _mended(depths: Sequence[int], seconds: Sequence[float]) -> Floats:
     return np.interp(depths, [depths[n] for n in fine], [seconds[n] for n in fine])
 
 
-# Interpolation. Linear between the profile's shapes, and beyond its largest batch along its last two.
+# Interpolation: linear between profiled shapes; beyond the largest batch, along the last two.
 
 
 @lru_cache(maxsize=4096)
 def _between(grid: tuple[int, ...], x: float) -> Any:
-    """How much each point of a rising grid counts at x."""
+    """Weight of each point of a rising grid at x."""
     weights = np.zeros(len(grid))
     if len(grid) == 1:
         weights[0] = 1
@@ -283,19 +289,19 @@ def _between(grid: tuple[int, ...], x: float) -> Any:
 
 @lru_cache(maxsize=256)
 def _by_batch(grid: tuple[int, ...], batch: int) -> Any:
-    """[batch + 1, G]; no request costs nothing."""
+    """Weights [batch + 1, G] for 0 to `batch` requests; those of 0 requests are 0."""
     return np.stack([np.zeros(len(grid)), *(_between(grid, n) for n in range(1, batch + 1))])
 
 
 @lru_cache(maxsize=1024)
 def _by_rows(grid: tuple[int, ...], batch: int, num_drafted: int) -> Any:
-    """[N, num_drafted + 1], the drafted tokens shared among a batch."""
+    """Weights [N, num_drafted + 1] for 0 to num_drafted tokens, divided evenly among a batch."""
     return np.stack([_between(grid, drafted / batch) for drafted in range(num_drafted + 1)], axis=1)
 
 
 @lru_cache(maxsize=256)
 def _added(grid: tuple[int, ...], depth: int) -> Any:
-    """[N, depth]: how much of what each point of the grid adds to the one before it is the d-th token's."""
+    """[N, depth]: the share of the d-th token in what each point of the grid adds to the one before it."""
     reached = np.stack(
         [[min(max(d - a, 0) / (b - a), 1.0) for d in range(depth + 1)] for a, b in itertools.pairwise(grid)]
     )
@@ -304,13 +310,13 @@ def _added(grid: tuple[int, ...], depth: int) -> Any:
 
 @lru_cache(maxsize=4096)
 def _around(rows: tuple[int, ...], x: float, columns: tuple[int, ...], y: float) -> Cells:
-    """What counts at a point of a grid."""
+    """The cells around a point of a grid, with their weights."""
     return _cells(np.outer(_between(rows, x), _between(columns, y)))
 
 
 @lru_cache(maxsize=4096)
 def _down_to(rows: tuple[int, ...], x: float, columns: tuple[int, ...], depth: int) -> Cells:
-    """What counts in all that tokens down to a depth add."""
+    """The cells in the sum of what tokens down to a depth add, with their weights."""
     return _cells(np.outer(_between(rows, x), _added(columns, depth).sum(1)))
 
 
@@ -320,5 +326,5 @@ def _cells(weights: Floats) -> Cells:
 
 @lru_cache(maxsize=4096)
 def _nearest(grid: tuple[int, ...], x: float) -> int:
-    """Place of the point that counts most at x."""
+    """Index of the point with the largest weight at x."""
     return int(np.argmax(_between(grid, x)))

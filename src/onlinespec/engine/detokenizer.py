@@ -1,4 +1,4 @@
-"""Committed tokens as text that can be shown: no half characters, nothing of a stop string that is being spelt."""
+"""Detokenizer: turns committed tokens into text that is final, without half characters or parts of stop strings."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
-_REPLACEMENT = "\ufffd"  # what decoding puts for bytes that are not a whole character (yet)
+_REPLACEMENT = "\ufffd"  # decoding puts this for bytes that are no complete character
 
 
 class TextStream:
-    """Turns a request's tokens into text as they are committed.
+    """The text of one request, as its tokens are committed.
 
-    `push` each token, `take` what has become final since the last take. Text that might be the beginning of a stop
-    string, or bytes of an unfinished character, waits. After a stop string nothing from its first character on is
-    ever given out; special tokens never show.
+    `push` adds a token, `take` returns the text that became final since the last call. Text that may begin
+    a stop string, and bytes of an incomplete character, are held back. A stop string and everything after it is never
+    returned, nor are special tokens.
     """
 
-    _WINDOW = 6  # tokens decoded before the new ones, since a token's text may depend on those before it
+    _WINDOW = 6  # earlier tokens decoded together with a new one, because its text may depend on them
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop_strings = tuple(stop_strings)
         self._ids: list[int] = []
-        self._settled = 0  # tokens before this one are in `text` for good
-        self._starts = [0]  # earlier values of _settled, whole characters end there; decoding starts at the first
+        self._settled = 0  # number of tokens whose text is in `text`
+        self._starts = [0]  # earlier values of _settled, where whole characters end; decoding starts at the first
         self._taken = 0
         self._is_closed = False
-        self.text = ""  # all that is settled, cut at a stop string
+        self.text = ""  # the text so far, cut at a stop string
 
     def push(self, token_id: int, is_end: bool = False) -> bool:
-        """Takes a token; true if a stop string is now complete. An end token adds no text."""
+        """Adds a token. Returns whether a stop string is now complete. An end token adds no text."""
         if not is_end:
             self._ids.append(token_id)
             if self._stop_strings:
@@ -40,13 +40,13 @@ class TextStream:
         return self._cut()
 
     def close(self) -> None:
-        """No more tokens: what was waiting is final."""
+        """Ends the text: what was held back becomes final."""
         self._settle(is_final=True)
         self._cut()
         self._is_closed = True
 
     def take(self) -> str:
-        """What became final since the last call."""
+        """Returns the text that became final since the last call."""
         self._settle(is_final=self._is_closed)
         end = len(self.text) if self._is_closed else len(self.text) - self._num_held()
         piece = self.text[self._taken : end]
@@ -78,7 +78,7 @@ class TextStream:
         return bool(starts)
 
     def _num_held(self) -> int:
-        """Characters at the end that a stop string may begin with."""
+        """Number of characters at the end that may be the beginning of a stop string."""
         longest = 0
         for stop in self._stop_strings:
             for n in range(min(len(stop) - 1, len(self.text)), longest, -1):

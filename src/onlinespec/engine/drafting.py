@@ -1,4 +1,4 @@
-"""The engine's side of a drafter: which requests it follows, what it proposes for them, what it is told.
+"""The engine's calls of the drafter: start, propose, observe, release.
 
 Axis letters: B requests, K drafted tokens, V vocabulary.
 """
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Drafting:
-    """Drafts for the requests that the drafter follows; for all others, and without a drafter, nothing.
+    """Calls the drafter for those requests of a step that it has state for. Without a drafter, drafts are empty.
 
     Args:
-        gives_probs: Whether drafts must carry the rows that they were drawn from.
+        gives_probs: Whether drafts must carry their distributions (`Draft.probs_BKV`), as the rejection rule needs.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, gives_probs: bool = False) -> None:
@@ -34,31 +34,35 @@ class Drafting:
             drafter.gives_probs = gives_probs
 
     def follow(self, request: Request) -> None:
-        """The drafter reads a request's text so far, and follows it from now on. Raises whatever the drafter raises."""
+        """Starts a request in the drafter, with its text so far. Raises whatever the drafter raises."""
         if not self._drafter or request.is_plain:
             return
         trace = request.trace
         try:
             self._drafter.start(request.slot, request.info, trace.token_ids, trace.features[: trace.num_features])
         except BaseException:
-            with suppress(Exception):  # what it took before it failed
+            with suppress(Exception):  # free what `start` took before it failed
                 self._drafter.release(request.slot, is_finished=False)
             raise
         request.is_drafting = True
 
     def leave(self, request: Request) -> None:
-        """The drafter follows a request no longer."""
+        """Releases a request in the drafter, if it was started there."""
         if self._drafter and request.is_drafting:
             request.is_drafting = False
             self._drafter.release(request.slot, is_finished=request.has_ended_by_itself)
 
     def counts(self, requests: Sequence[Request], num_draft_tokens: Sequence[int] | None) -> list[int]:
-        """How many tokens to draft for each request: what is asked for, or what its settings say, never more."""
+        """Returns how many tokens to draft for each request: as given, but at most `Request.most_draft_tokens`.
+
+        Args:
+            num_draft_tokens: For each request; None takes the maximum.
+        """
         most = [request.most_draft_tokens if request.is_drafting else 0 for request in requests]
         return most if num_draft_tokens is None else [min(pair) for pair in zip(most, num_draft_tokens, strict=True)]
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> Draft:
-        """A draft of up to so many tokens for each request."""
+        """Returns a draft of up to `counts[i]` tokens for each request."""
         if not self._drafter or not any(counts):
             return self._nothing(len(requests))
         places = [i for i, request in enumerate(requests) if request.is_drafting]
@@ -75,10 +79,11 @@ class Drafting:
     def observe(
         self, requests: Sequence[Request], token_ids: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        """Tells the drafter what a step committed, of the requests that it follows and that go on.
+        """Passes what a step committed to the drafter, for requests that have not ended.
 
         Args:
-            token_ids: What each request's step committed; empty where its logits were broken.
+            token_ids: The committed tokens of each request; empty if its logits were not finite.
+            features: For each request, the features of its anchor and its accepted tokens.
         """
         if not self._drafter:
             return
@@ -98,7 +103,7 @@ class Drafting:
         return Draft.by_one(none_BK, torch.zeros(num_requests, dtype=torch.int64, device=device), version)
 
     def _spread(self, draft: Draft, places: Sequence[int], num_requests: int) -> Draft:
-        """The same draft for so many requests, of which only those at `places` drafted."""
+        """Widens a draft for the requests at `places` to all requests of a step; the others have no drafts."""
         whole = self._nothing(num_requests)
         token_ids_BK = draft.token_ids_BK.new_zeros(num_requests, draft.token_ids_BK.shape[1])
         token_ids_BK[places] = draft.token_ids_BK
@@ -113,7 +118,7 @@ class Drafting:
         return Draft(token_ids_BK, whole.num_draft_tokens_B, tuple(members), tuple(versions), probs_BKV)
 
     def _say_where_drafts_end(self, requests: Sequence[Request]) -> None:
-        """Logs, once, that an answer goes on without drafts because the drafter's context has ended."""
+        """Logs once that an answer continues without drafts because it is longer than the drafter's context."""
         if not self._has_said_where_drafts_end and any(request.num_beyond_drafter for request in requests):
             self._has_said_where_drafts_end = True
             log.warning(

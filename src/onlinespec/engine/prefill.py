@@ -1,4 +1,4 @@
-"""Prompts into the target's cache, piece by piece; what an earlier prompt left is taken over instead of read again."""
+"""Prefill: prompts go through the target in pieces. Blocks found in the prefix cache are copied instead."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from onlinespec.models.loading import Target
 
 
 class Prefill:
-    """Reads prompts of admitted requests, all but each one's last token, which is the first anchor.
+    """Prefills the prompts of admitted requests, except each prompt's last token, which is the first anchor.
 
     Args:
-        prefixes: What is kept of prompts that were read, for later ones that begin alike; None to keep nothing.
-        aux_layer_ids: Layers whose states are wanted beside the final ones.
+        cache: The target's KV cache.
+        prefixes: The prefix cache; None for none.
+        aux_layer_ids: Layers whose hidden states are kept beside the final ones.
 
     Raises:
-        ValueError: if prefixes are to be kept of a cache that can't be shared.
+        ValueError: if there is a prefix cache, but the target's KV cache can't be shared (transformers).
     """
 
     def __init__(
@@ -33,15 +34,16 @@ class Prefill:
         self._target, self._cache, self.prefixes, self._aux_layer_ids = target, cache, prefixes, aux_layer_ids
 
     def read(self, requests: Sequence[Request], max_tokens: int) -> list[tuple[Request, int]]:
-        """Reads on in prompts, up to max_tokens tokens in all, the first request's first.
+        """Prefills up to max_tokens tokens in one forward pass, in the order of the requests.
 
-        One that goes on like a request before it waits, to take over what that one leaves.
+        A request whose next block is the same as that of a request before it waits, and copies the block afterwards.
 
         Args:
-            max_tokens: At least 32. Pieces end between blocks of so many positions, where their end costs no bit.
+            max_tokens: At least 32. A piece ends between blocks of 32 positions, where a cut does not change any bit.
 
         Returns:
-            Requests whose turn it was, and how many tokens each had read: 0 for one that is known to its end.
+            (request, number of tokens) for each request that made progress; the number is 0 if the prefix cache had
+            the whole rest of its prompt.
         """
         pieces = self._pieces(requests, max_tokens)
         self._forward([(request, count) for request, count in pieces if count])
@@ -77,13 +79,13 @@ class Prefill:
             request.trace.append(rows)
 
     def _next_block(self, request: Request) -> Hashable | None:
-        """The key of what others could take over, once it is read; None for less than a block."""
+        """The prefix cache's key of the block that is prefilled next; None if less than a block is left."""
         if not self.prefixes or request.num_unprefilled < PAD:
             return None
         return self._text_of(request).key(request.trace.num_features // PAD)
 
     def _text_of(self, request: Request) -> PromptText:
-        """What of a prompt can be shared; made when it is first asked for, and kept while the prompt is read."""
+        """The prompt's hashed blocks, computed once and kept while the prompt is prefilled."""
         if request.prompt_text is None:
             length = self._target.decoder.config.layer.rope.length_of(request.max_tokens)
             ids = request.trace.token_ids[: request.num_prompt_tokens - 1]
@@ -91,7 +93,7 @@ class Prefill:
         return request.prompt_text
 
     def _restore(self, request: Request) -> None:
-        """Takes over what is known of the rest of a prompt."""
+        """Copies from the prefix cache what it has of the rest of the prompt."""
         if self.prefixes and request.num_unprefilled:
             trace = request.trace
             num_cached = self.prefixes.restore(self._text_of(request), self._cache, request.slot, trace.features)
@@ -106,7 +108,7 @@ class Prefill:
 
 
 def _piece(request: Request, max_tokens: int) -> int:
-    """How many of its unread tokens a request may read: all, or as many as end with a block."""
+    """How many tokens of a request to prefill now: all that are left, or as many as end at a block boundary."""
     if request.num_unprefilled <= max_tokens:
         return request.num_unprefilled
     first = request.trace.num_features
@@ -114,6 +116,6 @@ def _piece(request: Request, max_tokens: int) -> int:
 
 
 def _unread(request: Request, count: int) -> list[int]:
-    """The next tokens of its prompt."""
+    """The next `count` tokens of the prompt."""
     first = request.trace.num_features
     return request.trace.token_ids[first : first + count]

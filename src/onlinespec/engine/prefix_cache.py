@@ -1,10 +1,9 @@
-"""What was computed of prompts, kept for later ones that begin alike: a system prompt is read once.
+"""The prefix cache: keys, values and features of prompt blocks, reused by later prompts with the same beginning.
 
-Kept in blocks of `PAD` positions, keys, values and features (which is what drafters read). A block's key is
-a digest of all tokens up to its end, made once for each prompt, so that a prompt of S tokens costs S tokens to hash and
-S / PAD look-ups, in however many pieces it is read. Only what a prompt's reading computed for a whole block is kept: it
-attends as one product there, so that a block restored has the very bits that reading it again would give
-(`layer.make_plan`).
+A block has `PAD` positions. Its key is a digest of all tokens up to its end, computed once per prompt, so a prompt of S
+tokens costs hashing S tokens and S / PAD look-ups, in however many pieces it is prefilled. Only whole blocks that
+prefill computed are kept: such a block attends as one product (`layer.make_plan`), so a restored block has the same
+bits as one that is prefilled again.
 
 Axis letters: G key-value heads, C tokens of a block, E head_dim, S positions of a request.
 """
@@ -25,13 +24,14 @@ from onlinespec.models.kv_cache import PAD, KVCache
 
 
 class PromptText:
-    """The whole blocks of what the target reads of a prompt, and a key for each.
+    """The whole blocks of a prompt, and their keys.
 
-    Two blocks have one key if their scopes are equal and all tokens from the beginning to their ends. That is decided
-    by 256-bit digests of the tokens: two texts of one digest can't be found, not even by who writes the prompts.
+    Two blocks have the same key if their scopes and all tokens from the beginning to their ends are equal. Tokens are
+    compared by 256-bit digests (BLAKE2b), so that no one can construct a prompt that hits another prompt's block.
 
     Args:
-        scope: What blocks can be shared within: the tenant, and what else their bits depend on.
+        token_ids: The prompt's tokens, without the last one.
+        scope: Blocks are shared within one scope only: the tenant, and whatever else their bits depend on.
     """
 
     def __init__(self, token_ids: Sequence[int], scope: Hashable = ()) -> None:
@@ -41,7 +41,7 @@ class PromptText:
         self._digests: list[bytes] = []
 
     def key(self, index: int) -> Hashable:
-        """The key of a block, counted from 0; those before it are made on the way, each once.
+        """Returns the key of block `index`, from 0. Digests of earlier blocks are computed on the way, each once.
 
         Raises:
             IndexError: if the prompt has no such block.
@@ -57,11 +57,11 @@ class PromptText:
 @dataclass(eq=False)
 class _Block:
     key: Hashable
-    before: _Block | None  # the block before it in its prompt, which is kept at least as long
+    before: _Block | None  # the block before it in its prompt; it is never evicted earlier
     keys_values: Tensor  # [layers, 2, G, C, E]
     features: Features
-    used: int = 0  # when this block, or one behind it that is gone, was last used
-    num_behind: int = 0  # blocks kept that go on from this one
+    used: int = 0  # when this block, or an evicted one after it, was last used
+    num_behind: int = 0  # cached blocks that continue this one
 
     @property
     def num_bytes(self) -> int:
@@ -69,9 +69,10 @@ class _Block:
 
 
 class PrefixCache:
-    """Blocks of prompts; of those that no other goes on from, the one used longest ago is dropped first.
+    """A cache of prompt blocks. It evicts the least recently used block that no other cached block continues.
 
-    So a block is never kept without those before it, and to use a block is to use them: nothing walks along a prompt.
+    So a block is never cached without those before it, and using a block counts as using them, without walking along
+    the prompt.
 
     Args:
         max_bytes: Of all blocks together.
@@ -80,13 +81,17 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._blocks: dict[Hashable, _Block] = {}
-        self._ends: list[tuple[int, int, _Block]] = []  # a heap by `used`; an entry whose block has changed is stale
+        self._ends: list[tuple[int, int, _Block]] = []  # heap by `used`; entries whose block has changed are stale
         self._times, self._tie = itertools.count(1), itertools.count()
         self.num_bytes = 0
-        self.num_restored = 0  # tokens, so far
+        self.num_restored = 0  # tokens restored so far
 
     def restore(self, text: PromptText, cache: KVCache, slot: int, features: Features) -> int:
-        """Fills up a slot, and a text's features, with what is known behind its whole blocks; how many tokens."""
+        """Copies the cached blocks that follow a slot's content into the slot and into `features`.
+
+        Returns:
+            The number of tokens restored; 0 if the slot does not end at a block boundary.
+        """
         if cache.lengths[slot] % PAD:
             return 0
         first = cache.lengths[slot] // PAD
@@ -105,12 +110,12 @@ class PrefixCache:
         return length
 
     def store(self, text: PromptText, cache: KVCache, slot: int, features: Features) -> None:
-        """Keeps the whole blocks of a prompt that were read so far, and of its answer nothing."""
+        """Caches the whole blocks of a prompt that were prefilled so far. Nothing of the answer is kept."""
         size = PAD * cache.bytes_per_token + features[:PAD].num_bytes
-        most = self._max_bytes // size  # of one prompt: what comes first is worth most
+        most = self._max_bytes // size  # of a prompt that does not fit, the first blocks are worth most
         end = min(cache.lengths[slot] // PAD, text.num_blocks, most)
         first = end
-        while first and text.key(first - 1) not in self._blocks:  # those before one that is kept are kept
+        while first and text.key(first - 1) not in self._blocks:  # blocks before a cached one are cached
             first -= 1
         block = self._blocks[text.key(first - 1)] if first else None
         for i in range(first, end):
@@ -134,7 +139,7 @@ class PrefixCache:
         self._offer_as_end(block)
 
     def _offer_as_end(self, block: _Block) -> None:
-        """Into the heap, if nothing goes on from it. Stale entries are left there until they outnumber the blocks."""
+        """Pushes a block that no other continues onto the heap. Stale entries stay until they outnumber the blocks."""
         if block.num_behind:
             return
         if len(self._ends) > 2 * len(self._blocks):

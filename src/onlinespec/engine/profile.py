@@ -1,4 +1,4 @@
-"""What steps cost on this machine, by their shape, measured before anyone is served."""
+"""Measures the time of decode steps by their shape (requests, drafted tokens) before serving begins."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ANSWER_TOKENS = 64
 def steps_to_learn_from(
     target: Target, drafter: Drafter, params: GenerationParams
 ) -> Iterator[tuple[list[Feedback], float]]:
-    """Feedback and seconds of step after step, answer after answer to one prompt, without end.
+    """Yields Feedback and seconds of each step while it answers one prompt again and again, without end.
 
-    It is what learning's costs are measured beside: whoever reads this may learn between two steps. Reading the prompt
-    is in no step's seconds.
+    Used to measure what learning costs beside decoding: the caller may run rounds between two steps. Prefill is not
+    part of the seconds.
 
     Args:
-        params: How requests decode: drafted tokens and sampling count.
+        params: Only num_draft_tokens and sampling are used.
     """
     loop = DecodeLoop(target, drafter)
     params = GenerationParams(_ANSWER_TOKENS, params.num_draft_tokens, params.sampling, ignore_end_tokens=True)
@@ -44,8 +44,8 @@ def steps_to_learn_from(
 
 _DEPTHS = (0, 1, 2, 4, 8, 16)
 _STEPS_OF_A_SHAPE = 4
-_ROOM = 600  # tokens that a request of the measurement may come to, beside its prompt
-_LEAST_ROOM = 4 * MAX_DRAFT_TOKENS  # a shape takes two steps, of MAX_DRAFT_TOKENS + 1 tokens at most
+_ROOM = 600  # answer tokens of a request that is measured
+_LEAST_ROOM = 4 * MAX_DRAFT_TOKENS  # answer tokens that must be left for a shape: two steps, with some reserve
 
 
 def measure_step_costs(
@@ -56,17 +56,16 @@ def measure_step_costs(
     sampling: SamplingParams | None = None,
     max_bytes: float = math.inf,
 ) -> StepCosts:
-    """What steps of every shape cost on this machine, as far as `max_running` requests that draft `max_draft_tokens`.
+    """Measures the seconds of steps of all shapes, up to `max_running` requests that draft `max_draft_tokens` each.
 
-    Decodes for some seconds; nothing of it is learned, and the drafter's weights are left alone.
+    Decodes for some seconds. Nothing is learned from it, and the drafter's weights are not changed.
 
     Args:
-        max_bytes: What the requests of the measurement may hold together, counted by `DecodeLoop.num_bytes` as a
-            scheduler counts. Where it is short, they are shorter, as requests must be that run together then; and
-            fewer, where they could not decode any more.
+        max_bytes: Memory that the measured requests may hold together, counted by `DecodeLoop.num_bytes` like the
+            scheduler's. If it is too small, requests are shorter, and then fewer.
 
     Raises:
-        ValueError: if max_bytes does not hold one request that could be measured.
+        ValueError: if max_bytes is too small for the shortest request that can be measured.
     """
     loop = DecodeLoop(target, drafter)
     context = target.decoder.config.max_positions
@@ -85,11 +84,11 @@ def measure_step_costs(
 
     def measure(batch: int, depth: int) -> tuple[float, float]:
         for i, request in enumerate(requests[:batch]):
-            if request.max_tokens - len(request.trace.token_ids) < _LEAST_ROOM:  # it nears its end
+            if request.max_tokens - len(request.trace.token_ids) < _LEAST_ROOM:  # start it again before it ends
                 loop.finish(request)
                 requests[i] = started(i)
         chosen = requests[:batch]
-        loop.step(chosen, [max(depth, 1)] * batch)  # reads what the drafter missed while others had their turn
+        loop.step(chosen, [max(depth, 1)] * batch)  # not timed: the drafter processes tokens of steps without drafts
         step = loop.step(chosen, [depth] * batch)
         return step.draft_seconds, step.verify_seconds
 
@@ -103,10 +102,10 @@ def measure_step_costs(
 
 
 def _that_fit(num_tokens: int, max_running: int, max_bytes: float, num_bytes: int) -> tuple[int, int]:
-    """How many requests fit into a budget, and of how many tokens each.
+    """Returns how many requests fit into max_bytes, and of how many tokens each.
 
     Args:
-        num_bytes: Of a request of `num_tokens`; others take as much for each of their tokens.
+        num_bytes: Of a request of `num_tokens`; memory is proportional to tokens.
     """
     if max_running * num_bytes <= max_bytes:
         return max_running, num_tokens
@@ -123,5 +122,5 @@ def _that_fit(num_tokens: int, max_running: int, max_bytes: float, num_bytes: in
 
 
 def _few(batches: Sequence[int]) -> list[int]:
-    """The first, the last, and every other one between; what lies between is interpolated."""
+    """Every other batch size, and the last one. Costs between them are interpolated."""
     return sorted({*batches[::2], batches[-1]})

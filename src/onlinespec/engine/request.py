@@ -1,4 +1,4 @@
-"""One request as it runs: what it was given, where it stands, and what becomes of the tokens committed for it."""
+"""A request: its settings, its state while it runs, and committing tokens to it."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from onlinespec.lossless.noise import Noise
 from onlinespec.models.loading import Target
 
 ERROR = "error"  # the finish reason of a request that failed
-_OWN_ENDS = ("stop", "length", "context")  # reasons of a request that came to its own end
+_OWN_ENDS = ("stop", "length", "context")  # finish reasons of a complete answer
 
 
 class UnfitPrompt(ValueError):
-    """A prompt that this target can't answer, though it can others: a stream of prompts leaves it out."""
+    """This target can't answer this prompt. In a stream of prompts it is skipped and counted."""
 
 
 class ContextOverflow(UnfitPrompt):
-    """The prompt leaves no room in the target's context."""
+    """The prompt leaves no room for an answer in the target's context."""
 
 
 class UnknownToken(UnfitPrompt):
-    """The prompt has a token that the model has no row for: its tokenizer may have more tokens than it."""
+    """The prompt has a token outside the model's vocabulary, which may be smaller than the tokenizer's."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One request as it runs: the engine's own state, and what the caller reads."""
+    """One request: the engine's state of it, and the results that the caller reads."""
 
     params: GenerationParams
     info: RequestInfo
     trace: Trace
     num_prompt_tokens: int
     text: TextStream
-    noise: Noise | None  # what its tokens are chosen with; None where greedy
+    noise: Noise | None  # the sampling noise; None if greedy
     slot: int = -1
     finish_reason: str | None = None  # "stop" (end token or stop string), "length" (max_new_tokens), "context", "error"
-    error: str = ""  # what went wrong, where that ended it
+    error: str = ""  # the reason, if it ended with an error
     stats: DecodeStats = field(default_factory=DecodeStats)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the answer's tokens, if they were asked for
-    num_cached: int = 0  # of the prompt's tokens, how many an earlier request had prefilled
-    is_ready: bool = False  # its prompt is prefilled
-    longest_drafted: int | None = None  # tokens: its drafter drafts nothing behind a text that is longer
-    is_drafting: bool = False  # the drafter follows it
-    is_plain: bool = False  # goes on without a drafter, because drafting for it failed
-    num_faults: int = 0  # steps in a row whose logits were broken; after one, the next drafts nothing
-    prompt_text: PromptText | None = None  # of a prompt that is being prefilled, where prefixes are kept
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the answer's tokens, if requested
+    num_cached: int = 0  # prompt tokens that were found in the prefix cache
+    is_ready: bool = False  # the prompt is prefilled
+    longest_drafted: int | None = None  # `Drafter.longest_text`: no drafts once the text is longer
+    is_drafting: bool = False  # the drafter has state for this request
+    is_plain: bool = False  # continues without a drafter, because drafting for it failed
+    num_faults: int = 0  # consecutive steps with logits that are not finite; the step after one drafts nothing
+    prompt_text: PromptText | None = None  # while the prompt is prefilled, if there is a prefix cache
 
     @property
     def max_tokens(self) -> int:
-        """Prompt and answer together."""
+        """Maximum number of tokens, prompt and answer together."""
         return self.info.capacity
 
     @property
@@ -65,26 +65,26 @@ class Request:
 
     @property
     def num_unprefilled(self) -> int:
-        """Prompt tokens that the target has yet to read before the first step."""
+        """Prompt tokens that still have to be prefilled; the last one is the first anchor and not counted."""
         return max(0, self.num_prompt_tokens - 1 - self.trace.num_features)
 
     @property
     def has_ended_by_itself(self) -> bool:
-        """Whether its answer is whole: neither given up nor failed."""
+        """Whether the answer is complete: not cancelled and not failed."""
         return self.finish_reason in _OWN_ENDS
 
     @property
     def num_beyond_drafter(self) -> int:
-        """The answer's tokens behind the longest text that its drafter drafts for; 0 if it asked for no drafts."""
+        """Answer tokens beyond the longest text that the drafter drafts for; 0 if the request wants no drafts."""
         if not self._is_beyond_drafter or not self.params.num_draft_tokens:
             return 0
         return len(self.trace.token_ids) - max(self.longest_drafted or 0, self.num_prompt_tokens)
 
     @property
     def most_draft_tokens(self) -> int:
-        """K, or what is left to generate less the one token that every step commits anyway.
+        """K, but not more than can still be generated, less the one token that every step commits.
 
-        None after a step whose logits were broken, or behind the longest text that its drafter drafts for.
+        0 after a step with logits that are not finite, and beyond the longest text that the drafter drafts for.
         """
         left = self.max_tokens - len(self.trace.token_ids) - 1
         return 0 if self.num_faults or self._is_beyond_drafter else min(self.params.num_draft_tokens, left)
@@ -94,7 +94,7 @@ class Request:
         return self.longest_drafted is not None and len(self.trace.token_ids) > self.longest_drafted
 
     def commit(self, token_ids: Sequence[int], end_token_ids: Collection[int]) -> int:
-        """Appends tokens one by one until one of them ends the request; how many were taken."""
+        """Appends tokens until one of them ends the request. Returns how many were appended."""
         for taken, token_id in enumerate(token_ids, start=1):
             self.trace.token_ids.append(token_id)
             is_end = token_id in self.params.stop_token_ids or (
@@ -111,7 +111,10 @@ class Request:
         return len(token_ids)
 
     def note_fault(self) -> None:
-        """Its logits are broken. What a step without drafts meets twice, plain decoding would meet, too."""
+        """Counts a step whose logits were not finite; a second one in a row ends the request.
+
+        The second step has no drafts, so plain decoding would fail there as well.
+        """
         self.num_faults += 1
         if self.num_faults > 1:
             at = len(self.trace.token_ids)
@@ -120,7 +123,7 @@ class Request:
             self.text.close()
 
     def charge(self, decode_seconds: float, learn_seconds: float = 0.0, diagnostic_seconds: float = 0.0) -> None:
-        """Adds to the time that it took."""
+        """Adds seconds to the request's statistics."""
         self.stats = replace(
             self.stats,
             decode_seconds=self.stats.decode_seconds + decode_seconds,
@@ -139,10 +142,12 @@ def open_request(
     tenant: str = "",
     may_learn: bool = True,
 ) -> Request:
-    """A request that takes no memory yet.
+    """Checks a prompt and makes a request of it, which takes no cache memory yet.
 
     Args:
+        prompt_ids: Token ids of the prompt.
         longest_drafted: See `Drafter.longest_text`.
+        request_id, domain, tenant, may_learn: See `RequestInfo`.
 
     Raises:
         ValueError: if the prompt is empty.

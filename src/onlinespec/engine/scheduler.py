@@ -1,8 +1,8 @@
-"""Requests in, slots of a running batch, requests out: continuous batching.
+"""Continuous batching: requests join and leave a running batch between steps.
 
-Requests join and leave between steps. Prompts are read in pieces between the steps of those that run already, so that
-a long one does not stall them. Memory is reserved for the longest answer that a request may get, when it is admitted:
-what runs is never thrown out again, and what does not fit waits its turn, first come, first served.
+Prompts are prefilled in pieces between the steps of running requests, so that a long prompt does not stall them. When a
+request is admitted, memory is reserved for the longest answer that it may get, so a running request is never preempted;
+what does not fit waits, first come, first served.
 
 `submit`, `cancel` and `wait` may be called by any thread, `step` by one.
 """
@@ -25,28 +25,28 @@ from onlinespec.engine.step import DecodeLoop, Learning, Step
 
 log = logging.getLogger(__name__)
 
-CANCELLED = "cancelled"  # a finish reason beside the loop's own
-_MOST_COMPLAINTS = 100  # kinds of failures that are remembered, so that each is said once
+CANCELLED = "cancelled"  # a finish reason, beside those of the decode loop
+_MOST_COMPLAINTS = 100  # error messages that are remembered, so that each is logged once
 
 
 @dataclass
 class StepCounters:
-    """What steps brought and cost so far, whoever's they were; counts only ever grow."""
+    """Counters over all steps so far; they only grow."""
 
-    batches: int = 0  # steps of all that ran together
-    steps: int = 0  # the same, for each request
+    batches: int = 0  # steps of the whole batch
+    steps: int = 0  # the same, counted once per request
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    learn_seconds: float = 0.0  # in the decoding thread: rounds, or taking over what was learned beside it
-    prefill_seconds: float = 0.0  # of prompts
-    plain_tokens: int = 0  # of steps in which no request drafted ...
-    plain_seconds: float = 0.0  # ... and what these took, learning left out
+    learn_seconds: float = 0.0  # in the decoding thread: inline rounds, or handing records over and taking versions in
+    prefill_seconds: float = 0.0
+    plain_tokens: int = 0  # tokens of steps in which no request drafted ...
+    plain_seconds: float = 0.0  # ... and the time of these steps, learning not included
 
     def add(self, step: Step) -> None:
-        """One more step."""
+        """Adds the counts and times of a step."""
         tokens, drafted = (sum(getattr(r, name) for r in step.feedback) for name in ("num_rows", "num_draft_tokens"))
         self.batches += 1
         self.steps += len(step.feedback)
@@ -62,16 +62,16 @@ class StepCounters:
 
     @property
     def decode_seconds(self) -> float:
-        """Of steps, learning and prompts left out."""
+        """Seconds spent in steps, without prefill and learning."""
         return self.draft_seconds + self.verify_seconds
 
 
 class Control(Protocol):
-    """What chooses how many tokens to draft; `control/chooser.py` has it."""
+    """What the scheduler needs of a controller of draft lengths (`control/chooser.py`)."""
 
     @property
     def learn_share(self) -> float:
-        """Of time, learning may take so much now."""
+        """Share of time that learning may take now."""
 
     def choose(self, request_ids: Sequence[Hashable], limits_B: Sequence[int]) -> list[int]: ...
     def observe(self, record: StepRecord) -> None: ...
@@ -80,26 +80,26 @@ class Control(Protocol):
 
 
 class Busy(RuntimeError):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class TooLarge(ValueError):
-    """A request that no amount of waiting makes room for."""
+    """The request does not fit even into an empty cache."""
 
 
 class Scheduler:
-    """Runs the requests that it is given over one decode loop, as many at once as its limits allow.
+    """Runs submitted requests on one decode loop, as many at once as its limits allow.
 
-    `waiting`, `prefilling` and `running` are for looking at; only `submit` and `step` change them.
+    `waiting`, `prefilling` and `running` may be read from outside; only `submit` and `step` change them.
     """
 
     def __init__(self, loop: DecodeLoop, limits: Limits | None = None, control: Control | None = None) -> None:
         self.loop, self.limits, self.control = loop, limits or Limits(), control
         self.counters = StepCounters()
-        self._learn_share = -1.0  # as learning was last told
-        self._num_published = 0  # as control was last told
+        self._learn_share = -1.0  # the last share passed to learning
+        self._num_published = 0  # the last number of versions that control knows of
         self.waiting: deque[Request] = deque()
-        self.prefilling: list[Request] = []  # admitted, their prompts not yet prefilled to the end
+        self.prefilling: list[Request] = []  # admitted, but their prompts are not done
         self.running: list[Request] = []
         self._given_up: list[Request] = []
         self._changed = Condition()  # guards waiting and _given_up
@@ -112,8 +112,8 @@ class Scheduler:
         """Queues requests from `DecodeLoop.open`: all of them or none.
 
         Raises:
-            TooLarge: if one would not fit into the memory of an empty scheduler.
-            Busy: if the queue has no room for them.
+            TooLarge: if a request does not fit into the memory of an empty scheduler.
+            Busy: if the queue is too full for them.
         """
         for request in requests:
             self._check_size(request)
@@ -125,30 +125,30 @@ class Scheduler:
             self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
-        """Gives a request up, wherever it is: the next step frees what it holds. One that is over stays as it is."""
+        """Cancels a request; the next step frees its memory. A request that has ended is not changed."""
         with self._changed:
             self._given_up.append(request)
             self._changed.notify_all()
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether a step would have anything to do."""
         return bool(self.waiting or self.prefilling or self.running or self._given_up)
 
     def wait(self, seconds: float) -> bool:
-        """Sleeps until there is work, or for so long; whether there is."""
+        """Sleeps until there is work, at most this long. Returns whether there is work."""
         with self._changed:
             return self._changed.wait_for(lambda: self.has_work, seconds)
 
     # --- for one thread -----------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
-        """Frees what was given up, admits, reads on in prompts, and takes one step with all that run.
+        """Frees cancelled requests, admits waiting ones, prefills some tokens, and runs one step of all running ones.
 
-        A request at which something fails ends alone, with the reason "error"; the others go on.
+        If a request fails, it alone ends, with the finish reason "error".
 
         Returns:
-            The requests that got tokens, or ended. Those that ended hold no memory any more.
+            The requests that got tokens or ended. Those that ended hold no memory any more.
         """
         ended = self._drop()
         self._admit()
@@ -170,7 +170,7 @@ class Scheduler:
             )
 
     def _drop(self) -> list[Request]:
-        """Ends what was given up."""
+        """Ends cancelled requests and returns them."""
         with self._changed:
             dropped = [request for request in self._given_up if request.finish_reason is None]
             self._given_up.clear()
@@ -195,7 +195,7 @@ class Scheduler:
         return has_slot and self._num_bytes + self.loop.num_bytes(request) <= self.limits.cache_megabytes * 1e6
 
     def _prefill(self) -> None:
-        """Some tokens of the prompts that came first; those that are read to the end run from now on."""
+        """Prefills some tokens, in the order of arrival. Requests whose prompts are done join the running ones."""
         if unread := [request for request in self.prefilling if request.finish_reason is None]:
             most = self.limits.prefill_tokens if self.running else self.limits.prefill_alone
             began = self.loop.clock.mark()
@@ -206,7 +206,7 @@ class Scheduler:
         self.prefilling = [request for request in self.prefilling if request not in ready]
 
     def _decode(self, requests: list[Request]) -> None:
-        """A step, with as many drafts as control says; without it, as many as requests ask for."""
+        """Runs a step with the draft lengths that control chooses, or without control those that requests ask for."""
         if not self.control:
             self._decode_freely(requests)
             return
@@ -226,11 +226,11 @@ class Scheduler:
             self._consult(self.control, self.loop.learning)
 
     def _decode_freely(self, requests: list[Request]) -> None:
-        """A step with as many drafts as requests ask for: control has no part in it."""
+        """Runs a step with the draft lengths that requests ask for, without control."""
         self.counters.add(self.loop.step(requests))
 
     def _consult(self, control: Control, learning: Learning) -> None:
-        """What learning and control must know of each other."""
+        """Tells control of new weights, and learning of its share of time."""
         if learning.num_published != self._num_published:
             self._num_published = learning.num_published
             control.on_new_weights()
@@ -244,10 +244,10 @@ class Scheduler:
         requests: list[Request],
         alone: Callable[[list[Request]], object] | None = None,
     ) -> None:
-        """Works on requests at once; if that fails, on each by itself, so that only those at fault pay for it.
+        """Works on all requests at once; if that raises, on each alone, so that only those at fault are affected.
 
         Args:
-            alone: The work on a single one, if it is another: what chooses drafts may be what failed.
+            alone: The work on a single request, if it differs: the controller may be what failed.
         """
         try:
             work(requests)
@@ -259,7 +259,7 @@ class Scheduler:
                         self._try_alone(alone or work, request)
 
     def _try_alone(self, work: Callable[[list[Request]], object], request: Request) -> None:
-        """Once as it is, and if that fails, too, without a drafter from now on."""
+        """Tries a request alone; if that fails too, once more and from now on without drafts."""
         self.loop.undo_step(request)
         try:
             work([request])
@@ -271,7 +271,7 @@ class Scheduler:
 
     @contextmanager
     def _answering_for(self, request: Request) -> Iterator[None]:
-        """What fails inside ends the request and nothing else."""
+        """Turns an exception inside the block into the end of this request."""
         try:
             yield
         except Exception as error:
@@ -279,7 +279,7 @@ class Scheduler:
             self._say_once("a request was ended", error)
 
     def _leave(self, request: Request) -> None:
-        """Frees what a request that is over holds, whatever state it was left in."""
+        """Frees the memory of a request that has ended, whatever state it was in."""
         request.text.close()
         if self.control:
             self.control.forget(request)
@@ -290,10 +290,10 @@ class Scheduler:
             self.loop.finish(request)
 
     def _say_once(self, what: str, error: Exception) -> None:
-        """Logs a kind of failure when it is first seen, with its traceback."""
+        """Logs an error with its traceback, once for each message."""
         kind = f"{type(error).__name__}: {error}"
         if kind not in self._complaints:
-            if len(self._complaints) >= _MOST_COMPLAINTS:  # messages may name what differs each time
+            if len(self._complaints) >= _MOST_COMPLAINTS:  # messages may contain values that differ each time
                 self._complaints.clear()
             self._complaints.add(kind)
             log.error("%s (%s); this is said once", what, kind, exc_info=error)

@@ -1,4 +1,4 @@
-"""What the engine may hold at once. Imports no torch."""
+"""Limits of the scheduler. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from onlinespec.config import check_that, check_types
 
 @dataclass(frozen=True)
 class Limits:
-    """What a scheduler may hold at once."""
+    """Limits of what a scheduler runs and holds at once."""
 
     max_running: int = 16
-    """Requests that decode at once."""
+    """Maximum number of requests that decode at once."""
     max_waiting: int = 256
-    """Requests that wait for their turn; more are turned away, with 429 over HTTP."""
+    """Maximum number of waiting requests; further ones are refused, over HTTP with status 429."""
     cache_megabytes: float = 1024.0
-    """Memory for the keys, values and features of requests that run."""
+    """Memory for keys, values and hidden states of running requests, in megabytes."""
     prefill_tokens: int = 128
-    """Prompt tokens that are read between two steps of requests that run already."""
+    """Prompt tokens to prefill between two decode steps while other requests run."""
     prefill_alone: int = 512
-    """The same while nothing else runs."""
+    """Prompt tokens to prefill in one forward pass while no request runs."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,6 +1,7 @@
-"""The step: draft, verify, commit, hand on what was learned. One loop for plain and speculative, greedy and sampled.
+"""The decoding step: draft, score, verify, commit, then pass Feedback to learning.
 
-Plain decoding is K = 0 on the same path, so the comparison is fair and, on a CPU in float32, equal to the bit.
+One loop serves plain and speculative decoding, greedy and sampled. Plain decoding is K = 0 on the same path, so that
+the comparison is fair and, on a CPU in float32, equal to the bit.
 Axis letters: B requests, K drafted tokens, L = K + 1 rows, N rows of all requests, V vocabulary.
 """
 
@@ -27,57 +28,60 @@ from onlinespec.models.base import Output
 from onlinespec.models.clock import clock_for
 from onlinespec.models.loading import Target
 
-_PREFILL_TOKENS = 512  # per target forward, so that a long prompt needs no long scratch memory
+_PREFILL_TOKENS = 512  # prompt tokens per forward pass; bounds the scratch memory of a long prompt
 
 
 class Learning(Protocol):
-    """Where Feedback goes; `learning/update.py` has the inline one."""
+    """What the loop needs of learning: `InlineLearning`, or learning in a thread or process (`BackgroundLearning`)."""
 
     @property
     def diagnostic_seconds(self) -> float:
-        """Time that `offer` has spent on measuring so far; charged to no request as learning."""
+        """Seconds that `offer` has spent on telemetry so far. They are not counted as learning."""
 
     @property
     def num_published(self) -> int:
-        """Versions taken over so far that had been found to draft better; 0 where that is not asked."""
+        """Number of versions taken over so far that passed the gate; 0 if there is no gate."""
 
-    def offer(self, feedback: Sequence[Feedback]) -> None: ...
+    def offer(self, feedback: Sequence[Feedback]) -> None:
+        """Takes the Feedback of one step."""
 
     def set_share(self, share: float) -> None:
-        """Learning may take this share of time from now on."""
+        """Sets the share of time that learning may take from now on."""
 
 
 class Step(NamedTuple):
-    """What one step left, and what it cost."""
+    """The results of one step, and its time."""
 
-    requests: list[Request]  # those that committed something, in order; the others' logits were broken
-    feedback: list[Feedback]  # a record for each of them
+    requests: list[Request]  # those that committed tokens, in order; the others had logits that were not finite
+    feedback: list[Feedback]  # one record for each of them
     draft_seconds: float
-    verify_seconds: float  # the target's forward, verification and commit
+    verify_seconds: float  # the target's forward pass, verification and commit
     learn_seconds: float
 
 
 class _Outcome(NamedTuple):
-    """What a step brought one request, in numbers that Python has."""
+    """One request's verdict, copied to the host."""
 
     num_accepted: int
-    token_ids: list[int]  # committed, before any stop; none where the logits are broken
+    token_ids: list[int]  # verified tokens, before a stop is looked for; none if the logits were not finite
     num_draft_tokens: int
     is_finite: bool
     logprobs: Logprobs | None
 
 
 class DecodeLoop:
-    """Runs requests over one target, drafter and learning; single-threaded.
+    """Decodes requests with one target, drafter and learning. Single-threaded.
 
-    `generate` is one request as a stream of text. `start`, `step` and `finish` are its parts, for whoever
-    schedules several: a step takes any requests that have started and not finished. `start` in turn is `open`, `admit`
-    and `prefill`, for who would read prompts piece by piece.
+    `generate` runs one request and streams its text. `start`, `step` and `finish` are its parts, to schedule several
+    requests: a step takes any that have started and not finished. `start` consists of `open`, `admit` and `prefill`, to
+    prefill a prompt in pieces between steps.
 
     Args:
-        prefixes: What is kept of prompts that were read, for later ones that begin alike.
-        rule: How drafts are judged. Another rule than the default is for comparisons (`rejection`).
-        aux_layer_ids: Layers whose states are wanted in the features, beside those that the drafter reads.
+        drafter: None for plain decoding.
+        learning: None learns nothing.
+        prefixes: The prefix cache; None for none.
+        rule: The acceptance rule; by default `Coupled`. Others are for comparisons (`rejection`).
+        aux_layer_ids: Layers to keep the hidden states of, beside those that the drafter reads.
     """
 
     def __init__(
@@ -102,12 +106,13 @@ class DecodeLoop:
     # --- a whole request ----------------------------------------------------------------------------------------
 
     def generate(self, prompt_ids: Sequence[int], params: GenerationParams, **tags: Any) -> Iterator[Request]:
-        """Yields the request after every step, its `text.take()` holding what the step made readable.
+        """Runs one request and yields it after every step; `request.text.take()` returns the new text.
 
-        Whoever stops early (a closed connection, Ctrl-C) closes the generator, and the request's memory is freed.
+        Closing the generator early (a closed connection, Ctrl-C) frees the request's memory.
 
         Raises:
-            FloatingPointError: if the target's logits are broken: NaN or infinite, twice at the same position.
+            FloatingPointError: if the target's logits are NaN or infinite twice at the same position.
+            ValueError, ContextOverflow, UnknownToken: from `open_request`.
         """
         request = self.start(prompt_ids, params, **tags)
         try:
@@ -120,20 +125,20 @@ class DecodeLoop:
             self.finish(request)
 
     def complete(self, prompt_ids: Sequence[int], params: GenerationParams, **tags: Any) -> Request:
-        """Runs a request to its end."""
+        """Runs a request to its end and returns it. Raises as `generate`."""
         *_, request = self.generate(prompt_ids, params, **tags)
         return request
 
     # --- its parts ----------------------------------------------------------------------------------------------
 
     def start(self, prompt_ids: Sequence[int], params: GenerationParams, **tags: Any) -> Request:
-        """Prefills all but the prompt's last token, which is the first anchor.
+        """Opens a request and prefills its whole prompt, except the last token, which is the first anchor.
 
         Args:
-            tags: As `open_request` has them: request_id, domain, tenant, may_learn.
+            tags: Further arguments of `open_request`: request_id, domain, tenant, may_learn.
 
         Raises:
-            ValueError, ContextOverflow, UnknownToken: as `open_request`.
+            ValueError, ContextOverflow, UnknownToken: from `open_request`.
         """
         request = self.open(prompt_ids, params, **tags)
         try:
@@ -146,12 +151,12 @@ class DecodeLoop:
         return request
 
     def open(self, prompt_ids: Sequence[int], params: GenerationParams, **tags: Any) -> Request:
-        """A request that takes no memory yet; of all methods the one that any thread may call. As `open_request`."""
+        """Makes a request that takes no cache memory yet, as `open_request`. Any thread may call this method."""
         longest_drafted = self.drafter.longest_text if self.drafter else None
         return open_request(self.target, prompt_ids, params, longest_drafted, **tags)
 
     def num_bytes(self, request: Request) -> int:
-        """Memory that a request holds from `admit` to `finish`: keys, values and features."""
+        """Bytes that a request holds from `admit` to `finish`: keys, values and features, also the drafter's."""
         decoder = self.target.decoder
         a_state = decoder.config.layer.hidden_size * decoder.dtype.itemsize
         drafting = self.drafter.bytes_per_token if self.drafter else 0
@@ -159,7 +164,7 @@ class DecodeLoop:
         return request.max_tokens * per_token
 
     def admit(self, request: Request) -> None:
-        """Takes a request's memory."""
+        """Reserves a cache slot and feature memory for the longest answer that the request may get."""
         decoder = self.target.decoder
         hidden_size = decoder.config.layer.hidden_size
         request.trace.features = Features.empty(
@@ -174,7 +179,10 @@ class DecodeLoop:
         request.slot = slot
 
     def prefill(self, requests: Sequence[Request], max_tokens: int) -> None:
-        """Reads on in the prompts of admitted requests (`Prefill.read`). Those read to their end can take steps."""
+        """Prefills up to max_tokens more tokens of admitted requests' prompts (`Prefill.read`), at least 32.
+
+        A request whose prompt is done is started in the drafter and `is_ready` for steps.
+        """
         began = self.clock.mark()
         pieces = self._prefill.read(requests, max_tokens)
         for request, _ in pieces:
@@ -186,13 +194,13 @@ class DecodeLoop:
             request.charge(seconds * (count / num_read if num_read else 1 / len(pieces)))
 
     def step(self, requests: Sequence[Request], num_draft_tokens: Sequence[int] | None = None) -> Step:
-        """One draft and one verification for every request given, then learning if a round is due.
+        """Runs one draft and one verification for all given requests, then learning if a round is due.
 
-        A request whose logits are broken commits nothing, and drafts nothing in its next step; if they are broken then
-        too, it ends with an error. The others do not notice. (Under the rejection rule the step raises instead.)
+        A request whose logits are not finite commits nothing, and drafts nothing in its next step; if that fails too,
+        it ends with an error. Other requests are not affected. (Under the rejection rule the step raises instead.)
 
         Args:
-            num_draft_tokens: For each request; by default what its own settings say. Never more than that.
+            num_draft_tokens: Tokens to draft for each request, at most what its settings allow; None takes the maximum.
         """
         began = self.clock.mark()
         wanted = self._drafting.counts(requests, num_draft_tokens)
@@ -214,12 +222,12 @@ class DecodeLoop:
         return Step(committed, feedback, draft_seconds, verify_seconds, learn_seconds)
 
     def undo_step(self, request: Request) -> None:
-        """After a step or a prefill that failed: forgets what it left half done.
+        """Restores a request after a step or prefill that raised: crops its cache and restarts it in the drafter.
 
-        The drafter follows the request anew from its text; if that fails too, the request goes on without it.
+        If the drafter fails again, the request continues without drafts.
 
         Raises:
-            RuntimeError: if it failed in the middle of committing, so that nothing can go on.
+            RuntimeError: if the step failed while committing, so that text and features do not match.
         """
         trace = request.trace
         if not request.num_unprefilled and trace.num_features != len(trace.token_ids) - 1:
@@ -230,11 +238,11 @@ class DecodeLoop:
         if was_drafting and not request.is_plain:
             try:
                 self._drafting.follow(request)
-            except Exception:  # whatever it is, the request can do without
+            except Exception:  # whatever failed, the request can continue without drafts
                 request.is_plain = True
 
     def finish(self, request: Request) -> None:
-        """Frees what a request holds, finished or not."""
+        """Frees a request's memory here and in the drafter, whether it has ended or not."""
         if request.slot < 0:
             return
         self._cache.release(request.slot)
@@ -247,10 +255,10 @@ class DecodeLoop:
     # --- inside a step ------------------------------------------------------------------------------------------
 
     def _num_rows(self, draft: Draft, wanted: Sequence[int]) -> list[int]:
-        """Rows that the target scores for each request: of its anchor and its drafted tokens.
+        """Number of rows that the target scores for each request: the anchor and the drafted tokens.
 
-        On a CPU a row costs and reading a number is free; elsewhere it is the other way round, so that rows are scored
-        for all tokens that were asked for, drafted or not.
+        On a CPU a further row costs time and reading a count is free. On an accelerator it is the reverse, so all
+        positions that were asked for are scored, whether they were drafted or not.
         """
         if self.target.decoder.device.type == "cpu":
             wanted = draft.num_draft_tokens_B.tolist()
@@ -267,7 +275,7 @@ class DecodeLoop:
     def _commit(
         self, requests: Sequence[Request], draft: Draft, outcomes: Sequence[_Outcome], features: Sequence[Features]
     ) -> list[Feedback]:
-        """Appends what was verified to each request's text, and tells the drafter; a record for each that took some."""
+        """Appends the verified tokens to each request and informs the drafter. Returns a record for each that grew."""
         kept, feedback = [], []
         for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
             start = len(request.trace.token_ids) - 1
@@ -307,7 +315,7 @@ class DecodeLoop:
         return feedback
 
     def _learn(self, requests: Sequence[Request], feedback: Sequence[Feedback]) -> tuple[float, float]:
-        """Seconds of learning, and of measuring it."""
+        """Passes Feedback to learning. Returns the seconds of learning and of telemetry."""
         if not self.learning:
             return 0.0, 0.0
         began, measured = self.clock.mark(), self.learning.diagnostic_seconds
@@ -320,7 +328,7 @@ class DecodeLoop:
 def _scored_rows(
     requests: Sequence[Request], draft: Draft, counts: Sequence[int], logits: Sequence[Tensor]
 ) -> list[ScoredRows]:
-    """What the target said of each request's tokens, as the request would have them chosen."""
+    """Each request's rows as scores, after its penalties, temperature and cuts."""
     return [
         ScoredRows(
             process_step(
@@ -339,7 +347,7 @@ def _scored_rows(
 
 
 def _outcomes(requests: Sequence[Request], draft: Draft, verdict: Verdict, logits: Sequence[Tensor]) -> list[_Outcome]:
-    """What a step brought, on the host: its one read of the device."""
+    """Copies the results of a step to the host, in the step's only read of the device."""
     asked = {i: n for i, one in enumerate(requests) if (n := one.params.num_logprobs) is not None}
     logprobs = [logprobs_of(logits[i], verdict.token_ids_BL[i, : len(logits[i])], n) for i, n in asked.items()]
     accepted, ids, drafted, finite, *numbers = to_host(
@@ -357,7 +365,7 @@ def _outcomes(requests: Sequence[Request], draft: Draft, verdict: Verdict, logit
 
 
 def step_stats(num_rows: int, num_draft_tokens: int) -> DecodeStats:
-    """The counts of one step that committed num_rows tokens."""
+    """Returns the counters of one step that committed num_rows tokens of one request."""
     accepted = num_rows - 1
     return DecodeStats(
         tokens=num_rows,
