@@ -1,1 +1,1 @@
-"""The promise: how tokens are chosen, noised and verified. Small, pure tensors."""
+"""Lossless sampling: logits to scores, the noise of a position, verification of drafts. Pure tensor functions."""

@@ -1,22 +1,21 @@
-"""A request's random numbers: every token position owns a row of Gumbel noise over the target's vocabulary.
+"""Sampling noise: every token position of a request owns a row of Gumbel noise over the target's vocabulary.
 
 The token at position p is the argmax of the processed scores plus the noise of p (the Gumbel-max trick), which draws
 from their softmax. The noise is a function of (seed, choice, p) alone, so plain decoding and speculation, alone or in
 a batch, with any drafter and at any draft length, commit the same token: nothing that is drafted, learned or chosen
 can change a draw. A drafter takes the argmax of its own scores plus the same noise, and so often names the same token.
 
-**Positions are used again.** A step may draft positions 7 to 10 and be refused at 7; the next step drafts 8 to 10 anew
-with the same rows, and the target's own choice there has not changed either.
+**A position keeps its row.** If a step drafts positions 7 to 10 and the draft is rejected at 7, the next step drafts 8
+to 10 again with the same rows, and the target's own tokens there are the same as well.
 
-**Requests have seeds of their own.** While a drafter learns, its weights depend on what earlier requests drew. That
-never shows in the text; but two requests that share a seed and a choice draw the same numbers at the same positions.
+**Requests have their own seeds.** Two requests that share a seed and a choice use the same noise at the same positions.
 
-A row is kept as the uniforms that it comes from, and becomes noise where it is added: for the few tokens that survive
-the cuts of a request's settings, or those that a drafter chooses from, and not for the whole vocabulary.
+A row is stored as uniforms and turned into noise where it is added: only for the tokens that remain after the cuts of
+the request's settings, or that a drafter chooses from, instead of the whole vocabulary.
 
 Axis letters: B requests, N positions, S some tokens, V vocabulary.
 Reference: Daliri et al., "Coupling without communication and drafter-invariant speculative decoding", arXiv:2408.07978;
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (Philox-4x64-10), as numpy has it.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (Philox-4x64-10), numpy's implementation.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STRIDE = 1 << 64  # of the counter from one position to the next: no row of words can reach the next one's
-_SMALLEST = 2.0**-54  # in place of 0, whose logarithm has no value: half the step between two uniforms
-_CHUNK = 8192  # numbers made at once, so that they are still in the processor's cache when they are scaled
+_STRIDE = 1 << 64  # counter values per position, so that the rows of two positions can't overlap
+_SMALLEST = 2.0**-54  # replaces 0, which has no logarithm: half the distance between two uniforms
+_CHUNK = 8192  # numbers per pass, so that they are still in the processor's cache when they are scaled
 
 
 def uniforms(seed: int, choice: int, position: int, vocab_size: int) -> Tensor:
-    """Numbers of 53 bits between 0 and 1, neither included, float64 [V]: a function of seed, choice and position.
+    """Returns uniform numbers of 53 bits in (0, 1), float64 [V], as a function of seed, choice and position.
 
-    A longer row begins with the same numbers. Seeds and choices that are equal modulo 2**64 share a stream.
+    A longer row begins with the same numbers. Seeds and choices that are equal modulo 2**64 give the same numbers.
 
     >>> torch.equal(uniforms(1, 0, 7, vocab_size=5), uniforms(1, 0, 7, vocab_size=9)[:5])
     True
@@ -58,7 +57,7 @@ def _uniforms(key: int, position: int, vocab_size: int) -> Tensor:
 
 
 def gumbel(uniforms: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniforms, element by element: the argmax of scores + noise is a draw of their softmax.
+    """Turns uniforms into standard Gumbel noise, -log(-log(u)). The argmax of scores + noise samples their softmax.
 
     >>> gumbel(torch.tensor([0.5], dtype=torch.float64))
     tensor([0.3665], dtype=torch.float64)
@@ -67,15 +66,15 @@ def gumbel(uniforms: Tensor) -> Tensor:
 
 
 class Noise:
-    """The random numbers of one request, a row a position; made once and kept until the position is committed.
+    """The uniforms of one request, one row per position, computed once and kept until the position is committed.
 
     Args:
-        seed, choice: 64 bits each; `choice` counts the answers that one seeded request asked for.
-        vocab_size: Of the target: the length of a row.
-        device: Where rows are used. They are made on the host.
+        seed, choice: 64 bits each; `choice` is the index among several answers to one prompt.
+        vocab_size: The target's; the length of a row.
+        device: Where rows are used. They are computed on the host.
 
     Raises:
-        ValueError: if the device has no float64, which noise needs: float32 would repeat itself within a vocabulary.
+        ValueError: if the device has no float64. In float32, numbers would repeat within a vocabulary.
     """
 
     def __init__(self, seed: int, choice: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
@@ -86,41 +85,45 @@ class Noise:
         self._rows: dict[int, Tensor] = {}
 
     def row(self, position: int) -> Tensor:
-        """The uniforms of a position's token, float64 [V]."""
+        """Returns the uniforms of one position, float64 [V]."""
         if position not in self._rows:
             row_V = _uniforms(self.key, position, self._vocab_size)
             self._rows[position] = row_V.to(self._device, non_blocking=True)
         return self._rows[position]
 
     def rows(self, first: int, count: int) -> Tensor:
-        """The uniforms of consecutive positions, float64 [count, V]."""
+        """Returns the uniforms of consecutive positions, float64 [count, V]."""
         return torch.stack([self.row(first + i) for i in range(count)])
 
     def forget_before(self, position: int) -> None:
-        """Drops the rows of positions before this one: their tokens are committed."""
+        """Frees the rows of positions before this one, whose tokens are committed."""
         for at in [at for at in self._rows if at < position]:
             del self._rows[at]
 
 
 class StepNoise:
-    """What a drafter sees of the random numbers of a step: those of the positions behind each request's anchor.
+    """The noise of a step, for drafters: that of the positions after each request's anchor.
 
     Args:
-        requests: Each request's numbers; None for a greedy one, whose noise is 0.
-        positions: Of the first token behind each request's anchor.
+        requests: Each request's noise; None for a greedy request, whose noise is 0.
+        positions: Position of the first token after each request's anchor.
     """
 
     def __init__(self, requests: Sequence[Noise | None], positions: Sequence[int]) -> None:
         self._requests, self._positions = list(requests), list(positions)
 
     def take(self, places: Sequence[int]) -> StepNoise:
-        """The same for some of the requests, by their places in the step."""
+        """Returns the noise of some of the requests, by their indices in the step."""
         return StepNoise([self._requests[i] for i in places], [self._positions[i] for i in places])
 
     def at(self, depth: int, token_ids_S: Tensor | None = None) -> Tensor | None:
-        """Gumbel noise [B, V], or [B, S] of some tokens, for each request's token at a drafting depth, 0 the first.
+        """Returns Gumbel noise, float64 [B, V], for each request's token at a drafting depth; 0 is the first.
 
-        None where all requests are greedy. Float64.
+        Args:
+            token_ids_S: Returns the columns of these tokens only, [B, S].
+
+        Returns:
+            None if all requests are greedy.
         """
         if not any(self._requests):
             return None
@@ -134,6 +137,6 @@ class StepNoise:
 
 
 def gumbel_rows(places: Sequence[tuple[int, int, int]], vocab_size: int) -> Tensor:
-    """The noise of any positions, float64 [N, V], to replay what was drawn; each place is (seed, choice, position)."""
+    """Returns the noise of past positions, float64 [N, V], to replay draws; each place is (seed, choice, position)."""
     rows = [gumbel(uniforms(*place, vocab_size)) for place in places]
     return torch.stack(rows) if rows else torch.empty(0, vocab_size, dtype=torch.float64)

@@ -1,8 +1,9 @@
-"""The papers' rule for drafts, kept for comparisons: accept with min(1, target / draft), else draw from the excess.
+"""The papers' rejection rule, for comparisons.
 
-The bounds of OnlineSpec and Online Speculative Decoding are stated for it. It keeps the target's law, but not the text
-that a seed gives: what is committed depends on what was drafted. So it is right only for a draft length that does not
-depend on what was drawn, and for one drafter; `Coupled` in `verify` is what serves.
+A drafted token is accepted with probability min(1, target / draft); else a token is drawn from the residual. The bounds
+of OnlineSpec and Online Speculative Decoding are stated for this rule. It preserves the target's distribution, but not
+the text of a seed, because the committed tokens depend on the draft. It is correct only if the draft length does not
+depend on what was drawn, and with one drafter. Serving uses `Coupled` in `verify.py`.
 
 Axis letters: B requests, K drafted tokens, L = K + 1 rows the target scored, V vocabulary.
 Reference: Leviathan et al., arXiv:2211.17192, algorithm 1 (their p is our target); Chen et al., arXiv:2302.01318.
@@ -22,19 +23,19 @@ from onlinespec.lossless.noise import Noise
 from onlinespec.lossless.sampling import probs_of
 from onlinespec.lossless.verify import ScoredRows, check_shape
 
-ACCEPT, LAST = range(2)  # columns of uniforms: judges a drafted token, draws the recovered or bonus token
+ACCEPT, LAST = range(2)  # columns of uniforms: accepts a drafted token; draws the recovered or bonus token
 
-_STREAM = 1 << 128  # of the counter: apart from `randomness`, whose rows drew the draft
+_STREAM = 1 << 128  # offset of the counter, so that these numbers are independent of `noise.py`'s, which drew the draft
 _WORDS_PER_COUNTER = 4  # 64-bit words that Philox makes for each value of its counter
 
 
 class Rejection:
-    """Judges by the ratio of target to draft; drafters must say what their tokens were drawn from."""
+    """Accepts by the ratio of target to draft probability; drafts must carry `probs_BKV` or be point masses."""
 
     needs_probs = True
 
     def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
-        """What is committed for each request of a step.
+        """Returns the verdict on the drafts of a step.
 
         Raises:
             FloatingPointError: if the logits of a request are not finite.
@@ -46,9 +47,9 @@ class Rejection:
 
 
 def uniforms(noise: Noise | None, position: int, count: int) -> Tensor:
-    """Numbers in [0, 1), float64 [count, 2], for the tokens from `position` on; a greedy request needs none.
+    """Returns numbers in [0, 1), float64 [count, 2], for the tokens from `position` on; for a greedy request 0.5.
 
-    A function of the request's seed, its choice, and each row's position.
+    They are a function of the request's seed, its choice, and the position of each row.
     """
     if noise is None:
         return torch.full((count, 2), 0.5, dtype=torch.float64)
@@ -58,20 +59,23 @@ def uniforms(noise: Noise | None, position: int, count: int) -> Tensor:
 
 
 def verify_by_rejection(draft: Draft, target_probs_BLV: Tensor, uniforms_BL2: Tensor) -> Verdict:
-    """Keeps the longest prefix of each draft that leaves the target's distribution intact.
+    """Accepts a prefix of each draft such that the committed tokens follow the target's distribution.
 
-    Token k survives with probability min(1, target_k / draft_k). The first casualty gives way to a *recovered*
-    token, drawn from what the target has in excess of the draft; with no casualty, a *bonus* token comes from the
-    target's row behind the last drafted token. A point mass (`draft.probs_BKV` is None) is a draft of probability
-    one, so its excess is the target without the refused token. Greedy is the same code with one-hot rows.
+    Token k is accepted with probability min(1, target_k / draft_k). The first rejected token is replaced by a
+    *recovered* token, drawn from the residual max(0, target - draft), normalised. If all are accepted, a *bonus* token
+    is drawn from the target's row after the last draft. A point mass (`draft.probs_BKV` is None) has draft probability
+    1, so its residual is the target's row without the rejected token. Greedy decoding is the same with one-hot rows.
 
-    Lossless under two conditions on how tokens were chosen. With `probs_BKV`, each was drawn from exactly its row; the
-    argmax of a soft row is a point mass. And whether a token is drafted at all must not depend on what it, or a token
-    behind it, turned out to be.
+    Lossless under two conditions. With `probs_BKV`, each token must have been drawn from exactly its row; the argmax of
+    a soft row is a point mass. And whether a token is drafted must not depend on its value or on later tokens.
 
     Args:
-        draft: A row's tokens beyond its `num_draft_tokens_B` are never looked at.
-        uniforms_BL2: At the absolute positions of the L tokens, independent of what drew the draft.
+        draft: Tokens of a row beyond its `num_draft_tokens_B` are ignored.
+        target_probs_BLV: The target's processed probabilities.
+        uniforms_BL2: For each position, columns ACCEPT and LAST; independent of the numbers that drew the draft.
+
+    Raises:
+        ValueError: if shapes do not match.
 
     >>> draft = Draft.by_one(torch.tensor([[1, 2]]), torch.tensor([2]), weights_version=0)
     >>> target_probs = torch.eye(3)[None, [1, 0, 2]]  # greedy: 1, then 0 where the draft has 2
@@ -98,9 +102,12 @@ def verify_by_rejection(draft: Draft, target_probs_BLV: Tensor, uniforms_BL2: Te
 
 
 def sample_rows(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
-    """The token of each row at which the running sum of probabilities passes the uniform (inverse CDF, in float64).
+    """Samples one token per row by inverting its cumulative sum at the uniform, in float64.
 
     Rows need not sum to one. A token of probability zero is never returned.
+
+    Raises:
+        ValueError: if shapes do not match, or a row has NaN or no probability.
 
     >>> sample_rows(torch.tensor([[0.0, 0.5, 0.5]]).expand(3, 3), torch.tensor([0.0, 0.49, 1.0])).tolist()
     [1, 1, 2]
@@ -117,7 +124,7 @@ def sample_rows(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 
 
 def _accepts(draft: Draft, target_probs_BLV: Tensor, uniforms_BK: Tensor) -> Tensor:
-    """Whether uniform < target / draft, multiplied out so that no draft probability is divided by."""
+    """Whether uniform < target / draft, multiplied out to avoid a division by zero."""
     ids_BK1 = draft.token_ids_BK[..., None]
     target_BK = target_probs_BLV[:, :-1].gather(-1, ids_BK1).squeeze(-1)
     if draft.probs_BKV is None:
@@ -126,8 +133,8 @@ def _accepts(draft: Draft, target_probs_BLV: Tensor, uniforms_BK: Tensor) -> Ten
 
 
 def _excess(draft: Draft, target_probs_BV: Tensor, num_accepted_B: Tensor) -> Tensor:
-    """What the target has above the draft at each request's first refused position, in float64; the target's row where
-    rounding leaves nothing. Requests without a refusal get rows that mean nothing."""
+    """max(0, target - draft), float64, at each request's first rejected position; the target's row if that is all zero
+    by rounding. The rows of requests without a rejection are meaningless."""
     B, K = draft.token_ids_BK.shape
     refused = torch.arange(B, device=target_probs_BV.device), num_accepted_B.clamp(max=K - 1)
     if draft.probs_BKV is None:
@@ -145,7 +152,7 @@ def _committed(draft_ids_BK: Tensor, num_accepted_B: Tensor, last_ids_B: Tensor)
 
 
 def _padded(probs_NV: Tensor, length: int) -> Tensor:
-    """Rows behind the last that was scored are zero and never read."""
+    """Pads with rows of zeros, which are never read."""
     return F.pad(probs_NV, (0, 0, 0, length - len(probs_NV)))
 
 

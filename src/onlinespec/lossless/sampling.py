@@ -1,9 +1,9 @@
 """From the target's logits to scores, and from scores to a token.
 
-Scores are logits after penalties, temperature and cuts: a token that a cut removes scores -inf. The token is the argmax
-of scores plus the noise of its position (`randomness`); greedy is noise 0, so greedy and sampled requests share one
-path. Order and cuts are transformers': penalties, temperature, top-k, top-p, min-p. Rows are processed independently,
-so a row's bits do not depend on the rows beside it.
+Scores are logits after penalties, temperature and cuts; a token that a cut removes has score -inf. The token is the
+argmax of scores plus the noise of its position (`noise.py`). Greedy is noise 0, so greedy and sampled requests share
+one path. The order is that of transformers: penalties, temperature, top-k, top-p, min-p. Rows are processed
+independently, so a row's bits do not depend on the rows beside it.
 
 Axis letters: K drafted tokens, L = K + 1 rows of a verification step, N any rows, S tokens left by a cut, V vocabulary.
 """
@@ -21,26 +21,26 @@ from onlinespec.core import TokenLogprobs
 from onlinespec.host import to_device
 from onlinespec.lossless.noise import gumbel
 
-_FEW = 8  # a cut is worth gathering for where it leaves at most one token in so many: two logarithms a token are saved
+_FEW = 8  # if cuts leave at most one token in 8, those are gathered first: it saves two logarithms per removed token
 _FLOAT32 = torch.finfo(torch.float32)
 
 
 class TokenCounts(NamedTuple):
-    """Which tokens came before each row; what penalties are counted from."""
+    """Counts of earlier tokens for each row, for the penalties."""
 
     is_seen_NV: Tensor  # bool: in the prompt or the output
     num_output_NV: Tensor  # float32: how often in the output
 
 
 class Choice(NamedTuple):
-    """What rows say, for N of them."""
+    """The chosen tokens of N rows."""
 
-    token_ids_N: Tensor  # int64; of a row that is not finite, any token
-    is_finite_N: Tensor  # bool: false where the best score is NaN or infinite, because the logits are broken
+    token_ids_N: Tensor  # int64; arbitrary for a row that is not finite
+    is_finite_N: Tensor  # bool: False if the best score is NaN or infinite
 
 
 def choose(scores_NV: Tensor, uniforms_NV: Tensor | None = None) -> Choice:
-    """The token of each row: the argmax of its scores, plus Gumbel noise from its uniforms if there are any.
+    """Chooses a token per row: the argmax of its scores, plus Gumbel noise from `uniforms_NV` if given.
 
     >>> choose(torch.tensor([[0.0, 2.0, 1.0], [0.0, float("nan"), 1.0]])).is_finite_N.tolist()
     [True, False]
@@ -48,7 +48,7 @@ def choose(scores_NV: Tensor, uniforms_NV: Tensor | None = None) -> Choice:
     if uniforms_NV is None:
         best_N, token_ids_N = scores_NV.max(dim=-1)
         return Choice(token_ids_N, best_N.isfinite())
-    if scores_NV.device.type == "cpu":  # how many tokens are left is read from the scores, which would stall a device
+    if scores_NV.device.type == "cpu":  # elsewhere, reading the number of remaining tokens would wait for the device
         num_left = int((scores_NV > -torch.inf).sum(-1).max())
         if 0 < num_left * _FEW <= scores_NV.shape[-1]:
             scores_NS, token_ids_NS = scores_NV.topk(num_left)
@@ -59,7 +59,7 @@ def choose(scores_NV: Tensor, uniforms_NV: Tensor | None = None) -> Choice:
 
 
 def _noisy(scores_NV: Tensor, uniforms_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The best score with noise, and where it is. In float64: float32 noise would repeat itself within a vocabulary."""
+    """The best noisy score and its index. In float64, because float32 noise would repeat within a vocabulary."""
     best_N, at_N = gumbel(uniforms_NV).add_(scores_NV).max(dim=-1)
     return best_N, at_N
 
@@ -71,11 +71,14 @@ def process_step(
     num_prompt_tokens: int,
     draft_ids_K: Tensor,
 ) -> Tensor:
-    """The scores of one request's verification step: row j stands behind the history and the first j drafted tokens.
+    """Returns the scores of one request's rows in a step; row j follows the history and the first j drafted tokens.
 
     Args:
         history_ids: Prompt and committed tokens, the anchor included. Read only if there are penalties.
         draft_ids_K: On the device of the logits.
+
+    Raises:
+        ValueError: if there is not exactly one row more than drafted tokens.
 
     >>> logits = torch.tensor([[2.0, 1.5, 0.0], [2.0, 1.5, 0.0]])
     >>> once = SamplingParams(presence_penalty=1.0)
@@ -96,7 +99,7 @@ def process_step(
 def count_tokens(
     history_ids: Sequence[int], num_prompt_tokens: int, draft_ids_K: Tensor, vocab_size: int
 ) -> TokenCounts:
-    """What each of a step's rows has before it. History ids beyond the vocabulary are left out: none can be drawn.
+    """Counts the tokens before each row of a step. History ids beyond the vocabulary are ignored.
 
     >>> count_tokens([2, 0], num_prompt_tokens=1, draft_ids_K=torch.tensor([1]), vocab_size=3).num_output_NV.tolist()
     [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
@@ -110,10 +113,10 @@ def count_tokens(
 
 
 def process_scores(logits_NV: Tensor, sampling: SamplingParams, token_counts: TokenCounts | None = None) -> Tensor:
-    """Float32 scores whose softmax the next token is drawn from; -inf where a cut removes a token.
+    """Returns float32 scores; the next token is distributed as their softmax. Tokens removed by a cut have -inf.
 
-    Greedy, they are the logits after penalties. A row that has NaN or +inf, or nothing but -inf, keeps a best score
-    that is not finite, which `choose` notes.
+    For greedy requests, scores are the logits after penalties. A row with NaN or +inf, or with -inf only, has a best
+    score that is not finite, which `choose` reports.
 
     >>> process_scores(torch.tensor([[0.0, 1.0, -9.0]]), SamplingParams(temperature=0.5, top_k=2))
     tensor([[-2.,  0., -inf]])
@@ -134,7 +137,7 @@ def process_scores(logits_NV: Tensor, sampling: SamplingParams, token_counts: To
 
 
 def probs_of(scores_NV: Tensor, sampling: SamplingParams) -> Tensor:
-    """What a token chosen by `choose` is drawn from: float32 rows that sum to one, one-hot where greedy.
+    """Returns the distribution of a token chosen by `choose`: float32 rows that sum to one; one-hot if greedy.
 
     Raises:
         FloatingPointError: if a row's best score is not finite.
@@ -150,7 +153,10 @@ def probs_of(scores_NV: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def process_logits(logits_NV: Tensor, sampling: SamplingParams, token_counts: TokenCounts | None = None) -> Tensor:
-    """The same from logits.
+    """Returns the distribution of the next token, float32 [N, V], from logits.
+
+    Raises:
+        FloatingPointError, ValueError: as `probs_of`, and if there are penalties but no counts.
 
     >>> process_logits(torch.tensor([[0.0, 0.0, -9.0]]), SamplingParams(temperature=0.7, top_k=2))
     tensor([[0.5000, 0.5000, 0.0000]])
@@ -159,15 +165,15 @@ def process_logits(logits_NV: Tensor, sampling: SamplingParams, token_counts: To
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms of N rows' probabilities, raw: temperature 1, nothing cut. Tensors, or what they hold."""
+    """Log-probabilities (natural) of N rows, at temperature 1 and without cuts. Tensors, or the same as lists."""
 
     chosen_N: Any  # of the row's committed token
-    top_ids_NT: Any  # the likeliest tokens, likeliest first ...
-    top_NT: Any  # ... and theirs
+    top_ids_NT: Any  # the most likely tokens, in descending order ...
+    top_NT: Any  # ... and their log-probabilities
 
 
 def logprobs_of(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> Logprobs:
-    """Of given tokens and of the `num_top` likeliest ones; of a token -1, anything."""
+    """Returns the log-probabilities of given tokens and of the `num_top` most likely ones; arbitrary for token -1."""
     logprobs_NV = logits_NV.float().log_softmax(-1)
     top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[-1]))
     chosen_N1 = logprobs_NV.gather(-1, token_ids_N.clamp_min(0)[:, None])
@@ -175,7 +181,7 @@ def logprobs_of(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> Logprob
 
 
 def token_logprobs(token_ids: Sequence[int], logprobs: Logprobs) -> list[TokenLogprobs]:
-    """What was read of `logprobs_of`, token by token, for the first rows.
+    """Converts the lists of `logprobs_of` to one object per token, for the first len(token_ids) rows.
 
     >>> rows = logprobs_of(torch.tensor([[0.0, 0.0, -9.9e9]]), torch.tensor([1]), num_top=1)
     >>> (one,) = token_logprobs([1], Logprobs(*(part.tolist() for part in rows)))
@@ -205,18 +211,18 @@ def _check_finite(top_N: Tensor) -> None:
 
 
 def _scale(scores_NV: Tensor, temperature: float) -> Tensor:
-    """The scores' maximum is 0, so that no temperature, however small, can overflow it."""
+    """Divides by the temperature. The maximum score is 0, so even a tiny temperature can't overflow it."""
     return scores_NV / min(max(temperature, _FLOAT32.tiny), _FLOAT32.max)
 
 
 def _keep_top_k(scores_NV: Tensor, top_k: int) -> Tensor:
-    """Ties with the k-th are kept."""
+    """Keeps the k largest scores, and ties with the k-th."""
     kth_N1 = scores_NV.topk(min(top_k, scores_NV.shape[-1])).values[:, -1:]
     return scores_NV.masked_fill(scores_NV < kth_N1, -torch.inf)
 
 
 def _keep_top_p(scores_NV: Tensor, top_p: float) -> Tensor:
-    """Drops the tail that weighs 1 - top_p or less; the likeliest token stays, however small top_p."""
+    """Drops the tail of total probability 1 - top_p or less. The most likely token always stays."""
     ascending_NV, order_NV = scores_NV.sort(dim=-1)
     is_tail_NV = ascending_NV.softmax(-1).cumsum(-1) <= 1 - top_p
     is_tail_NV[:, -1] = False
@@ -224,7 +230,7 @@ def _keep_top_p(scores_NV: Tensor, top_p: float) -> Tensor:
 
 
 def _keep_min_p(scores_NV: Tensor, min_p: float) -> Tensor:
-    """Drops what is less likely than min_p times the likeliest token."""
+    """Drops tokens less likely than min_p times the most likely one."""
     probs_NV = scores_NV.softmax(-1)
     return scores_NV.masked_fill(probs_NV < min_p * probs_NV.amax(-1, keepdim=True), -torch.inf)
 

@@ -1,4 +1,4 @@
-"""Lossless acceptance of a drafted chain of tokens, for all requests of a step at once.
+"""Verification: decides which drafted tokens are kept, for all requests of a step at once.
 
 Axis letters: B requests, K drafted tokens, L = K + 1 rows the target scored, V vocabulary.
 """
@@ -18,45 +18,47 @@ from onlinespec.lossless.sampling import Choice, choose
 
 
 class ScoredRows(NamedTuple):
-    """What the target said of one request's anchor and drafted tokens."""
+    """The target's scores for one request: a row for its anchor and for each drafted token."""
 
-    scores_LV: Tensor  # from `sampling.process_step`; fewer than L rows where fewer tokens were drafted
+    scores_LV: Tensor  # from `sampling.process_step`; fewer than L rows if fewer tokens were drafted
     sampling: SamplingParams
-    noise: Noise | None  # None where greedy
-    position: int  # of the token behind the anchor, which the first row decides
+    noise: Noise | None  # None if greedy
+    position: int  # of the token after the anchor, which the first row decides
 
 
 class Rule(Protocol):
-    """How drafts are judged. `Coupled` is the rule; `rejection` has the papers', for comparisons."""
+    """An acceptance rule. `Coupled` serves; `rejection.py` has the papers' rule, for comparisons."""
 
-    needs_probs: bool  # whether drafts must carry the rows that they were drawn from
+    needs_probs: bool  # whether drafts must carry their distributions (`Draft.probs_BKV`)
 
-    def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict: ...
+    def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
+        """Returns the verdict on the drafts of a step."""
 
 
 class Coupled:
-    """The target's own token decides: a draft is kept while it equals what plain decoding would have committed."""
+    """Coupled sampling: a drafted token is kept if it equals the token that plain decoding would commit there."""
 
     needs_probs = False
 
     def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
-        """What is committed for each request of a step."""
+        """Returns the verdict on the drafts of a step."""
         L = draft.token_ids_BK.shape[1] + 1
         choices = [_chosen(one, L) for one in rows]
         return verify(draft, Choice(*(torch.stack(parts) for parts in zip(*choices, strict=True))))
 
 
 def verify(draft: Draft, choice_BL: Choice) -> Verdict:
-    """Keeps the longest prefix of each draft that says what the target says, and commits the target's next token.
+    """Keeps the longest prefix of each draft that equals the target's tokens, then commits the target's next token.
 
-    The target's token of a position is the argmax of its processed scores plus that position's noise, the same that
-    plain decoding commits there. So whatever was drafted, and however that was chosen, the text does not change.
-    A position whose row is not finite ends the step before it; if it is the first, nothing is committed.
+    The target's token of a position is the argmax of its processed scores plus the position's noise, which is the token
+    that plain decoding commits there. So the text does not depend on what was drafted, or why. A row that is not finite
+    ends the step before its position; if it is the first row, nothing is committed.
 
     Args:
-        draft: A row's tokens beyond its `num_draft_tokens_B` are never looked at.
-        choice_BL: The target's token at each position, from `sampling.choose`, all fields [B, L]. Position 0 is behind
-            the anchor, position k behind the k-th drafted token.
+        draft: Tokens of a row beyond its `num_draft_tokens_B` are ignored.
+        choice_BL: The target's token at each position, from `sampling.choose`, all fields [B, L]. Position 0 follows
+        the
+            anchor, position k the k-th drafted token.
 
     Raises:
         ValueError: if the target did not score exactly K + 1 positions.
@@ -80,13 +82,13 @@ def verify(draft: Draft, choice_BL: Choice) -> Verdict:
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
-    """Raises ValueError naming both shapes, unless they are the same."""
+    """Raises ValueError naming both shapes, unless they are equal."""
     if tensor.shape != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}: {why}")
 
 
 def _chosen(rows: ScoredRows, length: int) -> Choice:
-    """A request's tokens, padded to so many positions behind the last that was scored."""
+    """Chooses a request's tokens, and pads them to `length` positions."""
     count = len(rows.scores_LV)
     chosen = choose(rows.scores_LV, rows.noise.rows(rows.position, count) if rows.noise else None)
     if count == length:
