@@ -168,7 +168,8 @@ def test_a_step_size_that_is_given_holds_whatever_learns():
 
 
 def test_learning_takes_the_step_size_of_its_drafter(drafter, monkeypatch):
-    monkeypatch.setattr("onlinespec.learners.step_sizes._LARGEST_UP_TO", drafter.describe()["num_parameters"] / 4)
+    num_parameters = sum(p.numel() for p in drafter.weights.params.values())
+    monkeypatch.setattr("onlinespec.learners.step_sizes._LARGEST_UP_TO", num_parameters / 4)
     assert InlineLearning(drafter)._learner.step_size == 5e-4
 
 

@@ -1,1 +1,1 @@
-"""What proposes tokens, and how each family drafts, learns and is saved."""
+"""Drafters: one file per family, and what they share for drafting, learning and saving."""

@@ -1,7 +1,6 @@
-"""Whether a drafter would have named the token that was committed: serving's own question, asked of any weights.
+"""Whether given weights would have drafted the token that was committed.
 
-The noise that a token was chosen with is replayed, so that the answer is what serving would have seen, greedy or
-sampled, and no estimate.
+The noise that chose the token is replayed, so the answer is exactly what serving would have seen, greedy or sampled.
 
 Axis letters: E sets of weights, N verified positions, V vocabulary.
 """
@@ -17,17 +16,16 @@ from onlinespec.lossless.noise import gumbel_rows
 
 
 def agrees(draft_logits_ENV: Tensor, target: TargetRows) -> Tensor:
-    """bool [E, N], or [N] without sets: the argmax of logits / temperature + noise is the committed token.
+    """Returns whether the argmax of logits / temperature + noise is the committed token; bool [E, N], or [N].
 
-    False where the best logit is not finite. Rows over a list of tokens instead of the vocabulary are for greedy
-    requests alone, whose noise is 0.
+    False if the best logit is not finite. Logits over a draft vocabulary are allowed for greedy requests only.
 
     >>> logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     >>> rows = TargetRows(torch.eye(2), torch.tensor([1, 1]), torch.tensor([0.0, 0.0]))
     >>> agrees(logits, rows).tolist()
     [True, False]
     """
-    is_usable_EN = draft_logits_ENV.amax(-1).isfinite()  # a token may be ruled out (-inf)
+    is_usable_EN = draft_logits_ENV.amax(-1).isfinite()  # single tokens may be ruled out by -inf
     scores_ENV, noise_NV = draft_logits_ENV, _noise(target, draft_logits_ENV.shape[-1])
     if noise_NV is not None:
         temperatures_N1 = torch.where(target.temperatures_N > 0, target.temperatures_N, 1.0)[:, None]
@@ -36,7 +34,7 @@ def agrees(draft_logits_ENV: Tensor, target: TargetRows) -> Tensor:
 
 
 def _noise(target: TargetRows, vocab_size: int) -> Tensor | None:
-    """What was added to the target's scores, float64 [N, V]; None where all rows are greedy."""
+    """The noise that was added to the target's scores, float64 [N, V]; None if all rows are greedy."""
     keys_N3 = target.noise_keys_N3
     if keys_N3 is None:
         return None

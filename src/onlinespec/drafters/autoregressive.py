@@ -1,8 +1,8 @@
-"""Drafting token by token through a cache: what drafters share that read each drafted token before the next.
+"""Base class of drafters that draft token by token through a KV cache.
 
-A request's rows wait until the next draft, are read together, and the last one's state is where drafting starts; each
-drafted token is read in turn, and the cache is cropped to the rows that are real. A subclass says how rows are read
-(`_read`).
+Committed tokens wait until the next draft and are then processed together; drafting starts from the last one's state.
+Each drafted token is processed before the next is drafted, and the cache is cropped to the committed tokens afterwards.
+A subclass implements `_read`, which processes tokens.
 
 Axis letters: B requests, R of them that draft, K drafted tokens, N rows of a call, S tokens, D hidden size,
 V vocabulary.
@@ -29,16 +29,16 @@ from onlinespec.models.loading import Target
 
 @dataclass
 class Waiting:
-    """What is known of a request but not yet in the drafter's cache: tokens, each with the features before it."""
+    """A request's tokens that are not in the drafter's cache yet, each with the target's features before it."""
 
     may_learn: bool = True  # whether its tokens count for the draft vocabulary
     token_ids: list[int] = field(default_factory=list)
     features: list[Features] = field(default_factory=list)
-    state_1D: Tensor | None = None  # of the last row that is in the cache; drafting starts there
+    state_1D: Tensor | None = None  # the drafter's state of the last token in the cache, from which drafting starts
 
 
 class Autoregressive(HeadTraining):
-    """A drafter that reads each drafted token before the next. Subclasses set `_cache` and `draft_vocab`."""
+    """Drafts token by token, for the requests of a step together. Subclasses set `_cache` and `draft_vocab`."""
 
     _cache: Cache
 
@@ -59,7 +59,7 @@ class Autoregressive(HeadTraining):
             self.draft_vocab.begin_request(token_ids)
 
     def _capacity(self, info: RequestInfo) -> int:
-        """Tokens of a request that the cache must hold."""
+        """Number of tokens of a request that the cache must hold."""
         return info.capacity
 
     def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Features]) -> None:
@@ -94,7 +94,7 @@ class Autoregressive(HeadTraining):
         return Draft.by_one(draft.token_ids_BK, draft.counts_B, self.weights.version, draft.probs_BKV)
 
     def _can_draft(self, slot: int) -> bool:
-        """Whether there is a row to start from: one that reads states has none in a prompt of one token."""
+        """Whether there is a token to start from; a drafter that reads features has none after a one-token prompt."""
         return bool(self._slots[slot].token_ids) or self._slots[slot].state_1D is not None
 
     def _chain(
@@ -105,11 +105,10 @@ class Autoregressive(HeadTraining):
         sampling: Sequence[SamplingParams],
         noise: StepNoise,
     ) -> None:
-        """Fills a draft in, depth by depth, for the requests that still want a token there; the cache ends with the
-        real rows.
+        """Fills in a draft depth by depth, for the requests that draft that deep, then crops the cache.
 
         Args:
-            active: The requests that draft at all, by their places.
+            active: Indices of the requests that draft at all.
         """
         state_RD, has_probs = self._absorb([slots[i] for i in active]), self._needs_probs(sampling)
         lengths = {slots[i]: self._cache.lengths[slots[i]] for i in active}
@@ -130,7 +129,7 @@ class Autoregressive(HeadTraining):
         return self.gives_probs and not all(params.is_greedy for params in sampling)
 
     def _absorb(self, slots: Sequence[int]) -> Tensor:
-        """Reads the rows that became real since the last draft; the last of each request is where drafting starts."""
+        """Processes the tokens committed since the last draft. Returns the last state of each request, [R, D]."""
         if pending := [slot for slot in slots if self._slots[slot].token_ids]:
             for slot in pending:
                 self._remember(slot)
@@ -145,27 +144,27 @@ class Autoregressive(HeadTraining):
         return states[0] if len(states) == 1 else torch.cat(states)
 
     def _remember(self, slot: int) -> None:
-        """Reads all but the last of many rows, a prompt's, whose states no one needs; few are left for `_read`."""
+        """May process all waiting tokens except the last into the cache, without computing states that no one needs."""
 
     @abstractmethod
     def _read(
         self, token_ids_N: Tensor, features: Features | None, slots: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
-        """States [N, D] of `counts[i]` new rows of `slots[i]`, which are in the cache from now on.
+        """Processes `counts[i]` tokens of `slots[i]` into the cache. Returns their states, [N, D].
 
         Args:
-            features: Of who reads the target's: those before each token. While drafting, the drafter's own states
-                stand in for the final ones.
+            features: For a drafter that reads features: those before each token. While drafting, the drafter's own
+                states take the place of the target's final ones.
         """
 
     def _draw(
         self, states_RD: Tensor, sampling: Sequence[SamplingParams], noise: StepNoise, depth: int, has_probs: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """A token per state, the best of scores / temperature + noise, and the rows it was drawn from if drafts carry
-        them.
+        """Drafts a token per state: the argmax of scores / temperature + noise. Also returns `probs` if needed.
 
-        From the draft vocabulary where all are greedy, from all tokens while that is cold, or noise may lift a rare
-        token: on prose at temperature 0.6 the demo's acceptance length was 2.43 with the choice, 2.49 without.
+        Tokens come from the draft vocabulary if all requests are greedy and it has seen enough traffic, else from the
+        whole vocabulary, because noise may choose a rare token: with the draft vocabulary, acceptance length of the
+        demo's drafter on prose at temperature 0.6 was 2.43 instead of 2.49.
         """
         if has_probs:
             return self._draw_with_probs(states_RD, sampling, noise, depth)
@@ -175,9 +174,9 @@ class Autoregressive(HeadTraining):
         scores_RS = self._logits(states_RD, tokens.head if tokens else self.draft_vocab.whole)
         noise_RS = noise.at(depth, draft_to_target_S)
         if noise_RS is not None:
-            tiny = torch.finfo(torch.float32).tiny  # a lower temperature would be 0 there
+            tiny = torch.finfo(torch.float32).tiny  # a lower temperature would become 0
             temperatures = [max(params.temperature, tiny) if params.temperature else 1.0 for params in sampling]
-            scores_RS = scores_RS - scores_RS.amax(-1, keepdim=True)  # so that no temperature can overflow the best
+            scores_RS = scores_RS - scores_RS.amax(-1, keepdim=True)  # so that a tiny temperature can't overflow
             scores_RS = scores_RS / to_device(temperatures, scores_RS.device, torch.float32)[:, None] + noise_RS
         best_R = scores_RS.argmax(-1)
         return best_R if draft_to_target_S is None else draft_to_target_S[best_R], None
@@ -185,9 +184,9 @@ class Autoregressive(HeadTraining):
     def _draw_with_probs(
         self, states_RD: Tensor, sampling: Sequence[SamplingParams], noise: StepNoise, depth: int
     ) -> tuple[Tensor, Tensor]:
-        """For the rejection rule: over the whole vocabulary, cut as the target's rows are, so that more is kept."""
+        """For the rejection rule: from the whole vocabulary, with the target's cuts, so that more is accepted."""
         logits_RV = self._logits(states_RD, self.draft_vocab.whole)
-        logits_RV = logits_RV.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # weights that blew up may still draft
+        logits_RV = logits_RV.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # diverged weights must still give a draft
         plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
         probs_RV = torch.cat([process_logits(row[None], one) for row, one in zip(logits_RV, plain, strict=True)])
         noise_RV, scores_RV = noise.at(depth), probs_RV.double().log()
@@ -195,7 +194,7 @@ class Autoregressive(HeadTraining):
 
 
 class _EmptyDraft:
-    """A draft that is filled in depth by depth."""
+    """A draft while it is filled in, depth by depth."""
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self.counts, self.counts_B = counts, to_device(counts, device)
@@ -203,7 +202,7 @@ class _EmptyDraft:
         self.probs_BKV: Tensor | None = None
 
     def fill(self, places: Sequence[int], depth: int, ids_R: Tensor, probs_RV: Tensor | None) -> None:
-        """The tokens of these requests at a depth, and the rows they were drawn from, if any."""
+        """Sets the tokens of these requests at a depth, and their distributions if given."""
         at_R = to_device(places, ids_R.device)
         self.token_ids_BK[at_R, depth] = ids_R
         if probs_RV is not None:

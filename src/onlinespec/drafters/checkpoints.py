@@ -1,7 +1,7 @@
-"""Drafter checkpoints on disk: recognised by what they hold, written whole or not at all.
+"""Drafter checkpoints on disk: recognising the family of a folder, and writing one atomically.
 
-A drafter directory is `config.json` and, if it has weights, `model.safetensors`, in the layout its family publishes;
-what is ours (version, parent, the target it was made for) stands apart in `onlinespec.json`, which other engines
+A drafter folder has `config.json` and, if it has weights, `model.safetensors`, in the layout that its family publishes.
+Our own facts (weights version, target fingerprint, draft vocabulary) are in `onlinespec.json`, which other engines
 ignore.
 """
 
@@ -24,7 +24,7 @@ from onlinespec.models.checkpoint import architecture_of, find_folder, read_json
 
 SIDE_FILE = "onlinespec.json"
 _DRAFT_TOKENS = "draft_tokens"
-_KNOWN_ELSEWHERE = {  # recognised so that the message can say what it is; each gets its drafter later
+_KNOWN_ELSEWHERE = {  # families that we recognise, for the error message, but do not run yet
     "LlamaForCausalLMEagle3": "EAGLE-3",
     "Eagle3Speculator": "EAGLE-3 (speculators)",
     "Eagle3DraftModel": "EAGLE-3 (speculators)",
@@ -37,10 +37,10 @@ _KEY_MARKS = {"medusa_num_heads": "Medusa", "hydra_head_arch": "Hydra", "draft_v
 
 
 def drafter_folder(name: str, known: list[str]) -> Path:
-    """The directory of a saved drafter, here or from the Hub.
+    """Returns the folder of a saved drafter, from a path or a Hub id.
 
     Raises:
-        FileNotFoundError: naming the table's drafters too, for a mistyped name.
+        FileNotFoundError: if there is none; the message lists `known`, the names of untrained drafters.
     """
     try:
         return find_folder(name)
@@ -49,17 +49,17 @@ def drafter_folder(name: str, known: list[str]) -> Path:
 
 
 def read_drafter_config(folder: Path) -> dict[str, Any]:
-    """The drafter's config.json."""
+    """Reads the config.json of a drafter."""
     return read_json(folder / "config.json")
 
 
 def read_format(folder: Path) -> str:
-    """The name of the drafter class that a directory holds: a table name, or "pkg.module:Class" from its config.
+    """Returns the name of the drafter class that a folder holds: a table name, or "pkg.module:Class" from its config.
 
-    The config decides first, the names of the tensors second.
+    The config is looked at first, then the names of the tensors.
 
     Raises:
-        ValueError: if it is of another family, or none.
+        ValueError: if the family is not supported, or not recognised.
     """
     if (folder / "adapter_config.json").is_file():
         return "small_lm"
@@ -81,7 +81,7 @@ def read_format(folder: Path) -> str:
 
 
 def looks_like_drafter(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
-    """Whether a directory holds a drafter of a family that we run or know of."""
+    """Whether a folder holds a drafter of a family that we run or recognise."""
     if architecture == "NgramDrafter" or _is_class(architecture) or _family_elsewhere(config, architecture):
         return True
     return _is_eagle(tensor_names(folder))
@@ -101,7 +101,11 @@ def _is_eagle(names: Collection[str]) -> bool:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """Names of all tensors in a directory's safetensors files, without reading the tensors."""
+    """Returns the names of all tensors in a folder's safetensors files, without reading the tensors.
+
+    Raises:
+        ValueError: if a file can't be read.
+    """
     names: set[str] = set()
     for path in weight_files(folder):
         try:
@@ -113,21 +117,21 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def read_side(folder: Path) -> dict[str, Any]:
-    """What onlinespec noted beside the published files; empty for a drafter from elsewhere."""
+    """Reads `onlinespec.json`; empty if the drafter was written by another program."""
     return read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
 
 
 def draft_tokens_of(vocab: DraftVocab) -> dict[str, str]:
-    """What is noted beside a drafter's files of the tokens that its traffic has brought; empty while that is little."""
+    """Returns the draft vocabulary as an entry of `onlinespec.json`; empty while it is cold, or if it is fixed."""
     token_ids = vocab.saved()
     return {_DRAFT_TOKENS: " ".join(map(str, token_ids))} if token_ids else {}
 
 
 def draft_tokens_in(side: Mapping[str, Any]) -> list[int]:
-    """Those tokens again.
+    """Returns the token ids of the draft vocabulary in the content of `onlinespec.json`.
 
     Raises:
-        ValueError: if what was noted is no list of token ids.
+        ValueError: if the entry is no text of token ids.
     """
     noted = side.get(_DRAFT_TOKENS, "")
     try:
@@ -145,15 +149,18 @@ def write_drafter(
     names: tuple[str, str] = ("config.json", "model.safetensors"),
     also: Callable[[Path], object] | None = None,
 ) -> None:
-    """Writes a drafter directory: into a temporary one beside it first, then renamed into place.
+    """Writes a drafter folder atomically: into a temporary folder beside it, which is then renamed.
 
     Args:
-        names: Of the config and of the tensors' file.
-        side: What of ours is noted beside the published files.
-        also: Writes what else belongs there, a tokenizer say.
+        config: The content of config.json.
+        tensors: The published tensors; empty writes no file.
+        version: The weights version, for `onlinespec.json`.
+        side: Further entries of `onlinespec.json`.
+        names: File names of the config and of the tensors.
+        also: Called with the temporary folder to write further files, such as a tokenizer.
 
     Raises:
-        ValueError: if the place can't be written to, or holds something that is no drafter.
+        ValueError: if the folder can't be written to, or exists and was not written by onlinespec.
     """
     folder = Path(folder)
     if (
@@ -172,7 +179,7 @@ def write_drafter(
         _write_json(partial / SIDE_FILE, {"weights_version": version, **(side or {})})
         if tensors:
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / names[1])
-            (partial / names[1]).chmod((partial / names[0]).stat().st_mode)  # others may read it as they may the config
+            (partial / names[1]).chmod((partial / names[0]).stat().st_mode)  # safetensors makes it owner-only
         if also:
             also(partial)
         partial.chmod(0o755)

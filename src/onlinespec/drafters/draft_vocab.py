@@ -1,13 +1,13 @@
-"""The tokens that a drafter may propose, and a head for these alone.
+"""The draft vocabulary: the tokens that a drafter may propose, and an LM head for them.
 
-The head is the largest product of a draft and of its learning, and most of its rows are for tokens that this traffic
-never uses. FR-Spec (arXiv:2502.14856) drafts with the rows of the tokens most frequent in a corpus; here they follow
-the traffic, prompts included, so that a change of domain brings its own. On Spider, GSM8K and CodeSearchNet 1,024 of
-4,096 tokens covered 96 to 99 % of what the demo target answered, and what they miss is what a drafter would hardly have
-guessed. A drafter that was trained with a vocabulary of its own (EAGLE-3) keeps that one.
+The head is the largest product in drafting and learning, and most of its rows belong to tokens that the traffic never
+uses. FR-Spec (arXiv:2502.14856) drafts from the tokens most frequent in a corpus; here they are counted in the traffic,
+prompts included, so that they follow a change of domain. On Spider, GSM8K and CodeSearchNet 1,024 of 4,096 tokens
+covered 96 to 99 % of the demo target's answers, and a drafter would hardly have guessed the others. A drafter that was
+trained with a fixed draft vocabulary (EAGLE-3) keeps it.
 
-A token that is left out costs a draft and never exactness, nor the text that a seed gives: the target chooses from its
-whole vocabulary.
+A token outside the draft vocabulary costs a draft, but never exactness or the text of a seed, because the target
+chooses from its whole vocabulary.
 
 Axis letters: N rows, S tokens of the draft vocabulary, V the target's vocabulary, D hidden size.
 """
@@ -30,23 +30,25 @@ Ids = NDArray[np.int64]
 Counts = NDArray[np.float64]
 
 _LEAST_SIZE = 1024
-_SHARE = 16  # of the vocabulary one token in so many, once that is more
-_COLD = 2  # times as many tokens as there are draft tokens must have been seen
-_DECAY = 0.95  # of counts, from one request to the next
-_NEVER = -1e30  # below every score, and finite: a label of 0 times it is 0 and not NaN
+_SHARE = 16  # a sixteenth of the target's vocabulary, if that is more
+_COLD = 2  # it is cold until the traffic has brought this many times its size in tokens
+_DECAY = 0.95  # of counts, with every request
+_NEVER = -1e30  # a logit below all others, but finite, because 0 times infinity would be NaN
 
 
 def draft_vocab_size(vocab_size: int) -> int:
-    """Tokens of a draft vocabulary, if its maker does not say."""
+    """Returns the default size of a draft vocabulary."""
     return max(_LEAST_SIZE, vocab_size // _SHARE)
 
 
 class DraftTokens:
-    """A choice of tokens in the order of their ids, and their rows of the head; never changes.
+    """An immutable set of tokens, sorted by id, and their rows of the head.
 
     Args:
-        draft_to_target: The target's ids of the tokens, on the host; `draft_to_target_S` on the device.
+        draft_to_target: The target's ids of the tokens, on the host; `draft_to_target_S` is the same on the device.
+        head_SD: Their rows of the drafter's head.
         labels_SD: Their rows of the target's head.
+        make_linear: Makes the product of the head.
     """
 
     def __init__(
@@ -58,29 +60,30 @@ class DraftTokens:
         make_linear: MakeLinear,
     ) -> None:
         self.draft_to_target, self.draft_to_target_S = draft_to_target, draft_to_target_S
-        self.head = FrozenProduct(head_SD, make_linear)  # as drafts are made
+        self.head = FrozenProduct(head_SD, make_linear)
         self._labels_SD = labels_SD
 
     def target_logits(self, states_ND: Tensor) -> Tensor:
-        """What the target says of these tokens, in full precision, float32 [N, S]."""
+        """Returns the target's logits for these tokens, float32 [N, S]."""
         return F.linear(states_ND, self._labels_SD).float()
 
     def target_to_draft(self, token_ids: Sequence[int]) -> Ids | None:
-        """Where among these tokens each of the target's is; None unless all of them are there."""
+        """Maps the target's ids to indices among these tokens; None unless all of them are included."""
         places = np.searchsorted(self.draft_to_target, token_ids).clip(max=len(self.draft_to_target) - 1)
         return places if np.array_equal(self.draft_to_target[places], token_ids) else None
 
 
 class DraftVocab:
-    """Chooses what to draft from: the tokens that weigh most in a decaying count of the traffic, or ever the same ones.
+    """Chooses the tokens to draft from: those with the largest decayed counts in the traffic, or a fixed set.
 
     Args:
-        head_VD: The drafter's. Where the target has more tokens than rows here, those are never chosen, nor drafted.
-        tokens: How many tokens, or which ones for good; by default 1,024 or a sixteenth of the vocabulary.
-        labels_VD: The target's head, where it is another.
+        head_VD: The drafter's head. Tokens of the target that it has no row for are never chosen.
+        make_linear: Makes the product of a head.
+        tokens: The size, or the ids of a fixed set; by default 1,024, or a sixteenth of the vocabulary if that is more.
+        labels_VD: The target's head, if it differs from the drafter's.
 
     Raises:
-        ValueError: for no tokens at all, or one that the head has no row for.
+        ValueError: for a size or set of no tokens, or for ids that the head has no row for.
     """
 
     def __init__(
@@ -93,37 +96,37 @@ class DraftVocab:
         self._head_VD, self._make_linear = head_VD, make_linear
         self._labels_VD = head_VD if labels_VD is None else labels_VD
         V = len(head_VD)
-        self._num_lacking = len(self._labels_VD) - V  # tokens of the target that there is no row for
+        self._num_lacking = len(self._labels_VD) - V  # tokens of the target that the head has no row for
         self._fixed = None if tokens is None or isinstance(tokens, int) else _checked(tokens, V)
         size = tokens if isinstance(tokens, int) else draft_vocab_size(V)
         if size < 1:
             raise ValueError(f"a draft vocabulary of {size} tokens can't be drafted from; it must have at least 1")
         self._size = min(V, size)
-        # Among unseen tokens the low ids come first: byte-pair vocabularies are numbered by how frequent a token is.
+        # Unseen tokens are ranked by id, because byte-pair vocabularies are numbered by frequency.
         self._unseen_V = np.linspace(1e-6, 0, V)
         self._counts_V = np.zeros(len(self._labels_VD))
-        self._uncounted: list[int] = []  # tokens that `_counts_V` does not have yet
+        self._uncounted: list[int] = []  # observed tokens that are not in `_counts_V` yet
         self._num_seen = 0
         self._chosen: DraftTokens | None = None
         self._is_stale = True
 
-    # --- what to draft from -------------------------------------------------------------------------------------
+    # --- choosing tokens ----------------------------------------------------------------------------------------
 
     @property
     def is_cold(self) -> bool:
-        """Whether too little was seen for a choice to stand for the traffic: drafts had better take all tokens."""
+        """Whether too little traffic was observed to choose; drafts should use the whole vocabulary then."""
         return self._fixed is None and self._num_seen < _COLD * self._size
 
     @property
     def now(self) -> DraftTokens:
-        """What to draft from: chosen as the newest request began. Work is done only when asked for."""
+        """The tokens to draft from, chosen when the newest request began. Computed only when it is needed."""
         if self._is_stale or self._chosen is None:
             self.settle()
             self._chosen, self._is_stale = self._choose(self._counts_V), False
         return self._chosen
 
     def holding(self, token_ids: Sequence[int]) -> DraftTokens:
-        """A choice of the same size with these tokens before all others; what is drafted from stays as it is."""
+        """Returns a set of the same size that includes these tokens first. `now` does not change."""
         now = self.now
         if self._fixed is not None or now.target_to_draft(token_ids) is not None:
             return now
@@ -134,47 +137,47 @@ class DraftVocab:
 
     @cached_property
     def whole(self) -> Linear:
-        """The head for the whole vocabulary; made when a cold start, or a batch that a choice can't hold, asks."""
+        """The head for the whole vocabulary; made when it is first needed."""
         product = FrozenProduct(self._head_VD, self._make_linear)
         return (lambda x_ND: self.widened(product(x_ND))) if self._num_lacking else product
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states that its heads take."""
+        """The dtype of the states that its heads take."""
         return self._head_VD.dtype
 
     def use_head(self, head_VD: Tensor) -> None:
-        """Another head for the same tokens: a drafter's whose head learns."""
+        """Replaces the drafter's head, for drafters whose head learns."""
         self._head_VD, self._chosen = head_VD, None
         self.__dict__.pop("whole", None)
 
-    # --- what traffic has ---------------------------------------------------------------------------------------
+    # --- observing traffic --------------------------------------------------------------------------------------
 
     def begin_request(self, prompt_ids: Sequence[int]) -> None:
-        """One more request: what was seen before weighs less, and tokens are chosen anew."""
+        """Starts a request: decays earlier counts, counts its prompt, and lets `now` be chosen anew."""
         self.settle()
         self._counts_V *= _DECAY
         self.observe_tokens(prompt_ids)
         self._is_stale = True
 
     def observe_tokens(self, token_ids: Sequence[int]) -> None:
-        """These tokens were seen. They are counted when it matters: every step comes here."""
+        """Notes committed tokens. They are counted later, because every step calls this."""
         self._num_seen += len(token_ids)
         self._uncounted.extend(token_ids)
 
     def settle(self) -> None:
-        """Counts what was observed, so that nothing but counts is kept."""
+        """Counts the observed tokens, and keeps nothing but the counts."""
         np.add.at(self._counts_V, np.array(self._uncounted, dtype=np.int64), 1.0)
         self._uncounted = []
 
     def saved(self) -> list[int]:
-        """The tokens that traffic has brought so far, for the drafter's files: none while that is too little."""
+        """Returns the tokens to save with the drafter; none while it is cold, or if the set is fixed."""
         return [] if self.is_cold or self._fixed is not None else self.now.draft_to_target.tolist()
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """Begins with tokens from `saved`, as if each had been seen twice; those that there is no row for are left out.
+        """Starts from saved tokens as if each had been observed twice; ids without a row are skipped.
 
-        More traffic soon outweighs them.
+        New traffic soon outweighs them.
         """
         known = [i for i in token_ids if self.has_row(i)]
         self.observe_tokens(known * _COLD)
@@ -183,16 +186,15 @@ class DraftVocab:
     # --- tokens without a row -----------------------------------------------------------------------------------
 
     def has_row(self, token_id: int) -> bool:
-        """Whether the drafter's head has a row for one of the target's tokens."""
+        """Whether the drafter's head has a row for this token of the target."""
         return 0 <= token_id < len(self._head_VD)
 
     def widened(self, logits_V: Tensor) -> Tensor:
-        """Logits over the target's vocabulary: tokens that there is no row for score so low that none is ever drafted,
-        whatever noise is added."""
+        """Widens logits to the target's vocabulary. Tokens without a row get a logit so low that none is drafted."""
         return F.pad(logits_V.float(), (0, self._num_lacking), value=_NEVER) if self._num_lacking else logits_V
 
     def narrowed(self, probs_NV: Tensor) -> Tensor:
-        """The target's rows with nothing on tokens that can't be drafted, and the rest made whole: labels."""
+        """Returns the target's rows with probability 0 on tokens without a row, normalised: the labels."""
         if not self._num_lacking:
             return probs_NV
         known_NV = probs_NV[..., : len(self._head_VD)]
@@ -201,7 +203,7 @@ class DraftVocab:
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _choose(self, weights_V: Counts) -> DraftTokens:
-        """Rows of the head are copied only if the choice differs from the last one."""
+        """Chooses the tokens with the largest weights. Copies rows of the head only if the set has changed."""
         chosen = self._fixed if self._fixed is not None else self._heaviest(weights_V)
         if self._chosen is not None and np.array_equal(chosen, self._chosen.draft_to_target):
             return self._chosen

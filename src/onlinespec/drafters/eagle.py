@@ -1,4 +1,4 @@
-"""EAGLE-1: a one-layer head that continues the target's own hidden states.
+"""EAGLE-1: a one-layer draft head that continues the target's own hidden states.
 
 Row t pairs the target's final hidden state after token t with the embedding of token t + 1, and estimates the hidden
 state after token t + 1; the target's own head turns that into a draft of token t + 2. Drafting feeds the estimate
@@ -61,21 +61,24 @@ from onlinespec.models.memory import DrafterSize
 from onlinespec.models.rope import RotaryTables
 
 _LAYER = "layers.0."
-_MANY_ROWS = 16  # from which the layer's work for rows that no one reads costs more than a second call
+_MANY_ROWS = 16  # from this many rows on, computing unused states costs more than a second call of the layer
 
 
 class Eagle(Autoregressive):
     """The EAGLE-1 head.
 
-    Drafting runs on the cheapest products the machine has (bfloat16, say), learning on the float32 masters.
+    Drafting uses the fastest products that the machine has (bfloat16, for instance), learning the float32 weights.
 
     Args:
-        config: As published beside the weights; unknown fields are kept and saved again.
-        params: Float32 masters under their published names.
-        unroll: How many drafting depths a training row goes through; deeper rows read the drafter's own output, as
-            they do when drafting.
-        draft_tokens: How many tokens drafts choose from where all requests of a step are greedy, or which; None for
-            `DraftVocab`'s own choice.
+        config: The published config.json; unknown fields are kept and saved again.
+        params: Float32 weights by their published names.
+        version: The weights version.
+        unroll: Drafting depths that each training row goes through. Deeper ones read the drafter's own output, as in
+            drafting.
+        extra: Further tensors of the checkpoint, which are kept and saved again.
+        dtype: The dtype that the weights are saved in.
+        make_linear: Makes the products for drafting; by default the fastest for the device.
+        draft_tokens: Size or ids of the draft vocabulary; see `DraftVocab`.
     """
 
     num_before = 1
@@ -111,7 +114,7 @@ class Eagle(Autoregressive):
         self._dtype = dtype
         self.swap(DrafterWeights({name: p.float() for name, p in params.items()}, version))
 
-    # --- where it comes from and goes to ------------------------------------------------------------------------
+    # --- loading and saving -------------------------------------------------------------------------------------
 
     @classmethod
     def fresh(cls, target: Target, seed: int = 0) -> Self:
@@ -122,7 +125,7 @@ class Eagle(Autoregressive):
             for name, dims in _param_shapes(config).items()
         }
         hidden_size = target.decoder.config.layer.hidden_size
-        params["fc.weight"][:, hidden_size:] += torch.eye(hidden_size)  # start from the state itself
+        params["fc.weight"][:, hidden_size:] += torch.eye(hidden_size)  # at first, pass the target's state through
         return cls(target, config, {name: p.to(target.decoder.device) for name, p in params.items()})
 
     @classmethod
@@ -164,8 +167,8 @@ class Eagle(Autoregressive):
     # --- drafting -----------------------------------------------------------------------------------------------
 
     def swap(self, weights: DrafterWeights) -> None:
-        """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
-        if self.drafts:  # all aside first: if something fails, what drafts is what it was
+        """Cached rows of older weights stay: exactness is not affected, and acceptance not measurably (docs/log.md)."""
+        if self.drafts:  # make everything first and assign last, so that an error leaves no mixture
             params = {name: p.detach().to(self._draft_dtype) for name, p in weights.params.items()}
             fc = self._make_linear(params["fc.weight"], params.get("fc.bias"))
             layer = FastLayer(self._layer_config, _layer_weights(params), self._make_linear)
@@ -173,7 +176,7 @@ class Eagle(Autoregressive):
         self.weights = weights
 
     def _remember(self, slot: int) -> None:
-        """A prompt's rows leave their keys and values, all but the last."""
+        """Writes a prompt's keys and values into the cache, except the last row's, without attending."""
         waiting = self._slots[slot]
         count = len(waiting.token_ids) - 1
         if count < _MANY_ROWS:
@@ -196,7 +199,7 @@ class Eagle(Autoregressive):
     def _enter(
         self, token_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int], attends: bool = True
     ) -> tuple[Tensor, Plan]:
-        """What goes into the layer, and where its rows lie."""
+        """The layer's input rows, and the plan of their cache positions."""
         rows = Rows(slots, [self._cache.lengths[slot] for slot in slots], counts)
         embedded_ND = F.embedding(token_ids_N, self._embedding_VD)
         x_ND = self._fc(torch.cat([embedded_ND, states_ND], dim=-1).to(self._draft_dtype))
@@ -211,10 +214,10 @@ class Eagle(Autoregressive):
         rotary_NR = rotary_at(rows.positions_N, config, rows.capacities)
         sets = params["fc.weight"].shape[:-2]  # (), or how many
         device, states_MD = embedded_ND.device, rows.features_ND.expand(*sets, *rows.features_ND.shape)
-        left, at = rows.left, np.arange(len(rows.left))  # what is kept is known to the host: no device is waited for
+        left, at = rows.left, np.arange(len(rows.left))  # on the host, so that no device is waited for
         seen = [self._context(params, weights, rows, sets)]
         for depth in range(num_depths):
-            if depth:  # each row that its span goes on behind reads the next token, and its own earlier depths
+            if depth:  # rows that their span continues read the next token, and attend to their own earlier depths
                 kept = np.flatnonzero(left > depth)
                 left, at, kept_M = left[kept], at[kept] + 1, to_device(kept, device)
                 states_MD = states_MD[..., kept_M, :]
@@ -231,7 +234,7 @@ class Eagle(Autoregressive):
 
     @torch.no_grad()
     def _context(self, params: Params, weights: Params, rows: Layout, sets: Sequence[int]) -> Seen:
-        """Keys and values of the context rows; their own gradient is left out."""
+        """Keys and values of the context rows, without gradient."""
         embedded_CD = F.embedding(rows.context_ids_C, self._embedding_VD).float()
         features_CD = rows.context_features_CD.expand(*sets, *rows.context_features_CD.shape)
         inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)
@@ -269,7 +272,7 @@ def _layer_config(config: Mapping[str, Any]) -> LayerConfig:
 
 def _param_shapes(config: Mapping[str, Any], has_bias: bool = False) -> dict[str, tuple[int, ...]]:
     of_layer = llama_layer_shapes(_layer_config(config))
-    del of_layer["input_layernorm.weight"]  # EAGLE-1 has none: `fc` comes before the layer
+    del of_layer["input_layernorm.weight"]  # EAGLE-1 has no norm between `fc` and the layer
     d = int(config["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (d, 2 * d)}
     shapes |= {f"{_LAYER}{name}": dims for name, dims in of_layer.items()}

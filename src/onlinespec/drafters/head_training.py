@@ -1,7 +1,7 @@
-"""How drafters learn whose layers end in a state that a head turns into tokens, however they draft.
+"""Base class for learning in drafters that produce hidden states and turn them into tokens with an LM head.
 
-Verified rows become training rows, their states are computed with a gradient, and a head turns them into rows that a
-loss compares with the target's. Embedding and head stay as they are, unless a subclass says otherwise.
+Verified rows become training rows; their states are computed with a gradient; the head turns them into logits, which a
+loss compares with the target's rows. Embedding and head do not learn unless a subclass says so.
 
 Axis letters: M, N rows, D hidden size, S tokens of the draft vocabulary, V vocabulary, E sets of weights.
 """
@@ -29,13 +29,13 @@ Head = Callable[[Tensor], Tensor]  # states [..., D] to logits over the vocabula
 
 
 class HeadTraining(Drafter):
-    """The learning half of a drafter whose states go through a head. Subclasses set `draft_vocab`."""
+    """The learning half of a drafter with an LM head. Subclasses set `draft_vocab` and implement `_depths`."""
 
     is_trainable = True
-    unroll = 1  # drafting depths that a training row goes through
-    num_before = 0  # tokens of a request before the first that has a row; 1 where a row needs the state before it
-    reads_features = False  # whether rows read the target's states
-    max_context: int | None = None  # newest rows of context that learning sees; None for all
+    unroll = 1  # drafting depths that each training row goes through
+    num_before = 0  # tokens at the start of a request without a row; 1 if a row needs the features before its token
+    reads_features = False  # whether rows read the target's features
+    max_context: int | None = None  # maximum number of context rows, the newest; None for all
     draft_vocab: DraftVocab
 
     def __init__(self, target: Target) -> None:
@@ -63,7 +63,7 @@ class HeadTraining(Drafter):
         weights_EN: list[Tensor] = []
         for at_M, states_EMD in self._depths(params, batch.layout, self.unroll):
             rows, logits = batch.target.take(at_M), head(states_EMD)
-            if not weights_EN:  # the first depth, which every row reaches
+            if not weights_EN:  # the first depth, which has every row
                 agreed_E = _num_agreed(logits.detach(), rows, batch)
             weights_EN.append(row_loss(logits, rows).view(len(candidates), -1) * counts_N[at_M])
         totals_E = torch.stack([weighted.sum(-1) for weighted in weights_EN]).sum(0) / num_rows
@@ -87,13 +87,13 @@ class HeadTraining(Drafter):
 
     @abstractmethod
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each drafting depth, which training rows it reaches, and the states [M, D] drafted there.
+        """Yields for each drafting depth the indices of the M training rows that have it, and their states [M, D].
 
-        Stacked params give states with an axis of sets in front.
+        With stacked params, states have an axis of sets in front.
         """
 
     def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
-        """Rows whose token can't be drafted don't count."""
+        """Spans of training rows. Rows whose token the drafter's head lacks do not count."""
         return spans_of(
             feedback,
             self.num_before,
@@ -105,7 +105,7 @@ class HeadTraining(Drafter):
         )
 
     def _learn_head(self, params: Params, tokens: DraftTokens | None) -> Head:
-        """The head that learning goes through; by default one that never learns."""
+        """The head for learning, over `tokens` or the whole vocabulary; by default a frozen one."""
         product = tokens.head if tokens else self.draft_vocab.whole
 
         def head(states: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class HeadTraining(Drafter):
         return head(states_ND.to(self.draft_vocab.dtype)).float()
 
     def _label(self, layout: Layout, tokens: DraftTokens | None) -> TargetRows:
-        """The target's rows: its head applied to the states that verification left."""
+        """The target's rows: its head applied to the hidden states from verification."""
         places = tokens.target_to_draft(layout.token_ids) if tokens else None
         if tokens is None or places is None:
             probs_NV = self.draft_vocab.narrowed(self._decoder.head(layout.target_states_ND).softmax(-1))
@@ -127,26 +127,26 @@ class HeadTraining(Drafter):
         return TargetRows(logits_NS.softmax(-1), places_N, layout.temperatures_N, layout.noise_keys_N3)
 
     def _target_logits(self, tokens: DraftTokens, states_ND: Tensor) -> Tensor:
-        """The target's own, of some tokens: the short product will do where its head is nothing else."""
+        """The target's logits for some tokens; a product with their rows is enough if its head does nothing else."""
         if self._decoder.has_plain_head:
             return tokens.target_logits(states_ND)
         return self._decoder.head(states_ND)[:, tokens.draft_to_target_S]
 
 
 def _num_agreed(logits: Tensor, target: TargetRows, batch: TrainingRows) -> Tensor:
-    """Of the fresh rows, in how many a first draft would have been the committed token, for each set of weights."""
+    """For each set of weights, the number of fresh rows whose first draft would have been the committed token."""
     fresh_M = to_device(batch.fresh_places, logits.device)
     logits_ENS = logits.view(-1, *target.probs_NV.shape)
     return agrees(logits_ENS[:, fresh_M], target.take(fresh_M)).sum(-1)
 
 
 def draft_dtype_for(target: Model[Any]) -> torch.dtype:
-    """What drafts are computed in: on a CPU float32, or products packed from it; on an accelerator the target's own."""
+    """Returns the dtype for drafting: float32 on a CPU (products may be packed as bf16), else the target's own."""
     return torch.float32 if target.device.type == "cpu" else target.dtype
 
 
 def stacked(candidates: Sequence[Params]) -> Params:
-    """One set of weights as it is; several with an axis in front, for one product instead of several."""
+    """Stacks several sets of weights along a new first axis, so that each product runs once; one set stays as it is."""
     if len(candidates) == 1:
         return candidates[0]
     return {name: torch.stack([params[name] for params in candidates]) for name in candidates[0]}

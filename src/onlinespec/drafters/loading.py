@@ -1,4 +1,4 @@
-"""A drafter from a name: fresh, or as it was saved. A new family is a file here and a line in `registry.DRAFTERS`."""
+"""Loads drafters by name, path or Hub id. A new family is a file in this folder and a line in `registry.DRAFTERS`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from onlinespec.registry import DRAFTERS, SHIPPED_DRAFTERS, resolve
 
 
 def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning: Tuning | None = None) -> Drafter:
-    """A drafter for a target.
+    """Loads or creates a drafter for a target.
 
     Args:
-        name_or_path: A table name for a fresh one, a directory or Hub id of a saved one, `demo` or `demo/small_lm`
-            for those that ship, or "pkg.module:Class".
-        tuning: What of it learns; None for its own default.
+        name_or_path: A table name or "pkg.module:Class" for an untrained drafter; a directory or Hub id of a saved one;
+            or `demo` or `demo/small_lm` for the shipped ones.
+        seed: Of an untrained drafter's weights.
+        tuning: Which weights learn; None for the drafter's default.
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id.
@@ -36,10 +37,10 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
 
 
 def drafter_class(name: str) -> type[Drafter]:
-    """The class of a table name, or of "pkg.module:Class", which a saved drafter's config may name as well.
+    """Returns the class of a table name or of "pkg.module:Class", which the config of a saved drafter may name too.
 
     Raises:
-        ValueError: if there is no such name, or it is of something else: a config must not have any function called.
+        ValueError: if there is no such name, or if it is not a `Drafter`: a config must not choose what is called.
     """
     found = resolve(DRAFTERS, name, "drafter")
     if not (isinstance(found, type) and issubclass(found, Drafter)):

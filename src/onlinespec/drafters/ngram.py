@@ -1,4 +1,5 @@
-"""Prompt lookup: what followed the last few tokens when they last occurred. Learns nothing, teaches the contract."""
+"""Prompt lookup: drafts what followed the last few tokens when they last occurred. The smallest example of a
+drafter."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from onlinespec.models.loading import Target
 
 @dataclass
 class _History:
-    """The tokens of a request, and where each of its n-grams was last followed by something."""
+    """The tokens of a request, and for each n-gram the position after its last occurrence."""
 
     max_ngram: int
     token_ids: list[int] = field(default_factory=list)
@@ -41,7 +42,7 @@ class _History:
 
 
 class Ngram(Drafter):
-    """Drafts the continuation of the longest earlier match of the text's end, up to `max_ngram` tokens long.
+    """Finds the last occurrence of the text's final n tokens, n = `max_ngram` down to 1, and drafts what followed.
 
     Reference: prompt lookup decoding (Saxena, 2023); LLMA, arXiv:2304.04487.
     """

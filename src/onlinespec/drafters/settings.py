@@ -1,4 +1,4 @@
-"""What of a drafter learns. Imports no torch."""
+"""Settings of which weights of a drafter learn. Imports no torch."""
 
 from __future__ import annotations
 

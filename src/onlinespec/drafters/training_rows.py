@@ -1,7 +1,7 @@
-"""Verified rows as a drafter trains on them: spans of requests, side by side, with what the target said of them.
+"""Training rows: the verified rows of requests, laid side by side, with the target's rows as labels.
 
-A drafter has a row for every token but the first `num_before` of a request (those before it has anything to read); the
-row reads its token, and maybe the target's state before it, and is to say what the target said behind that token.
+A drafter has one row per token of a request, except for its first `num_before` tokens. A row reads its token, and
+possibly the target's state before that token; its label is the target's row after the token.
 
 Axis letters: S rows of a request, N rows the loss is on, C rows of context, D hidden size.
 """
@@ -27,57 +27,57 @@ Ints = NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """Consecutive verified rows of one request, as a drafter sees them."""
+    """Consecutive rows of one request. The last N are trained; those before them are context."""
 
-    read_ids_S: Tensor  # read by each row; the last rows are what the loss is on
-    features_SD: Tensor  # float32; the target's state before each row's token; empty for who does not read it
-    target_states_ND: Tensor  # the target's state at each trained row's token: its head rows are the labels
-    token_ids: list[int]  # what came behind each trained row's token ...
+    read_ids_S: Tensor  # the token that each row reads
+    features_SD: Tensor  # float32: the target's state before each row's token; empty if the drafter does not read it
+    target_states_ND: Tensor  # the target's state at each trained row's token; its head turns them into labels
+    token_ids: list[int]  # the committed token after each trained row's token ...
     token_ids_N: Tensor  # ... and on the device
-    counts: list[bool]  # which of the rows the loss counts ...
+    counts: list[bool]  # which trained rows the loss counts ...
     counts_N: Tensor  # ... and on the device
-    noise_keys_N3: Tensor  # int64 (seed, choice, position): what the token of each trained row was chosen with
-    temperature: float  # at which the request decodes
-    is_fresh: bool  # of this round, not replayed
-    capacity: int  # tokens of its request that drafters hold, at most
-    first_position: int = 0  # of its first row; rows before it are left out
+    noise_keys_N3: Tensor  # int64 (seed, choice, position) of the noise that chose each of `token_ids`
+    temperature: float  # of the request
+    is_fresh: bool  # of this round; False if replayed
+    capacity: int  # maximum number of tokens that a drafter holds for the request
+    first_position: int = 0  # position of the first row; earlier rows are left out
 
     @property
     def num_context(self) -> int:
-        """Rows that the loss is not on; they come first."""
+        """Number of context rows, which come first."""
         return len(self.read_ids_S) - len(self.target_states_ND)
 
 
 class Layout(NamedTuple):
-    """Spans side by side: the loss is on N rows, the other C are context."""
+    """Spans laid side by side: N trained rows of all spans, and C context rows."""
 
     context_ids_C: Tensor
     context_positions_C: Tensor  # inside the request
     context_features_CD: Tensor
-    read_ids_N: Tensor  # a span's rows follow each other
+    read_ids_N: Tensor  # the rows of a span are consecutive
     positions_N: Tensor
-    left: Ints  # on the host: rows of the span from each one on, itself included
+    left: Ints  # on the host: number of rows of the span from each row on, itself included
     features_ND: Tensor
     target_states_ND: Tensor
-    token_ids: list[int]  # what came behind each of the N rows, on the host ...
+    token_ids: list[int]  # the committed token after each of the N rows, on the host ...
     token_ids_N: Tensor  # ... and on the device
     counts_N: Tensor
-    fresh: Ints  # on the host: which of the rows are fresh and count
+    fresh: Ints  # on the host: indices of the rows that are fresh and count
     noise_keys_N3: Tensor
     temperatures_N: Tensor
-    capacities: Ints  # on the host: of each row's request, as `Span.capacity`
+    capacities: Ints  # on the host: `Span.capacity` of each row
     context_capacities: Ints
-    context_sizes: tuple[int, ...]  # by span
-    is_visible_NC: Tensor  # of the same span
-    is_visible_NN: Tensor  # of the same span and no later
+    context_sizes: tuple[int, ...]  # context rows of each span
+    is_visible_NC: Tensor  # bool: same span
+    is_visible_NN: Tensor  # bool: same span and not later
 
 
 class TrainingRows(list[Span]):
-    """The spans of a round. Laid out once, and labelled once, however many sets of weights are evaluated on them.
+    """The spans of a round. They are laid out and labelled once, however many sets of weights are evaluated.
 
     Args:
-        vocab: What the loss chooses its tokens from; None for the whole vocabulary.
-        label: The target's rows, over the tokens of a layout if some are given.
+        label: Computes the target's rows of a layout, over the given tokens or, if None, the whole vocabulary.
+        vocab: The draft vocabulary that the loss may use; None for the whole vocabulary.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TrainingRows(list[Span]):
 
     @property
     def has_rows(self) -> bool:
-        """Whether there is a row that counts."""
+        """Whether any row counts."""
         return any(any(span.counts) for span in self)
 
     @cached_property
@@ -100,10 +100,10 @@ class TrainingRows(list[Span]):
 
     @cached_property
     def tokens(self) -> DraftTokens | None:
-        """What greedy drafts choose from, with the spans' own tokens in it; None for the whole vocabulary.
+        """The draft vocabulary of the loss, with the spans' own tokens in it; None for the whole vocabulary.
 
-        That is what a sampled request learns over. Chosen when a loss first asks: rows that are only measured must not
-        decide what is drafted from.
+        It is None if a request is sampled. It is computed when a loss first asks, so that rows that are only measured
+        have no influence on drafting.
         """
         if self._vocab is None or any(span.temperature for span in self):
             return None
@@ -112,17 +112,17 @@ class TrainingRows(list[Span]):
 
     @cached_property
     def target(self) -> TargetRows:
-        """What the target said at every row, over `tokens`."""
+        """The target's rows, over `tokens`."""
         return self._label(self.layout, self.tokens)
 
     @cached_property
     def fresh(self) -> TrainingRows:
-        """The spans of this round alone, over the whole vocabulary: what diagnostics and comparisons measure."""
+        """The spans of this round only, over the whole vocabulary, for telemetry and the gate."""
         return TrainingRows([span for span in self if span.is_fresh], self._label)
 
     @cached_property
     def fresh_places(self) -> Ints:
-        """On the host: places of the rows of this round, counted or not."""
+        """On the host: indices of this round's rows, whether they count or not."""
         return np.flatnonzero(np.repeat([span.is_fresh for span in self], [len(span.token_ids) for span in self]))
 
 
@@ -135,11 +135,13 @@ def spans_of(
     max_context: int | None = None,
     has_row: Callable[[int], bool] = lambda token_id: True,
 ) -> list[Span]:
-    """A span for every run of records that continue each other side by side and have a row to learn from.
+    """Makes a span of every run of consecutive records of a request that has a row to train.
 
     Args:
-        max_context: Newest rows of context that are kept; None for all.
-        has_row: Whether the drafter has a row for a token; rows whose token it lacks don't count.
+        num_before: See the top of the file.
+        has_features: Whether rows read the target's states.
+        max_context: Maximum number of context rows, the newest; None for all.
+        has_row: Whether the drafter's head has a row for a token; rows with other tokens do not count.
     """
     spans = [
         _span(run, num_before, rejected_only, is_fresh, has_features, has_row)
@@ -150,7 +152,7 @@ def spans_of(
 
 
 def lay_out(spans: Sequence[Span]) -> Layout:
-    """Puts spans side by side."""
+    """Lays spans side by side."""
     device = spans[0].read_ids_S.device
     contexts = [span.num_context for span in spans]
     sizes = [len(span.target_states_ND) for span in spans]

@@ -1,1 +1,1 @@
-"""A small language model as a drafter."""
+"""`small_lm`: a small language model as the drafter."""

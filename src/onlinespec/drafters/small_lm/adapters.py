@@ -1,8 +1,8 @@
-"""Low-rank adapters of a model's products, in the files that peft reads and writes.
+"""Low-rank adapters (LoRA) of a model's linear layers, in the files that peft reads and writes.
 
-A product with weight W [F, D] becomes one with W + alpha / rank * B @ A; A is [rank, D], B [F, rank], zero at first.
-Only these learn. Embedding, head and norms stay as they are.
-Reference: LoRA, arXiv:2106.09685; file layout as peft has it.
+A weight W [F, D] becomes W + alpha / rank * B @ A with A [rank, D] and B [F, rank], which is zero at first. Only A and
+B learn. Embedding, head and norms are not adapted.
+Reference: LoRA, arXiv:2106.09685; the file layout is peft's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onlinespec.models.checkpoint import check_tensors, read_tensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
-_PLAIN = {  # what a published adapter may say of the variants that exist: only what means none of them
+_PLAIN = {  # accepted values of options for variants of LoRA, none of which is supported
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_rslora": (False, None),
@@ -33,12 +33,12 @@ _PLAIN = {  # what a published adapter may say of the variants that exist: only 
 
 
 def is_in(folder: Path) -> bool:
-    """Whether a directory holds adapters instead of a model."""
+    """Whether a folder holds adapters instead of a model."""
     return (folder / CONFIG).is_file()
 
 
 def fresh(weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
-    """Adapters of every product of the layers that change nothing yet."""
+    """Returns adapters of all linear layers in the decoder layers, initialised so that the model does not change."""
     generator, params = torch.Generator().manual_seed(0), {}
     for name, weight in weights.items():
         if name.startswith("model.layers.") and name.endswith("_proj.weight"):
@@ -50,14 +50,14 @@ def fresh(weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
 
 
 def merged(weights: Mapping[str, Tensor], params: Params, tuning: Tuning) -> Params:
-    """The products' weights with their adapters, differentiable; stacked adapters give stacked weights."""
+    """Returns the weights with their adapters merged in, differentiable; stacked adapters give stacked weights."""
     scale = tuning.alpha / tuning.rank
     modules = [name.removesuffix(_A) for name in params if name.endswith(_A)]
     return {f"{m}.weight": weights[f"{m}.weight"] + scale * (params[m + _B] @ params[m + _A]) for m in modules}
 
 
 def config_of(tuning: Tuning, base: str) -> dict[str, Any]:
-    """What peft's adapter_config.json says of adapters made by `fresh`."""
+    """Returns peft's adapter_config.json for adapters made by `fresh`; `base` is the model's path or Hub id."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,15 +75,15 @@ def config_of(tuning: Tuning, base: str) -> dict[str, Any]:
 
 
 def published(params: Params) -> Params:
-    """Under the names that peft gives them."""
+    """Returns the adapters by the names that peft gives them."""
     return {_PREFIX + name: t for name, t in params.items()}
 
 
 def base_of(config: Mapping[str, Any], folder: Path) -> str:
-    """The model that adapters are for.
+    """Returns the path or Hub id of the model that adapters are for.
 
     Raises:
-        ValueError: if they do not say.
+        ValueError: if the config does not name it.
     """
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -92,10 +92,10 @@ def base_of(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def tuning_of(config: Mapping[str, Any], folder: Path) -> Tuning:
-    """Rank and weight of saved adapters.
+    """Returns the rank and alpha of saved adapters.
 
     Raises:
-        ValueError: for variants that are not plain low-rank adapters, by name.
+        ValueError: for variants of LoRA, by name, and for values that are no numbers.
     """
     path = folder / CONFIG
     if config.get("peft_type") != "LORA":
@@ -110,7 +110,7 @@ def tuning_of(config: Mapping[str, Any], folder: Path) -> Tuning:
 
 
 def read(folder: Path, weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
-    """Saved adapters, checked against the model that they are for.
+    """Reads saved adapters and checks them against the model's weights.
 
     Raises:
         ValueError: naming what does not fit.

@@ -1,8 +1,7 @@
-"""The language model inside a `small_lm`: it drafts with weights that are swapped, and learns through the same ones.
+"""The language model inside a `small_lm` drafter: its forward pass for drafting, and a differentiable one for learning.
 
-Families of our own decoder draft in batches and learn through its plain form; any other runs through transformers, one
-request at a time, and learns through the family's own code. Axis letters: N rows of a call, C rows of context, D hidden
-size, V vocabulary.
+Families of our own decoder draft in batches, and learn through its plain form. Other families run through transformers,
+one request at a time, in both. Axis letters: N rows of a call, C rows of context, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,47 +30,52 @@ if TYPE_CHECKING:  # imports transformers, which takes seconds
 
 
 class DraftModel(ABC):
-    """A causal language model whose weights move between steps."""
+    """A causal language model whose weights can be swapped between steps."""
 
     config: ModelConfig
     cache: Cache
     embedding_name: str
-    head_name: str  # the embedding's, where they are one
-    max_context: int | None = None  # newest rows before the trained ones that learning needs; None for all
-    can_adapt: bool  # whether its products have the names and the layout that adapters are made for
+    head_name: str  # the embedding's name if they are tied
+    max_context: int | None = None  # maximum number of context rows in learning, the newest; None for all
+    can_adapt: bool  # whether LoRA adapters are supported
 
     @abstractmethod
     def prepare(self, weights: Params) -> Callable[[], None]:
-        """Makes what drafting with other weights needs, aside. The returned call, which can't fail, takes it over."""
+        """Prepares drafting with other weights. The returned function, which can't fail, switches to them."""
 
     @abstractmethod
     def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """States [N, D] of new tokens, which are in the cache from now on."""
+        """Processes `counts[i]` tokens of `slots[i]` into the cache. Returns their states, [N, D]."""
 
     @abstractmethod
     def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
-        """States [N, D] of the trained rows by other weights, differentiable; with an axis of sets in front of both."""
+        """Returns the states [N, D] of the trained rows for given weights, differentiable.
+
+        Args:
+            sets: () for one set of weights; (E,) if weights are stacked, and so are the states then.
+        """
 
     @abstractmethod
     def published(self, weights: Params) -> dict[str, Tensor]:
-        """The weights under the names that the family publishes."""
+        """Returns the weights by the names that the family publishes."""
 
     def known(self, token_ids: Tensor) -> Tensor:
-        """Ids that there is a row for; padding that the target has more of is read as token 0."""
+        """Replaces ids outside the drafter's vocabulary by token 0; the target may have more tokens."""
         return torch.where(token_ids < self.config.vocab_size, token_ids, 0)
 
 
 class OwnDraftModel(DraftModel):
-    """Of a family that our decoder runs.
+    """A model of a family that our decoder runs.
 
     Args:
-        published_config: As in its config.json.
-        weights: float32; a tied model has no `lm_head.weight`.
+        published_config: Its config.json.
+        weights: Float32 weights by our decoder's names; a tied model has no `lm_head.weight`.
+        make_linear: Makes the products for drafting; by default the fastest for the device.
     """
 
     embedding_name = "model.embed_tokens.weight"
     _decoder: Decoder
-    max_context = 256  # a long prompt read again is most of a round; as good as all of it on Spider (480 tokens)
+    max_context = 256  # recomputing a long prompt is most of a round; on Spider (480 tokens) 256 were as good as all
     can_adapt = True
 
     def __init__(
@@ -106,7 +110,7 @@ class OwnDraftModel(DraftModel):
         return published_weights(weights, self._architecture)
 
     def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
-        """The context's keys and values get no gradient."""
+        """See `DraftModel.states`. The context's keys and values have no gradient."""
         states_ND, _ = plain_states(
             self.config,
             weights,
@@ -138,11 +142,11 @@ class OwnDraftModel(DraftModel):
         return Past(keys_values, rows.context_positions_C, rows.is_visible_NC)
 
     def _capped(self, capacities: Ints) -> Ints:
-        """As drafting has them, which ends where the model's positions do."""
+        """Capacities as in drafting, which ends at the model's last position."""
         return np.minimum(capacities, self.config.max_positions + MAX_DRAFT_TOKENS)
 
     def _embedded(self, weights: Params, token_ids_N: Tensor, sets: tuple[int, ...]) -> Tensor:
-        """Embedded tokens; for several sets of weights, once for each."""
+        """Embeds tokens; stacked weights give an axis of sets in front."""
         embedding, ids_N = weights[self.embedding_name], self.known(token_ids_N)
         if embedding.dim() == 3:
             return embedding[:, ids_N]
@@ -151,7 +155,7 @@ class OwnDraftModel(DraftModel):
 
 
 class HFDraftModel(DraftModel):
-    """Of any other family, through transformers. The context's keys and values get their gradient here."""
+    """A model of any other family, run by transformers. The context's keys and values have a gradient here."""
 
     can_adapt = False
 
@@ -179,7 +183,7 @@ class HFDraftModel(DraftModel):
         return torch.stack([self._states(one, rows) for one in each])
 
     def _states(self, weights: Params, rows: Layout) -> Tensor:
-        """Text by text; a text is its context and its trained rows, which see that context."""
+        """Computes the states text by text: the context of a span, followed by its trained rows."""
         parts = []
         for at_N, at_C in _texts(rows):
             ids = self.known(torch.cat([rows.context_ids_C[at_C], rows.read_ids_N[at_N]]))
@@ -188,7 +192,7 @@ class HFDraftModel(DraftModel):
 
 
 def _texts(rows: Layout) -> list[tuple[slice, slice]]:
-    """For each text, which of the trained rows and which of the context rows are its own."""
+    """For each span, the slices of its trained rows and of its context rows."""
     ends = [0, *(np.flatnonzero(rows.left == 1) + 1).tolist()]
     context_ends = [0, *accumulate(rows.context_sizes)]
     return [(slice(*at_N), slice(*at_C)) for at_N, at_C in zip(pairwise(ends), pairwise(context_ends), strict=True)]

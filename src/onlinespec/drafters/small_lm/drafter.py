@@ -1,8 +1,8 @@
-"""An independent language model as the drafter: small, of the target's tokenizer, and its own published checkpoint.
+"""The `small_lm` drafter: an independent small language model with the target's tokenizer.
 
-What Online Speculative Decoding distils online. Nothing of the target goes in but its tokens, so any model that shares
-the tokenizer will do; what comes out is judged, and learned from, as with every drafter. Drafting runs on the decoder
-that serves targets, learning on its plain form.
+This is the drafter that Online Speculative Decoding distils online. It reads only the target's tokens, so any model
+with the same tokenizer can be used. Drafting runs on the decoder that serves targets, learning on its differentiable
+form; other families run through transformers.
 
 Axis letters: N rows of a call, C rows of context, D hidden size, V the target's vocabulary, E sets of weights.
 Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, arXiv:2211.17192.
@@ -46,17 +46,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FRESH_LAYERS = 2
-_READ_AT_ONCE = 512  # rows of a prompt
+_READ_AT_ONCE = 512  # prompt tokens per forward pass
 
 
 class SmallLM(Autoregressive):
-    """A causal language model of any family; those that `models/decoder.py` runs draft in batches.
+    """A causal language model as the drafter.
 
     Args:
-        config: As in its config.json.
-        weights: float32, under the names that its draft model has for them.
-        dtype: That it was published in, and is saved in again.
-        base: The directory or Hub id it came from: what saved adapters refer to. Empty for a fresh one.
+        config: Its config.json.
+        model: Its forward passes.
+        weights: Float32 weights by the names of `model`.
+        version: The weights version.
+        dtype: The dtype of the checkpoint, in which it is saved again.
+        base: The folder or Hub id that it was loaded from, which saved adapters refer to; empty for a new model.
+        make_linear: Makes the products for drafting; by default the fastest for the device.
+        draft_tokens: Size or ids of the draft vocabulary; see `DraftVocab`.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class SmallLM(Autoregressive):
         self._model, self._cache = model, model.cache
         self.max_context = model.max_context
         self.longest_text = model.config.max_positions - MAX_DRAFT_TOKENS
-        self._weights = weights  # what does not learn among them stays
+        self._weights = weights  # including those that do not learn
         self._tuning = Tuning()
         self._num_tokens = self._decoder.config.vocab_size
         device = self._decoder.device
@@ -87,11 +91,11 @@ class SmallLM(Autoregressive):
         self.draft_vocab = DraftVocab(head_VD, make_head, draft_tokens, labels_VD=self._decoder.head_VD)
         self.swap(DrafterWeights(self._trained(weights), version))
 
-    # --- where it comes from and goes to ------------------------------------------------------------------------
+    # --- loading and saving -------------------------------------------------------------------------------------
 
     @classmethod
     def fresh(cls, target: Target, seed: int = 0, make_linear: MakeLinear | None = None) -> Self:
-        """The target's own embedding and head around two untrained layers of its size."""
+        """Returns two untrained layers of the target's size, with a copy of its embedding and head."""
         model = target.decoder
         is_tied = model.head_VD.data_ptr() == model.embedding_VD.data_ptr()
         shape = _fresh_shape(model.config)
@@ -190,23 +194,23 @@ class SmallLM(Autoregressive):
     # --- weights ------------------------------------------------------------------------------------------------
 
     def _trained(self, weights: Params) -> Params:
-        """What learns of a whole model."""
+        """The weights that learn, of a whole model's."""
         if self._tuning.what == "adapters":
             return adapters.fresh(weights, self._tuning)
         still = () if self._tuning.what == "all" else (self._model.embedding_name, self._model.head_name)
         return {name: t for name, t in weights.items() if name not in still}
 
     def _effective(self, params: Params) -> Params:
-        """The whole model's weights, differentiable in what learns."""
+        """The whole model's weights, differentiable in those that learn."""
         if self._tuning.what == "adapters":
             return self._weights | adapters.merged(self._weights, params, self._tuning)
         return self._weights | params
 
     def swap(self, weights: DrafterWeights) -> None:
-        """Rows that older weights wrote into the cache stay: they cost no exactness, and no acceptance that shows."""
+        """Cached rows of older weights stay: exactness is not affected, and acceptance not measurably (docs/log.md)."""
         learns_head = self._tuning.what == "all"
         if self.drafts or learns_head:
-            with torch.no_grad():  # all aside first: if something fails, what drafts is what it was
+            with torch.no_grad():  # make everything first and assign last, so that an error leaves no mixture
                 effective = self._effective(weights.params)
                 head_VD = self._fitted(effective[self._model.head_name]) if learns_head else None
                 take_over = self._model.prepare(effective) if self.drafts else None
@@ -217,7 +221,7 @@ class SmallLM(Autoregressive):
         self.weights = weights
 
     def _fitted(self, head_VD: Tensor) -> Tensor:
-        """A head cut to the target's tokens. It may have fewer: what it lacks is neither drafted nor learned from."""
+        """The head cut to the target's vocabulary. Tokens that it lacks are neither drafted nor learned from."""
         return head_VD[..., : self._num_tokens, :]
 
     # --- drafting -----------------------------------------------------------------------------------------------
@@ -226,7 +230,7 @@ class SmallLM(Autoregressive):
         return min(info.capacity, self._model.config.max_positions)
 
     def _can_draft(self, slot: int) -> bool:
-        """Not beyond the positions that it was trained for."""
+        """Whether a draft fits into the model's maximum number of positions."""
         length = self._cache.lengths[slot] + len(self._slots[slot].token_ids)
         return length + MAX_DRAFT_TOKENS <= self._model.config.max_positions
 
@@ -238,7 +242,7 @@ class SmallLM(Autoregressive):
                 piece = to_device(ids[num_read : num_read + _READ_AT_ONCE], self._decoder.device)
                 self._read(piece, None, [slot], [_READ_AT_ONCE])
                 num_read += _READ_AT_ONCE
-        finally:  # what is in the cache is not read again, whatever became of the rest
+        finally:  # tokens that are in the cache must not be processed again, even after an error
             waiting.token_ids = ids[num_read:]
 
     def _read(
@@ -249,7 +253,7 @@ class SmallLM(Autoregressive):
     # --- learning -----------------------------------------------------------------------------------------------
 
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A row reads committed tokens only, so a deeper one is the row of a draft that came so far."""
+        """All depths share their states: a row reads committed tokens, like a draft that was accepted so far."""
         states_ND = self._model.states(self._effective(params), rows, self._sets(params))
         for depth in range(num_depths):
             at = np.flatnonzero(rows.left > depth) + depth
@@ -259,7 +263,7 @@ class SmallLM(Autoregressive):
             yield at_M, states_ND[..., at_M, :]
 
     def _sets(self, params: Params) -> tuple[int, ...]:
-        """(), or how many sets of weights are stacked."""
+        """(), or (E,) if E sets of weights are stacked."""
         name, one = next(iter(self.weights.params.items()))
         return params[name].shape[: params[name].dim() - one.dim()]
 
@@ -269,7 +273,7 @@ class SmallLM(Autoregressive):
         head_VD = self._fitted(params[self._model.head_name])
         if tokens is None:
             return lambda states: self.draft_vocab.widened(self._product(states, head_VD))
-        token_ids_S = tokens.draft_to_target_S.clone()  # it may be from inference mode, which no gradient may meet
+        token_ids_S = tokens.draft_to_target_S.clone()  # autograd refuses tensors that inference mode made
         head_SD = head_VD[..., token_ids_S, :]
         return lambda states: self._product(states, head_SD)
 
@@ -277,7 +281,7 @@ class SmallLM(Autoregressive):
 def _read(
     folder: Path, device: torch.device, draft_dtype: torch.dtype
 ) -> tuple[dict[str, Any], DraftModel, Params, torch.dtype]:
-    """config.json, the model that drafts, its float32 weights, and the dtype they are stored in."""
+    """Reads a checkpoint: its config.json, the draft model, float32 weights, and the dtype they are stored in."""
     found = read_model(folder, device)
     if found:
         config, shape, weights, dtype = found
@@ -293,7 +297,7 @@ def _read(
 
 
 def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
-    """Raises ValueError naming the first token of which drafter and target think differently, of those both have."""
+    """Raises ValueError naming the first token id for which drafter and target have different tokens."""
     ours = {i: token for token, i in target.tokenizer.get_vocab().items()}
     theirs = {i: token for token, i in read_tokenizer(folder).get_vocab().items()}
     for i in range(min(shape.vocab_size, target.decoder.config.vocab_size)):
@@ -305,18 +309,18 @@ def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
 
 
 def _is_of_vocabulary(name: str) -> bool:
-    """Whether a published tensor is an embedding or a head, by the names that families have for them."""
+    """Whether a published tensor is an embedding or a head, by its name."""
     return name.endswith(("embed_tokens.weight", "lm_head.weight", "embed_in.weight", "embed_out.weight", "wte.weight"))
 
 
 def _fresh_shape(target: ModelConfig) -> ModelConfig:
-    """It learns unscaled positions."""
+    """The shape of a new drafter: the target's, with fewer layers and without rotary scaling."""
     layer = replace(target.layer, rope=Rope(target.layer.rope.theta))
     return ModelConfig(layer, _FRESH_LAYERS, target.vocab_size, target.max_positions)
 
 
 def _fresh_shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of all but embedding and head."""
+    """Shapes of all tensors except embedding and head."""
     of_layer = llama_layer_shapes(shape.layer)
     layers = {f"model.layers.{i}.{name}": dims for i in range(shape.num_layers) for name, dims in of_layer.items()}
     return layers | {"model.norm.weight": (shape.layer.hidden_size,)}
