@@ -10,14 +10,17 @@ from onlinespec.registry import GEOMETRIES, LEARNERS, resolve
 def make_learner(
     name: str, step_size: float, geometry: str | Geometry = "preconditioned", clip_norm: float = 1.0, **options: Any
 ) -> Learner:
-    """A learner from its table name, or from "pkg.module:Class".
+    """Returns a learner by its table name or "pkg.module:Class".
 
     Args:
-        options: What this learner takes beside the three that all take: `hint_decay` of `optimistic`, say.
+        step_size: The learning rate.
+        geometry: A table name or a `Geometry`.
+        clip_norm: Maximum norm of all gradients together; inf for no limit.
+        options: Further settings of this learner, such as `hint_decay` of `optimistic`.
 
     Raises:
-        ValueError: for an unknown name, or a number out of range.
-        TypeError: for an option that this learner does not have; `parse_learner` says which there are.
+        ValueError: for an unknown name, a number out of range, or a class that is no learner.
+        TypeError: for an option that this learner does not have.
 
     >>> make_learner("optimistic", 1e-3, hint_decay=0.5).hint_decay
     0.5

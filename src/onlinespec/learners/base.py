@@ -1,4 +1,4 @@
-"""What every learner does: a start, a rule, and the weights that play. Knows nothing of drafters or text."""
+"""The learner contract: an initial state, an update rule, and the weights that play. Knows no drafters and no text."""
 
 from __future__ import annotations
 
@@ -11,66 +11,66 @@ Params = dict[str, Tensor]
 
 
 class Evaluation(NamedTuple):
-    """What one set of weights scores in this round."""
+    """The losses and gradients of one set of weights in this round."""
 
-    fresh_loss: float  # on this round's feedback alone, before the update: what regret is counted in
-    total_loss: float  # on everything the gradient is of (replay included)
-    grads: Params  # empty where only the losses were asked for
-    domain: str = ""  # whose traffic the newest rows are
+    fresh_loss: float  # on this round's rows only, before the update; used for regret and Hedge
+    total_loss: float  # on all rows that the gradient is of, replayed ones included
+    grads: Params  # gradients of total_loss; empty if only losses were asked for
+    domain: str = ""  # domain tag of the newest rows
 
 
 class Evaluate(Protocol):
-    """Scores sets of weights on this round's data; the data is the same for all of them."""
+    """Evaluates sets of weights on this round's data, which is the same for all of them."""
 
     def __call__(self, *candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
-        """Losses and gradients of the candidates, then the losses alone of `scored`."""
+        """Returns losses and gradients of the candidates, then losses only of `scored`."""
 
 
 class Learner(Protocol):
-    """An online learner over named tensors. States are values: `update` returns a new one.
+    """An online learner over named tensors. States are immutable: `update` returns a new one.
 
-    A rule asks for gradients at the weights that played and nowhere else, so that learners can be put together:
-    an ensemble evaluates its experts at once and hands each its own.
+    A rule asks for gradients at the weights that played and nowhere else, so that an ensemble can evaluate all its
+    experts at once and pass each its own evaluation.
     """
 
-    needs_gradient: bool = True  # False for what is only ever scored
+    needs_gradient: bool = True  # False for a learner that never moves
 
     @property
     def plays_ahead(self) -> bool:
-        """Whether what plays is a step ahead of what was learned, so that `settled` is other weights."""
+        """Whether the weights that play are ahead of the learned ones, so that `settled` differs from `played`."""
         return False
 
     def init(self, params: Params) -> Any:
-        """The state before the first round; plays the given weights."""
+        """Returns the state before the first round, in which the given weights play."""
 
     def played(self, state: Any) -> Params:
-        """The weights to draft with."""
+        """Returns the weights to draft with."""
 
     def settled(self, state: Any) -> Params:
-        """What was learned so far: the weights to keep."""
+        """Returns the learned weights, without a look-ahead: the ones to save or publish."""
         return self.played(state)
 
     def update(self, evaluate: Evaluate, state: Any) -> Any:
-        """The state after one round."""
+        """Returns the state after one round."""
 
     @property
     def extra_work(self) -> float:
-        """What a round costs beside the evaluations asked for, in evaluations with gradient; the budget counts it."""
+        """Cost of a round beyond its evaluations, in units of one evaluation with gradient; the budget counts it."""
         return 0.0
 
     def expect(self, domain: str, state: Any) -> Any:
-        """The state once it is known whose traffic comes next; most learners don't mind."""
+        """Returns the state once the domain of the coming traffic is known. Most learners ignore it."""
         return state
 
     def undone(self, earlier: Any, state: Any) -> Any:
-        """The state to go on with where a round's weights did harm: the one before it, and what else was found out.
+        """Returns the state to continue from when a round did harm: the earlier one, and what was learned of experts.
 
         Args:
-            earlier: Before the round that did harm, whose played weights score better.
-            state: After the update that would have followed.
+            earlier: The state before the harmful round; its weights score better.
+            state: The state after the update that followed it.
         """
         return earlier
 
     def report(self, state: Any) -> dict[str, Any]:
-        """What telemetry may want to know of the last round; computed when asked for, and only then."""
+        """Returns facts about the last round for telemetry; computed only when asked for."""
         return {}

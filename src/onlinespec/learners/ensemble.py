@@ -1,4 +1,4 @@
-"""Several step sizes at once: independent experts, weighed by how well each would have served."""
+"""Ensembles: experts with different step sizes, weighted by Hedge on their losses before each update."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from onlinespec.learners.base import Evaluate, Evaluation, Learner, Params
 from onlinespec.learners.geometry import Geometry, Preconditioned, averaged, check_pool, inner_product, is_finite
 
 _GAP_DECAY = 0.8  # of the averaging gap's moving average, per round
-_LEAST_GAP = 1e-4  # nats; less is rounding
-_MOVE_COST = 0.33  # of a round, for another expert on the same gradient; 0.19 to 0.33 in benchmarks/rounds.py
+_LEAST_GAP = 1e-4  # nats; a smaller gap is rounding
+_MOVE_COST = 0.33  # cost of another expert on the same gradient, in rounds; 0.19 to 0.33 in benchmarks/rounds.py
 
 
 @dataclass(frozen=True)
 class Hedge:
-    """Weights over experts from their losses: exponential, on losses scaled into [0, 1].
+    """Hedge: exponential weights over experts, on losses scaled into [0, 1].
 
-    What all experts lose alike changes nothing, so losses count from the round's best; differences beyond `loss_range`
-    nats count as that many. With discount 1 the regret of N experts against the best one is over T rounds, in units of
-    loss_range, at most
+    Losses are taken relative to the round's best, because a common offset has no influence, and cut at `loss_range`
+    nats. With discount 1 the regret of N experts against the best one over T rounds, in units of loss_range, is at most
 
         ln(N) / meta_step_size + meta_step_size * T / 8
 
-    which says something while it is below T, what can be lost at most. **At the defaults it says nothing**: a
-    meta_step_size of 10, OnlineSpec's, is above 8, and a discount below 1 gives up the comparison with one expert over
-    the whole stream. The weights then follow whichever expert did best in the last twenty rounds or so, and losses that
-    swing can make that the wrong one each time. The bound is least at meta_step_size = sqrt(8 ln(N) / T), where it is
-    sqrt(T ln(N) / 2): for three experts and 220 rounds at 0.2, with 0.05 of a loss_range a round. With that
-    meta_step_size it says something from the sixth round on.
+    The bound is only useful below T, the largest possible regret. **At the defaults it is not**: the meta_step_size of
+    10, OnlineSpec's, is above 8, and a discount below 1 gives up the comparison with one expert over the whole stream.
+    The weights then follow whichever expert did best in the last twenty rounds or so, which may be the wrong one each
+    time if losses swing. The bound is smallest at meta_step_size = sqrt(8 ln(N) / T), where it is sqrt(T ln(N) / 2):
+    for three experts and 220 rounds at 0.2, with 0.05 of a loss_range per round. At 0.2 it is useful from the sixth
+    round on.
 
     Args:
-        discount: Share of the old losses kept each round; below 1 an expert's past is forgiven, as after a drift.
+        meta_step_size: The rate of the exponential weights.
+        discount: Share of old losses that is kept in each round; below 1, an expert's past is forgotten.
+        loss_range: Maximum difference between losses that counts, in nats.
+
+    Raises:
+        ValueError: for numbers out of range.
 
     Reference: Freund and Schapire (1997); Cesa-Bianchi and Lugosi (2006), theorem 2.2; OnlineSpec, arXiv:2603.12617,
     section on the ensemble.
@@ -53,9 +57,10 @@ class Hedge:
             raise ValueError(f"discount is {self.discount}; it must be at most 1")
 
     def regret_bound(self, num_experts: int, num_rounds: int) -> float | None:
-        """Nats over all rounds that the experts' losses, averaged by these weights, exceed the best expert's, at most.
+        """Returns the regret bound over all rounds, in nats.
 
-        None where a bound says nothing: it is no smaller than a loss_range for every round, or there is none at all.
+        That is how much the weighted mean of the experts' losses may exceed the best expert's. None if there is no
+        bound, or if it is not below one loss_range per round.
 
         >>> Hedge(meta_step_size=0.2, discount=1.0).regret_bound(num_experts=3, num_rounds=220)
         10.9931
@@ -68,7 +73,7 @@ class Hedge:
         return self.loss_range * bound if bound < num_rounds else None
 
     def charged(self, costs: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
-        """Costs after a round. A loss that is not finite is charged for ever."""
+        """Returns the costs after a round. A loss that is not finite makes a cost infinite, for good."""
         best = min((loss for loss in losses if math.isfinite(loss)), default=0.0)
         return tuple(
             self.discount * cost + (min((loss - best) / self.loss_range, 1.0) if math.isfinite(loss) else math.inf)
@@ -76,25 +81,25 @@ class Hedge:
         )
 
     def weights(self, costs: Sequence[float]) -> tuple[float, ...]:
-        """The simplex: exp(-meta_step_size * cost), normalised.
+        """Returns exp(-meta_step_size * cost), normalised.
 
         >>> Hedge(meta_step_size=math.log(3)).weights([1.0, 0.0])
         (0.25, 0.75)
         """
         least = min(costs)
         raw = [math.exp(-self.meta_step_size * (cost - least)) if math.isfinite(cost) else 0.0 for cost in costs]
-        total = sum(raw) or math.nan  # no expert is left
+        total = sum(raw) or math.nan  # NaN if no expert is left
         return tuple(weight / total for weight in raw)
 
 
 class EnsembleState(NamedTuple):
-    """The experts' own states, what each has cost, and what plays."""
+    """The experts' states, their costs, and the weights that play."""
 
     experts: tuple[Any, ...]
-    costs: tuple[float, ...]  # infinite for an expert that blew up: it is out for good
+    costs: tuple[float, ...]  # discounted losses; infinite for an expert that diverged, which is out for good
     meta_weights: tuple[float, ...]
-    mean: Params  # of the experts' weights, by meta weight
-    best: int | None  # the expert that plays alone; None: the mean plays
+    mean: Params  # mean of the experts' weights, by meta weight
+    best: int | None  # index of the expert that plays alone; None if the mean plays
     losses: tuple[float, ...]  # of the last round, before the update
     averaging_gap: float  # moving average of f(mean of weights) - mean of f(weights); above 0, averaging hurts
     num_rounds: int = 0
@@ -102,24 +107,24 @@ class EnsembleState(NamedTuple):
 
 @dataclass(frozen=True)
 class Ensemble(Learner):
-    """Experts that learn apart, on the same feedback; what drafts is the mean of their weights.
+    """Independent experts on the same feedback. The mean of their weights, by meta weight, plays.
 
-    Each expert is charged for its loss before its own update (prequential) and never sees the mean. While the mean of
-    the weights scores worse than the mean of the scores, the expert with the largest meta weight plays instead.
+    Each expert is charged its loss before its own update (prequential) and never sees the mean. While the mean of the
+    weights has a higher loss than the mean of the losses, the expert with the largest meta weight plays instead.
 
-    Its regret bound is `Hedge`'s, by convexity, where that says something: at `meta_step_size=0.2/discount=1`, say,
-    and not at the defaults. The losses of a drafter are not convex in its weights: what is bounded there is the mean of
-    the experts' losses, which the mean of their weights may exceed by the averaging gap.
+    For convex losses its regret bound is `Hedge`'s, which is useful at `meta_step_size=0.2/discount=1`, for instance,
+    but not at the defaults. A drafter's loss is not convex in its weights: then the bound is for the mean of the
+    experts' losses, which the loss of the mean weights may exceed by the averaging gap.
 
     Args:
         step_size_pool: The experts' step sizes; by default a third of `step_size`, `step_size`, and three times it.
-        base: The experts' learner, by name.
-        gap_every: Score the mean, for the averaging gap, at every so-manieth round; no expert needs it.
-        with_frozen: Add an expert that never moves, so that the meta weights can return to the start.
-        meta_step_size, discount, loss_range: As `Hedge` has them.
+        base: The learner of the experts, by name.
+        with_frozen: Adds an expert that never moves, so that the meta weights can return to the initial weights.
+        meta_step_size, discount, loss_range: See `Hedge`.
+        gap_every: Evaluates the mean weights, for the averaging gap, once in this many rounds.
 
     Raises:
-        ValueError: for a name that is not known or a number out of range.
+        ValueError: for an unknown name or a number out of range.
 
     Reference: OnlineSpec, arXiv:2603.12617, corollary 3 (theirs without the averaging gap).
     """
@@ -141,11 +146,11 @@ class Ensemble(Learner):
         check_pool(self._pool)
         if any(type(expert) is Ensemble for expert in self.experts):
             raise ValueError(f"base is {self.base}; an expert asks for one gradient a round, an ensemble for several")
-        _ = self.hedge  # what it refuses is refused now
+        _ = self.hedge  # checks its settings
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What telemetry calls the experts: their step sizes, and `frozen`."""
+        """Names of the experts in telemetry: their step sizes, and `frozen`."""
         return tuple(f"{size:.3g}" for size in self._pool) + ("frozen",) * self.with_frozen
 
     @cached_property
@@ -174,7 +179,7 @@ class Ensemble(Learner):
         return state.mean if state.best is None else self.experts[state.best].played(state.experts[state.best])
 
     def settled(self, state: EnsembleState) -> Params:
-        """As what plays, of what each expert has learned."""
+        """Returns the same combination as `played`, of the experts' settled weights."""
         if not self.plays_ahead:
             return self.played(state)
         settled = [expert.settled(own) for expert, own in zip(self.experts, state.experts, strict=True)]
@@ -206,7 +211,7 @@ class Ensemble(Learner):
         return self._playing(state._replace(experts=experts))
 
     def undone(self, earlier: EnsembleState, state: EnsembleState) -> EnsembleState:
-        """The experts are put back; what they have cost since then is not forgotten, or the worst would lead again."""
+        """Restores the experts, but keeps their costs: otherwise the expert that did harm would lead again."""
         return self._playing(state._replace(experts=earlier.experts))
 
     def report(self, state: EnsembleState) -> dict[str, Any]:
@@ -219,8 +224,8 @@ class Ensemble(Learner):
         }
 
     def _bound(self, state: EnsembleState) -> float | None:
-        """Nats a round above the best expert, at most; None where no bound says anything."""
-        if not all(map(math.isfinite, state.costs)):  # a loss that is not finite is out of every range
+        """The regret bound per round, in nats; None if there is no useful bound."""
+        if not all(map(math.isfinite, state.costs)):  # an infinite loss is outside of every range
             return None
         bound = self.hedge.regret_bound(len(self.experts), state.num_rounds)
         return bound / state.num_rounds if bound is not None else None
@@ -228,7 +233,7 @@ class Ensemble(Learner):
     def _evaluations(
         self, evaluate: Evaluate, state: EnsembleState
     ) -> tuple[list[Evaluation | None], Evaluation | None]:
-        """One for each expert still in, and now and then one for the mean of their weights; all asked for at once."""
+        """Evaluates all experts that are not out, and in some rounds the mean weights, in one call."""
         alive = [i for i, cost in enumerate(state.costs) if math.isfinite(cost)]
         asked = [i for i in alive if self.experts[i].needs_gradient]
         scored = [i for i in alive if not self.experts[i].needs_gradient]
@@ -240,7 +245,7 @@ class Ensemble(Learner):
         return [by_expert.get(i) for i in range(len(self.experts))], merged
 
     def _gap(self, state: EnsembleState, losses: Sequence[float], merged: Evaluation | None) -> float:
-        """The averaging gap after a round; one in which a loss that counts is not finite or unknown says nothing."""
+        """The averaging gap after a round; unchanged if a loss that counts is unknown or not finite."""
         if merged is None:
             return state.averaging_gap
         decay = _GAP_DECAY**self.gap_every
@@ -248,7 +253,7 @@ class Ensemble(Learner):
         return decay * state.averaging_gap + (1 - decay) * gap if math.isfinite(gap) else state.averaging_gap
 
     def _playing(self, state: EnsembleState) -> EnsembleState:
-        """The state with the meta weights that its costs call for, and what they make play."""
+        """The state with meta weights from its costs, and the weights that play."""
         plays = [expert.played(own) for expert, own in zip(self.experts, state.experts, strict=True)]
         costs = [cost if is_finite(params) else math.inf for cost, params in zip(state.costs, plays, strict=True)]
         meta_weights = self.hedge.weights(costs)
@@ -259,13 +264,12 @@ class Ensemble(Learner):
 
 @dataclass(frozen=True)
 class SurrogateEnsemble(Ensemble):
-    """Experts that all follow the one gradient of the mean, charged for its linear model: <gradient, weights - mean>.
+    """Experts that all follow the gradient at the mean, and are charged its linear model, <gradient, weights - mean>.
 
-    One gradient a round whatever the number of experts; not what OnlineSpec does. By linearity the averaging gap is 0.
-    That gradient is of all rows, replayed ones and deeper ones included, and so is what experts are charged: their
-    reported losses compare with each other and with nothing else.
-    Experts that share a gradient never come back together, so a meta step that is large swings from one end of the pool
-    to the other; hence the small default.
+    It needs one gradient per round, whatever the number of experts. OnlineSpec does not do this. By linearity the
+    averaging gap is 0. The gradient is of all rows, replayed and deeper ones included, so the reported losses of
+    experts can be compared with each other only. Experts that share a gradient drift apart and never meet again, so a
+    large meta step would jump between the ends of the pool; therefore the default is small.
 
     Reference: Ader, arXiv:1810.10815.
     """
@@ -288,11 +292,11 @@ class SurrogateEnsemble(Ensemble):
         return [None if loss is None else merged._replace(fresh_loss=loss) for loss in losses], merged
 
     def _gap(self, state: EnsembleState, losses: Sequence[float], merged: Evaluation | None) -> float:
-        return 0.0  # what rounding leaves of it must not choose what plays
+        return 0.0  # exactly, so that rounding can't make the best expert play
 
 
 def _answer(evaluation: Evaluation, evaluate: Evaluate) -> Evaluate:
-    """An `evaluate` that knows the one gradient an expert may ask for: at its own weights, already asked for."""
+    """An `evaluate` for one expert: it returns the gradient at its own weights, which is known already."""
 
     def answer(*candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
         return [evaluation] * len(candidates) + (evaluate(scored=scored) if scored else [])

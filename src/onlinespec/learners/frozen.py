@@ -10,7 +10,7 @@ from onlinespec.learners.geometry import Geometry, Preconditioned
 
 @dataclass(frozen=True)
 class Frozen(Learner):
-    """Plays its start for ever and asks for no gradient; every other learner is compared with it."""
+    """Always plays the initial weights and asks for no gradient. All other learners are compared with it."""
 
     step_size: float = 0.0
     geometry: Geometry = Preconditioned()

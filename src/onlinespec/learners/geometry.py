@@ -1,4 +1,4 @@
-"""The norm a learner moves in: how a gradient becomes a direction. The step size is the learner's."""
+"""Geometries: how a gradient becomes a direction. Also the arithmetic on sets of tensors that learners share."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from onlinespec.learners.base import Params
 
 
 class Geometry(Protocol):
-    """Turns gradients into directions of descent; keeps whatever state that takes, one per expert."""
+    """Turns gradients into directions of descent. Each expert has its own state of it."""
 
     def init(self, params: Params) -> Any:
-        """The state before the first gradient."""
+        """Returns the state before the first gradient."""
 
     def direction(self, grads: Params, loss: float, state: Any) -> tuple[Params, Any]:
-        """What to subtract, per unit of step size, and the next state.
+        """Returns what to subtract per unit of step size, and the next state.
 
         Args:
-            loss: What the gradients are of.
+            loss: The loss that the gradients are of.
         """
 
 
 @dataclass(frozen=True)
 class Euclidean:
-    """The gradient itself: what the regret bounds are stated for."""
+    """The gradient itself. The regret bounds of OnlineSpec are stated for it."""
 
     def init(self, params: Params) -> None:
         return None
@@ -39,7 +39,7 @@ class Euclidean:
 
 
 class DiagonalState(NamedTuple):
-    """Moments of the gradients seen, and how many there were."""
+    """First and second moments of the gradients, and the number of rounds."""
 
     first: Params
     second: Params
@@ -50,13 +50,17 @@ class DiagonalState(NamedTuple):
 class Diagonal:
     """Adam's direction: averaged gradients over the root of their averaged squares, both bias-corrected.
 
-    A per-weight scale, so that one step size fits layers of unlike size. The online-gradient bounds do not carry over
-    to it (Adam has no such guarantee); with first_decay = 0 it is the plain preconditioned gradient.
+    Each weight has its own scale, so that one step size fits layers of different size. The bounds of online gradient
+    descent do not apply (Adam has no such guarantee).
 
     Args:
-        full_loss: Below this loss, in its own units, directions shorten in proportion, like a capped Polyak step: at
-            full length every weight moves as far for a small loss as for a large one, which a drafter that starts well
-            pays for. A loss that is NaN moves nothing, unless its gradients are NaN too. 0 for never.
+        first_decay: Decay of the averaged gradients; 0 uses the gradient itself.
+        second_decay: Decay of the averaged squares.
+        epsilon: Added to the root.
+        full_loss: Below this loss, directions shorten in proportion to the loss, like a capped Polyak step. Without
+        that,
+            weights move as far for a small loss as for a large one, which harms a drafter that starts well. A NaN loss
+            moves nothing, unless the gradients are NaN too. 0 turns it off.
 
     Reference: Adam, arXiv:1412.6980; the capped Polyak step, arXiv:2002.10542.
     """
@@ -88,17 +92,17 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Preconditioned(Diagonal):
-    """Each gradient over the root of the averaged squares, without an average of its own: RMSprop's, bias-corrected.
+    """RMSprop's direction: the gradient over the root of its averaged squares, bias-corrected.
 
-    With it `optimistic` is optimism alone; the average in `diagonal` is momentum of a kind. Measured online, it
-    learns more than `diagonal` on streams that shift (docs/log.md).
+    The gradient is not averaged, so `optimistic` is not mixed with momentum in it. On shifting streams it learned more
+    than `diagonal` (docs/log.md, 2026-11-22).
     """
 
     first_decay: float = 0.0
 
 
 def clip_by_norm(grads: Params, max_norm: float) -> Params:
-    """The gradients, scaled down together if their joint Euclidean norm exceeds max_norm.
+    """Scales all gradients down together if their joint Euclidean norm exceeds max_norm.
 
     >>> clip_by_norm({"a": torch.tensor([3.0, 4.0])}, 1.0)["a"]
     tensor([0.6000, 0.8000])
@@ -109,9 +113,9 @@ def clip_by_norm(grads: Params, max_norm: float) -> Params:
 
 
 class Point(NamedTuple):
-    """Weights as learners keep them: masters in float32 or better, and the same in the dtypes that draft.
+    """A learner's weights: masters in float32 or better, and copies in the dtypes that draft.
 
-    A bfloat16 weight would ignore steps below some 0.4 % of its size; its master gathers them.
+    A bfloat16 weight would ignore updates below some 0.4 % of its size; its master accumulates them.
     """
 
     masters: Params
@@ -119,19 +123,20 @@ class Point(NamedTuple):
 
     @classmethod
     def at(cls, params: Params) -> Self:
-        """The given weights, by reference where no other precision is needed."""
+        """Returns a point at the given weights, by reference if they are float32 already."""
         return cls({name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in params.items()}, params)
 
     def moved(self, direction: Params, step_size: float) -> Self:
-        """The point at masters - step_size * direction; this one is left alone."""
+        """Returns the point at masters - step_size * direction."""
         masters = {name: torch.sub(p, direction[name], alpha=step_size) for name, p in self.masters.items()}
         return type(self)(masters, {name: p.to(self.played[name].dtype) for name, p in masters.items()})
 
 
 def averaged(points: Sequence[Params], weights: Sequence[float]) -> Params:
-    """The weighted mean, in each tensor's own dtype; a weight of 0 leaves its point out, whatever it holds.
+    """Returns the weighted mean, in each tensor's dtype. A point of weight 0 is left out, even if it holds NaN.
 
-    Taken as a way from the first point, the weights summing to 1: points that agree are their mean bit for bit.
+    Computed relative to the first point, for weights that sum to 1, so that the mean of equal points is equal to the
+    bit.
     """
     (origin, _), *others = [(point, weight) for point, weight in zip(points, weights, strict=True) if weight]
     mean = {}
@@ -145,7 +150,7 @@ def averaged(points: Sequence[Params], weights: Sequence[float]) -> Params:
 
 
 def check_pool(step_sizes: Sequence[float]) -> None:
-    """Raises ValueError unless all are positive numbers and no two alike."""
+    """Raises ValueError unless all step sizes are positive and different."""
     told = ", ".join(f"{size:g}" for size in step_sizes)
     if not all(0 < size < math.inf for size in step_sizes):
         raise ValueError(f"step_size_pool is {told}; all must be positive numbers")
@@ -154,23 +159,23 @@ def check_pool(step_sizes: Sequence[float]) -> None:
 
 
 def squared_norm(params: Params) -> float:
-    """Of all tensors together."""
+    """Returns the squared Euclidean norm of all tensors together."""
     return math.fsum(to_host(*(p.float().square().sum() for p in params.values())))
 
 
 def squared_distance(one: Params, other: Params) -> float:
-    """Between two sets of tensors."""
+    """Returns the squared Euclidean distance between two sets of tensors."""
     return math.fsum(to_host(*((p.float() - other[name].float()).square().sum() for name, p in one.items())))
 
 
 def inner_product(grads: Params, params: Params, origin: Params) -> float:
-    """<grads, params - origin>: what a linear model says of moving there."""
+    """Returns <grads, params - origin>."""
     sums = ((g.float() * (params[name].float() - origin[name].float())).sum() for name, g in grads.items())
     return math.fsum(to_host(*sums))
 
 
 def cosine(one: Params, other: Params) -> float | None:
-    """Of the angle between two sets of tensors; None where either is zero or not finite.
+    """Returns the cosine of the angle between two sets of tensors; None if either is zero or not finite.
 
     >>> cosine({"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([1.0, 0.0])})
     0.6
@@ -182,9 +187,9 @@ def cosine(one: Params, other: Params) -> float | None:
 
 
 def is_finite(params: Params) -> bool:
-    """Whether no tensor holds a NaN or an infinity, by their sums: a third of isfinite().all()'s time."""
+    """Whether no tensor holds NaN or infinity, tested by their sums, in a third of the time of isfinite().all()."""
     sums = [p.sum(dtype=_SUMMED_AS.get(p.dtype)) for p in params.values()]
     return all(map(math.isfinite, to_host(*sums)))
 
 
-_SUMMED_AS = {torch.float16: torch.float32}  # where a sum of finite numbers may leave the dtype's range
+_SUMMED_AS = {torch.float16: torch.float32}  # dtypes in which a sum of finite numbers may overflow

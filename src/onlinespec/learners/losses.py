@@ -23,15 +23,15 @@ GREEDY_TOKEN_SHARE = 0.75  # of the committed token's own cross-entropy in `auto
 
 
 class TargetRows(NamedTuple):
-    """What the target said at N verified positions."""
+    """The target's rows at N verified positions: the labels."""
 
-    probs_NV: Tensor  # float32
-    token_ids_N: Tensor  # what was committed there: the target's own choice, greedy or drawn
-    temperatures_N: Tensor  # at which the request decodes; 0 is greedy
-    noise_keys_N3: Tensor | None = None  # int64 (seed, choice, position): what each token was chosen with
+    probs_NV: Tensor  # float32: the target's raw distribution, at temperature 1
+    token_ids_N: Tensor  # int64: the committed tokens, which the target chose
+    temperatures_N: Tensor  # of the request; 0 is greedy
+    noise_keys_N3: Tensor | None = None  # int64 (seed, choice, position) of the noise that chose each token
 
     def take(self, at_M: Tensor) -> TargetRows:
-        """Some of the rows, by their places."""
+        """Returns the rows with these indices."""
         keys_N3 = self.noise_keys_N3
         rows = self.probs_NV[at_M], self.token_ids_N[at_M], self.temperatures_N[at_M]
         return TargetRows(*rows, None if keys_N3 is None else keys_N3[at_M])
@@ -41,9 +41,9 @@ RowLoss = Callable[[Tensor, TargetRows], Tensor]
 
 
 def soft_cross_entropy(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """-sum_v target(v) log draft(v): forward KL up to the target's own entropy, which has no gradient.
+    """-sum_v target(v) log draft(v): forward KL up to the target's entropy, which has no gradient.
 
-    No row can pull harder than a distance between distributions.
+    The gradient in a row's logits is a difference of two distributions, so it is bounded.
 
     >>> rows = TargetRows(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([0]), torch.tensor([1.0]))
     >>> soft_cross_entropy(torch.zeros(1, 4), rows).exp()
@@ -55,7 +55,7 @@ def soft_cross_entropy(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
 
 
 def reverse_kl(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """KL(draft || target): seeks a mode instead of covering them all.
+    """KL(draft || target), which is mode-seeking.
 
     Reference: Online Speculative Decoding, arXiv:2310.07177.
     """
@@ -64,7 +64,7 @@ def reverse_kl(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
 
 
 def jsd(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """Jensen-Shannon divergence, the mean KL to the mixture of both; at most log 2. Not a blend of two KLs.
+    """Jensen-Shannon divergence: the mean KL to the mixture of both, at most log 2.
 
     Reference: generalised JSD with beta 1/2, arXiv:2306.13649.
     """
@@ -75,36 +75,36 @@ def jsd(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
 
 
 def total_variation(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """Half the absolute difference: 1 - acceptance_prob of a sampled draft, itself."""
+    """Half the absolute difference: 1 - acceptance_prob of a sampled draft under the rejection rule."""
     return (_log_probs(draft_logits_NV).exp() - target.probs_NV).abs().sum(-1) / 2
 
 
 def cross_entropy(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """-log draft(committed token). For greedy requests the acceptance hangs on that token alone."""
+    """-log draft(committed token). For greedy requests, acceptance depends on that token only."""
     log_draft = _log_probs(draft_logits_NV)
     ids = target.token_ids_N.expand(log_draft.shape[:-1]).unsqueeze(-1)
     return -log_draft.gather(-1, ids).squeeze(-1)
 
 
 def mix(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """Half the soft cross-entropy, half the committed token's."""
+    """Half soft cross-entropy, half cross-entropy of the committed token."""
     return _mixed(draft_logits_NV, target, torch.full_like(target.token_ids_N, 0.5, dtype=torch.float32))
 
 
 def auto(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """Each row by how its request decodes: mostly the committed token when greedy, the whole row when sampled."""
+    """Greedy rows: 75 % cross-entropy of the committed token, 25 % soft cross-entropy; sampled rows: the latter."""
     return _mixed(draft_logits_NV, target, GREEDY_TOKEN_SHARE * (target.temperatures_N == 0))
 
 
 def _mixed(draft_logits_NV: Tensor, target: TargetRows, token_share_N: Tensor) -> Tensor:
-    """Both cross-entropies, by shares: one, against labels between the row and the token."""
+    """Both cross-entropies by shares: one cross-entropy with mixed labels."""
     labels_NV = target.probs_NV * (1 - token_share_N)[:, None]
     labels_NV = labels_NV.scatter_add(-1, target.token_ids_N[:, None], token_share_N[:, None])
     return -(labels_NV * _log_probs(draft_logits_NV)).sum(-1)
 
 
 def kl(draft_logits_NV: Tensor, target: TargetRows) -> Tensor:
-    """KL(target || draft), at least 0: what the bounds of `metrics` are stated in."""
+    """KL(target || draft), at least 0. The bounds of `learning/bounds.py` are stated in it."""
     return soft_cross_entropy(draft_logits_NV, target) + torch.special.xlogy(target.probs_NV, target.probs_NV).sum(-1)
 
 
@@ -113,12 +113,12 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 
 def _log(probs: Tensor) -> Tensor:
-    """Finite where a probability is 0: a token that the target rules out costs no more than float32 can say."""
+    """The logarithm, but finite where a probability is 0."""
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def describe_loss(name: str, temperature: float) -> str:
-    """A loss in words, for requests that decode at a temperature: what `auto` has chosen.
+    """Describes a loss in words; for `auto`, what it is at a temperature.
 
     >>> describe_loss("auto", 0.0)
     'auto (greedy: 75 % the committed token, 25 % the whole row)'

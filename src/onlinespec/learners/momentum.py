@@ -1,4 +1,4 @@
-"""Momentum: what the published code runs under the name of optimism. An ablation, never the default."""
+"""Momentum: what the released code of OnlineSpec runs as optimistic learning. For comparisons only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onlinespec.learners.geometry import Geometry, Point, Preconditioned, clip_b
 
 
 class MomentumState(NamedTuple):
-    """The weights that play, their velocity, and how many rounds there were."""
+    """The weights that play, their velocity, and the number of rounds."""
 
     point: Point
     velocity: Params
@@ -20,15 +20,15 @@ class MomentumState(NamedTuple):
 
 @dataclass(frozen=True)
 class Momentum(Learner):
-    """A velocity that gathers directions; no hint, no second sequence:
+    """Accumulates directions in a velocity; there is no hint and no second sequence:
 
         velocity = momentum * velocity + direction(clip(grad f(w)));  w_next = w - step_size * velocity
 
-    In the long run it moves `effective_step` per unit of gradient: compare it with online gradient at that step size.
+    Under a constant gradient it moves `effective_step` per round, so compare it with online gradient at that step size.
 
     Args:
-        restart_every: Rounds after which the velocity starts from nothing; 16 is about what the released code does
-            (once per chunk). 0 never.
+        restart_every: Rounds after which the velocity is reset; 16 is about what the released code does (once per
+            chunk). 0 never resets.
 
     Reference: the code released with OnlineSpec, arXiv:2603.12617 (SGD with momentum 0.9 for Hydra).
     """
@@ -47,7 +47,7 @@ class Momentum(Learner):
 
     @property
     def effective_step(self) -> float:
-        """The step size of online gradient that moves as far under a constant gradient, in the mean over a chunk."""
+        """The step size at which online gradient moves as far under a constant gradient, on average over a chunk."""
         n, mu = self.restart_every, self.momentum
         lost = mu * (1 - mu**n) / (n * (1 - mu)) if n else 0.0  # from rest: the mean of 1 - mu^k over k = 1..n
         return self.step_size / (1 - mu) * (1 - lost)

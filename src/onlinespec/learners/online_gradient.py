@@ -1,4 +1,4 @@
-"""Online gradient descent, in a geometry of choice."""
+"""Online gradient descent in any geometry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onlinespec.learners.geometry import Geometry, Point, Preconditioned, clip_b
 
 
 class OnlineGradientState(NamedTuple):
-    """The weights that play, and what the geometry remembers."""
+    """The weights that play, and the state of the geometry."""
 
     point: Point
     geometry: Any
@@ -18,11 +18,11 @@ class OnlineGradientState(NamedTuple):
 
 @dataclass(frozen=True)
 class OnlineGradient(Learner):
-    """One step against each round's gradient, taken at the weights that drafted:
+    """Moves against each round's gradient at the weights that played:
 
         w_next = w - step_size * direction(clip(grad f(w)))
 
-    The step size is constant: a stream has no known end, and a rate that decays stops following a drift.
+    The step size is constant, because a stream has no known end, and a decaying rate would stop following a drift.
 
     Reference: Zinkevich (2003); OnlineSpec, arXiv:2603.12617, corollary 1 (Euclidean geometry, without projection).
     """

@@ -1,4 +1,5 @@
-"""Optimistic online gradient: plays one step ahead of what it has learned, along a guess of the next gradient."""
+"""Optimistic online gradient descent: plays one step ahead of the learned weights, along a hint of the next
+gradient."""
 
 from __future__ import annotations
 
@@ -14,39 +15,42 @@ _MOST_DOMAINS = 16
 
 
 class Hint(NamedTuple):
-    """A guess of the next gradient: as it came, and as the geometry turned it."""
+    """A guess of the next gradient: the raw gradient, and its direction in the geometry."""
 
     grads: Params
     direction: Params
 
 
 class OptimisticState(NamedTuple):
-    """Both sequences: what is learned (`point`), and what plays, a step ahead of it."""
+    """Both sequences: the learned weights (`point`), and those that play, a step ahead."""
 
     point: Point
     played: Params
     geometry: Any
-    hints: dict[str, Hint]  # by domain, or under "" if they are not kept apart
-    followed: str | None  # the hint that `played` has followed, by its domain; None: none
-    met: Hint | None  # the gradient that came, after the hint that was used for it ...
-    missed: Hint | None  # ... which is here; None in round 0
+    hints: dict[str, Hint]  # by domain, or by "" if there is one for all
+    followed: str | None  # key of the hint that `played` follows; None for no hint
+    met: Hint | None  # the gradient of the last round ...
+    missed: Hint | None  # ... and the hint that was used for it; None in round 0
 
 
 @dataclass(frozen=True)
 class OptimisticGradient(Learner):
-    """Two sequences; the gradient is taken at the weights that played, and the hint is the last one:
+    """Keeps two sequences. The gradient is taken at the weights that played, and is the next round's hint:
 
         played    w = v - step_size * direction(hint)        no hint in round 0
         learned   v_next = v - step_size * direction(clip(grad f(w)))
         hint_next = the last gradient
 
-    Not momentum: over T rounds it moves as far as online gradient and one look-ahead. In the `diagonal` geometry the
-    direction of the hint is the last direction, which is Optimistic Adam (arXiv:1711.00141); with `preconditioned` both
-    lines use the same scale and no average, the pure form.
+    This is not momentum: over T rounds it moves as far as online gradient descent, plus one look-ahead. In the
+    `diagonal` geometry the hint's direction is the last direction, which is Optimistic Adam (arXiv:1711.00141). In
+    `preconditioned` both lines use the same scale and no average, which is the pure form.
 
     Args:
-        hint_decay: Average the hints, this share of the old kept: less noise, more lag. 0 is the last gradient.
-        hint_by_domain: Keep a hint per domain tag, for traffic that is interleaved.
+        hint_decay: Share of the old hint in a running average: less noise, more lag. 0 uses the last gradient.
+        hint_by_domain: Keep one hint per domain tag, for interleaved traffic.
+
+    Raises:
+        ValueError: if hint_decay is not in [0, 1).
 
     Reference: OnlineSpec, arXiv:2603.12617, corollary 2 (Euclidean geometry, without projection).
     """
@@ -73,7 +77,7 @@ class OptimisticGradient(Learner):
         return state.played
 
     def settled(self, state: OptimisticState) -> Params:
-        """The learned sequence: the look-ahead is a guess of the next round, and of no use without it."""
+        """Returns the learned sequence, without the look-ahead, which only helps in the next round."""
         return state.point.played
 
     def update(self, evaluate: Evaluate, state: OptimisticState) -> OptimisticState:
@@ -101,9 +105,9 @@ class OptimisticGradient(Learner):
         return state._replace(played=ahead.played, followed=following)
 
     def report(self, state: OptimisticState) -> dict[str, Any]:
-        """Squared norms, of raw gradients and in the geometry: the hint's error, and the gradient's own.
+        """Returns squared norms, raw and in the geometry: the error of the hint, and the gradient itself.
 
-        A hint is worth following while its error is the smaller; without a hint they are equal.
+        A hint helps while its error is smaller than the gradient; without a hint they are equal.
         """
         if state.met is None:
             return {}
@@ -124,7 +128,7 @@ class OptimisticGradient(Learner):
 
 
 def _newest(hints: dict[str, Hint], domain: str, hint: Hint) -> dict[str, Hint]:
-    """The hints with a new one last; the oldest go, for each holds two copies of the weights."""
+    """Adds a hint, and drops the oldest beyond 16, because each holds two tensors per weight."""
     others = [(name, old) for name, old in hints.items() if name != domain]
     return dict([*others[1 - _MOST_DOMAINS :], (domain, hint)])
 

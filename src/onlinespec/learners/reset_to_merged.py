@@ -1,4 +1,4 @@
-"""The ensemble as the published code runs it: merged, then all experts put back there. An ablation."""
+"""The ensemble of OnlineSpec's released code, whose experts restart at the merged weights. For comparisons only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onlinespec.learners.geometry import Geometry, Point, Preconditioned, averag
 
 
 class ResetToMergedState(NamedTuple):
-    """The merged weights, which play, and the shares they were merged with."""
+    """The merged weights, which play, and the shares of the experts in them."""
 
     point: Point
     geometry: Any
@@ -20,16 +20,16 @@ class ResetToMergedState(NamedTuple):
 
 @dataclass(frozen=True)
 class ResetToMerged(Learner):
-    """Every round all experts start at the merged weights, so that they share one gradient; each takes its own step:
+    """In every round all experts start at the merged weights, so they share one gradient; each takes its own step:
 
         w_i = w - step_size_i * direction(clip(grad f(w)))
         w_next = sum share_i * w_i    with share_i ~ exp(-f(w_i) / temperature)
 
-    The shares come from the loss on the data just trained on, after training (in-sample), and are forgotten every
-    round: a search for the step size, not an ensemble. It moves `effective_step` per unit of gradient.
+    The shares come from losses on the data just trained on (in-sample) and are recomputed in every round, so this
+    searches for a step size and is no ensemble. With equal shares it moves `effective_step` per unit of gradient.
 
     Args:
-        step_size_pool: By default a third of `step_size`, `step_size`, and three times it.
+        step_size_pool: The experts' step sizes; by default a third of `step_size`, `step_size`, and three times it.
         temperature: Of the shares; the released code has 1.2 for EAGLE and 0.2 for EAGLE-3.
 
     Reference: the code released with OnlineSpec, arXiv:2603.12617.
@@ -52,7 +52,7 @@ class ResetToMerged(Learner):
 
     @property
     def effective_step(self) -> float:
-        """The step size of online gradient that moves as far with even shares."""
+        """The step size at which online gradient moves as far, if shares are equal."""
         return sum(self.pool) / len(self.pool)
 
     def init(self, params: Params) -> ResetToMergedState:

@@ -1,4 +1,4 @@
-"""How long a learner's steps are, where no one has said: one rule, by how many weights learn."""
+"""The default step size, by the number of weights that learn."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import math
 
 from onlinespec.learners.base import Params
 
-_LARGEST = (
-    1e-3  # measured on drafters of about a million weights: a third of it learns less, three times loses what fits
-)
-_LARGEST_UP_TO = 2e6  # weights that learn; above, steps fall with the square root of their number
+_LARGEST = 1e-3  # measured on drafters of about a million weights: a third learns less, three times forgets what fitted
+_LARGEST_UP_TO = 2e6  # weights; above that, the step size falls with the square root of their number
 
 
 def step_size_for(params: Params) -> float:
-    """The step size of online rounds: 1e-3 up to two million weights that learn, 1.4e-4 for a hundred million.
+    """Returns the step size of online rounds: 1e-3 up to two million weights, 1.4e-4 for a hundred million.
 
-    In the diagonal geometries every weight moves by about the step size, so the move as a whole grows with the square
-    root of their number: above two million it stays as long as it is there.
+    In the diagonal geometries every weight moves by about the step size, so the norm of the update grows with the
+    square root of their number. Above two million weights the norm is kept constant.
 
     >>> import torch
     >>> step_size_for({"fc.weight": torch.empty(1000, 1000)})
