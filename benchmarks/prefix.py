@@ -3,8 +3,8 @@
     python benchmarks/prefix.py [--num-tokens 12500 25000 50000 100000]
 
 A stand-in for the model writes nothing, so that what is left of `DecodeLoop.prefill` is choosing pieces, hashing
-blocks, looking them up and keeping them. A prompt is read in pieces as a server reads it: into an empty cache (first), as one
-that another prompt has filled (again), and beside another that begins alike (beside). CPU seconds of this process.
+blocks, looking them up and keeping them. A prompt is prefilled in pieces, as in a server: into an empty cache (first),
+as one that another prompt has filled (again), and beside another that begins alike (beside). CPU seconds.
 """
 
 from __future__ import annotations

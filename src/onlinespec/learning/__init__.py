@@ -1,1 +1,1 @@
-"""The learning round: when it is due, what it reads, what it may cost."""
+"""The learning round: when it is due, which rows it trains, what it may cost, and telemetry about it."""

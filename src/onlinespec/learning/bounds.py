@@ -1,4 +1,4 @@
-"""What losses guarantee: from a mean KL or cross-entropy to the least acceptance length it allows. Pure arithmetic."""
+"""Bounds: the minimum acceptance length that a mean KL or cross-entropy guarantees. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 
 
 def acceptance_length_at(distance: float, num_draft_tokens: int) -> float:
-    """Tokens per step if each drafted token is kept with probability 1 - distance: sum_j (1 - distance)^j, j = 0..K.
+    """Returns the acceptance length if each draft is kept with probability 1 - distance: sum_j (1 - distance)^j, j =
+    0..K.
 
-    Convex and decreasing, so that at a mean distance it bounds the mean from below.
+    It is convex and decreasing, so its value at a mean distance bounds the mean from below.
 
     >>> acceptance_length_at(0.5, 2)
     1.75
@@ -17,7 +18,8 @@ def acceptance_length_at(distance: float, num_draft_tokens: int) -> float:
 
 
 def distance_bound(kl: float) -> float:
-    """The most total variation that a mean KL allows: the lower of Pinsker's bound and Bretagnolle and Huber's.
+    """Returns the maximum total variation for a mean KL, in nats: the lower of the bounds of Pinsker and
+    Bretagnolle-Huber.
 
     >>> distance_bound(0.0), distance_bound(0.02), distance_bound(50.0)
     (0.0, 0.1, 1.0)
@@ -28,10 +30,10 @@ def distance_bound(kl: float) -> float:
 
 
 def coupled_distance(distance: float) -> float:
-    """The largest share of sampled drafts that can differ from the target's token where both take the best of their own
-    scores and the same Gumbel noise, from the total variation between their rows: 1 - (1 - d) / (1 + d).
+    """Returns the maximum share of coupled drafts that differ from the target's token, at a total variation d between
+    the two distributions: 1 - (1 - d) / (1 + d).
 
-    Concave and increasing, so that at a mean distance it bounds the mean from above.
+    It is concave and increasing, so its value at a mean distance bounds the mean from above.
 
     >>> coupled_distance(0.0), coupled_distance(0.25), coupled_distance(1.0)
     (0.0, 0.4, 1.0)
@@ -42,10 +44,11 @@ def coupled_distance(distance: float) -> float:
 
 
 def greedy_distance_bound(token_loss: float) -> float:
-    """The largest share of greedy drafts that can differ from the target's token, from that token's mean cross-entropy.
+    """Returns the maximum share of greedy drafts that differ from the target's token, at its mean cross-entropy in
+    nats.
 
-    A draft's likeliest token is another one only if the right one has at most half its probability; then 1 is at most
-    2 (1 - probability), and the mean of 1 - exp(-loss) is at most that of the mean loss.
+    If the draft is another token, the target's has a draft probability of at most 1/2, so the indicator of a difference
+    is at most 2 (1 - probability) = 2 (1 - exp(-loss)), which is concave in the loss.
 
     >>> greedy_distance_bound(math.log(4 / 3)), greedy_distance_bound(3.0)
     (0.5, 1.0)

@@ -1,7 +1,7 @@
-"""What learning may cost: a share of something that passes, earned as it passes, spent by work, kept up to a bound.
+"""The learning budget: a share of decoding work or of time, which is earned, spent by rounds, and saved up to a bound.
 
 There is one budget and two meters. Inline, decoding is counted in steps and learning by a formula, so that the same
-requests learn the same way on every machine. Beside serving, both are read off clocks.
+requests learn in the same way on every machine. In a thread or process, both are read from clocks.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from typing import NamedTuple, Protocol
 
 
 class Reading(NamedTuple):
-    """Totals since a meter was made, in its own unit."""
+    """Totals since a meter was created, in its own unit."""
 
-    passed: float  # of what learning has a share of
+    passed: float  # decoding work or time; learning may take a share of it
     taken: float  # by learning
 
 
 class Meter(Protocol):
-    """Says how much has passed, and how much of it learning took."""
+    """Measures decoding and learning in one unit."""
 
-    most_saved: float  # units that are kept for later
-    saved_at_start: float  # on credit: a drafter is most often cold then
-    least: float  # units that must be saved before work begins
-    counts_comparisons: bool  # whether comparing weights with others costs something here
+    most_saved: float  # maximum number of units that can be saved
+    saved_at_start: float  # credit at the start, when a drafter is usually cold
+    least: float  # units that must be saved before a round or a comparison begins
+    counts_comparisons: bool  # whether comparisons of weights are charged
 
     def observe_step(self, num_rows: Sequence[int]) -> None:
-        """A step was decoded, in which the target scored so many rows for each request."""
+        """Counts a decoding step, in which the target scored num_rows[i] rows of each request."""
 
     def observe_round(self, num_rows: int, num_evaluations: float) -> None:
-        """A round trained so many rows, with a gradient so many times."""
+        """Counts a round on this many rows, with this many evaluations with gradient."""
 
     def read(self) -> Reading:
-        """The totals so far."""
+        """Returns the totals so far."""
 
 
 class Budget:
-    """A learner's share of what passes, and what is left of it.
+    """Learning's share of decoding work or time, and how much of it is left.
 
-    Two accounts are kept: of all that learning took, and of its work alone (rounds and comparisons), whose share may be
-    changed. Beside serving, reading the records of many streams takes more than a hundredth of a core, and what is to
-    find out whether drafts pay again must not starve on that.
+    There are two accounts: one of everything that learning takes, and one of rounds and comparisons only, whose share
+    can be changed. In a learning process, receiving the records of many streams takes more than 1 % of a core; with one
+    account, a share of 1 % would leave nothing for the rounds that make drafting worthwhile again.
 
     Args:
-        share: Of what passes, learning may take this much; inf for no limit.
+        share: The share that learning may take; inf for no limit.
+        meter: What the share is of.
     """
 
     def __init__(self, share: float, meter: Meter) -> None:
@@ -55,47 +56,47 @@ class Budget:
         self.begin()
 
     def begin(self) -> None:
-        """Counts from now on; for a meter whose clock is the calling thread's."""
+        """Starts counting now. Needed if the meter's clock is that of the calling thread."""
         self._start = self._last = self._meter.read()
 
     def set_share(self, share: float) -> None:
-        """Work may take this share from now on."""
+        """Sets the share that rounds and comparisons may take from now on."""
         self._work_share = share
 
     def observe_step(self, num_rows: Sequence[int] = (1,)) -> None:
-        """A step was decoded, of a batch or of one request.
+        """Counts a decoding step.
 
         Args:
-            num_rows: That the target scored for each of its requests: the drafted tokens and one.
+            num_rows: Rows that the target scored for each request: the drafted tokens and one.
         """
         self._meter.observe_step(num_rows)
 
     def spend(self, num_rows: int = 0, num_evaluations: float = 0.0) -> None:
-        """Work has ended that began when there was room for it: a round, or a comparison."""
+        """Charges a round or a comparison that has ended."""
         self._meter.observe_round(num_rows, num_evaluations)
         self._work_saved -= self._settle()
 
     def has_room(self) -> bool:
-        """Whether what was taken is earned again: ask before work begins. Brings the accounts up to date."""
+        """Whether a round may begin: the cost of earlier ones has been earned again. Updates the accounts."""
         self._settle()
         return math.isinf(self._work_share) or min(self._saved, self._work_saved) >= self._meter.least
 
     def has_room_to_compare(self) -> bool:
-        """Whether weights may be compared with others now."""
+        """Whether a comparison of weights may begin."""
         return self.has_room() or not self._meter.counts_comparisons
 
     @property
     def spent(self) -> float:
-        """What learning took since `begin`, in the meter's unit."""
+        """Units that learning has taken since `begin`."""
         return self._meter.read().taken - self._start.taken
 
     @property
     def share_spent(self) -> float:
-        """The same, of all that passed."""
+        """Share that learning has taken since `begin`."""
         return self.spent / max(self._meter.read().passed - self._start.passed, 1e-9)
 
     def _settle(self) -> float:
-        """Books what passed and what was taken since the last time; the latter."""
+        """Books what passed and what was taken since the last call. Returns the latter."""
         now, most = self._meter.read(), self._meter.most_saved
         passed, taken = now.passed - self._last.passed, now.taken - self._last.taken
         self._last = now
@@ -106,21 +107,21 @@ class Budget:
 
 
 class StepMeter:
-    """Counts in steps: a request's step, alone, is 1. No clock is asked.
+    """Counts in steps of a single request. It reads no clock.
 
     Args:
-        round_cost: What a round costs, in steps, whatever its rows ...
-        row_cost: ... and what each row adds; `measure_round_costs` tells both for a machine and a pair.
-        max_rows: Of a round.
+        round_cost: Cost of a round without rows, in steps; `measure_round_costs` measures both costs.
+        row_cost: Additional cost of each row, in steps.
+        max_rows: Maximum number of rows of a round.
     """
 
     counts_comparisons = False
     _MOST_SAVED = 16  # rounds
     _SAVED_AT_START = 8
-    # What a row of another request in the batch adds to a step, in steps of one request alone. By tokens per second of
-    # 1, 4 and 16 streams at fixed lengths, on two processors ("never slower" in benchmarks/results/serving.md): 0.048
-    # to 0.051 with four drafted tokens, 0.06 to 0.08 with one or two, 0.10 to 0.15 with none. The least of them,
-    # so that learning takes no more than its share there.
+    # Cost that a row of another request in the batch adds to a step, in steps of a single request. From tokens per
+    # second of 1, 4 and 16 streams at fixed draft lengths, on two processors ("never slower" in
+    # benchmarks/results/serving.md): 0.048 to 0.051 with four drafted tokens, 0.06 to 0.08 with one or two, 0.10 to
+    # 0.15 with none. The smallest is used, so that learning never takes more than its share.
     _FURTHER_ROW_COST = 0.048
 
     def __init__(self, round_cost: float, row_cost: float, max_rows: int) -> None:
@@ -141,11 +142,11 @@ class StepMeter:
 
 
 class ClockMeter:
-    """Counts in seconds. What learning took is read from a clock of its own, so that all of it counts.
+    """Counts in seconds. Learning has its own clock, so that everything it does is counted.
 
     Args:
-        taken: Seconds that learning has run so far: its thread's or its process's processor time.
-        passed: Seconds so far, of anything.
+        taken: Returns the processor time that learning has used: its thread's or process's.
+        passed: Returns the time that has passed.
     """
 
     counts_comparisons = True
@@ -159,10 +160,10 @@ class ClockMeter:
         self._taken, self._passed = taken, passed
 
     def observe_step(self, num_rows: Sequence[int]) -> None:
-        """Nothing: the clock does."""
+        """Does nothing: the clock counts."""
 
     def observe_round(self, num_rows: int, num_evaluations: float) -> None:
-        """Nothing: the clock does."""
+        """Does nothing: the clock counts."""
 
     def read(self) -> Reading:
         return Reading(self._passed(), self._taken())

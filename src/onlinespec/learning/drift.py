@@ -1,4 +1,4 @@
-"""Whether a share has fallen: Page's test, for texts whose draws are not independent."""
+"""Drift detection: Page's cumulative-sum test for a fall of a success rate, for draws that depend on each other."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ import math
 
 
 class FallTest:
-    """Whether a share, so many of so many draws, has fallen to half of what it was: Page's cumulative sum.
+    """Detects that a share of successes has fallen to half of what it was, by Page's cumulative sum.
 
-    Every observation adds the log-likelihood ratio of "half the known share" over "the known share"; below 0 the sum
-    starts again. Where draws are independent and the share is known, chance brings it to log(N) once in N observations
-    or less often (Lorden). Draws of one text are not independent, so each ratio is divided by the dispersion: how much
-    more whole texts have differed from the known share than independent draws would.
+    Each observation adds the log-likelihood ratio of "half the known share" over "the known share"; the sum is kept at
+    0 or above. For independent draws and a known share, chance brings it to log(N) at most once in N observations
+    (Lorden). Draws of one text are not independent, so each ratio is divided by the dispersion: how much more whole
+    texts have differed from the known share than independent draws would.
 
-    Observations that speak for a fall join the known share only when the sum is back at 0, so that a fall can't move
-    what it is measured against. A share that rises, as learning lets it, is followed.
+    Observations that support a fall are added to the known share only when the sum is back at 0, so that a fall does
+    not change its own reference. A rising share, as learning causes, is followed.
 
     Reference: Page, "Continuous inspection schemes" (1954); Lorden, "Procedures for reacting to a change in
     distribution" (1971); the dispersion is that of quasi-likelihood: Wedderburn (1974).
     """
 
-    _CHANCE = 4000  # observations between two false alarms: a drift that is none once in thousands of rounds
-    _MEMORY = 320  # draws that the known share is a mean of, ten rounds or so: its standard error is at most .03
-    _LEAST_DRAWS = 64  # before a share is known: a standard error of .06
+    _CHANCE = 4000  # observations between two false alarms, at least
+    _MEMORY = 320  # draws that the known share is averaged over, some ten rounds: a standard error of at most 0.03
+    _LEAST_DRAWS = 64  # draws before the share counts as known: a standard error of 0.06
 
     def __init__(self) -> None:
-        self._squares = self._variances = 0.0  # of texts that are over: squared misses, and those of independent draws
-        self._text: object = None  # the newest one ...
-        self._miss = self._variance = 0.0  # ... how far it is off so far, and the variance of independent draws
+        self._squares = self._variances = 0.0  # of finished texts: squared deviations, and those of independent draws
+        self._text: object = None  # the newest text ...
+        self._miss = self._variance = 0.0  # ... its deviation so far, and the variance that independent draws have
         self.forget()
 
     def forget(self) -> None:
-        """A new share is learned from now on. How much texts differ is remembered."""
+        """Forgets the share, which is learned anew. The dispersion is kept."""
         self._successes = self._draws = 0.0  # discounted
         self._pending: list[tuple[float, int, object]] = []  # observations since the sum was 0
         self._sum = 0.0
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether half of the evidence that a fall takes is there."""
+        """Whether half of the evidence for a fall is reached."""
         return self._sum > math.log(self._CHANCE) / 2
 
     def add(self, successes: float, draws: int, text: object) -> bool:
-        """Takes an observation, and says whether the share has fallen; if so, this one begins the new share.
+        """Adds an observation. Returns whether the share has fallen; this observation then begins the new share.
 
         Args:
-            text: Which text the draws are from; those that follow each other with the same one are one text's.
+            text: Identifies the text that the draws are from.
         """
         if not draws:
             return False
@@ -64,7 +64,7 @@ class FallTest:
 
     @property
     def _share(self) -> float:
-        return (self._successes + 0.5) / (self._draws + 1)  # Jeffreys' prior: never 0 or 1
+        return (self._successes + 0.5) / (self._draws + 1)  # Jeffreys prior, so never 0 or 1
 
     @property
     def _dispersion(self) -> float:
@@ -72,7 +72,7 @@ class FallTest:
         return max(1.0, (self._squares + self._miss**2) / variances) if variances else 1.0
 
     def _log_ratio(self, successes: float, draws: int) -> float:
-        """Of half the known share over that share, which is taken one standard error lower: it is an estimate."""
+        """Log-likelihood ratio of half the known share over the known share, taken one standard error lower."""
         share = self._share
         share -= math.sqrt(share * (1 - share) * self._dispersion / (self._draws + 1))
         share = max(share, 0.5 / (self._draws + 1))
@@ -85,7 +85,7 @@ class FallTest:
         self._successes, self._draws = kept * self._successes + successes, kept * self._draws + draws
 
     def _compare(self, successes: float, draws: int, text: object) -> None:
-        """Adds to the dispersion how far an observation is off; that the share itself is an estimate is allowed for."""
+        """Adds an observation's deviation to the dispersion, allowing for the error of the estimated share."""
         if text != self._text:
             self._squares, self._variances = self._squares + self._miss**2, self._variances + self._variance
             self._text, self._miss, self._variance = text, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Which records can be learned from: those whose states are numbers, and those before them."""
+"""Filters Feedback: leaves out texts from the first hidden state on that is not finite."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 class FiniteTexts:
     """Leaves out the records of a text from the first hidden state on that is NaN or infinite.
 
-    One such row would make the loss and all gradients of a round NaN, and the rows behind it attend to it. What came
-    before it in the same text is whole. A state is looked at once.
+    One such row would make the loss and all gradients of a round NaN, and later rows attend to it. Earlier rows of the
+    text are not affected. Each state is checked once.
     """
 
     def __init__(self) -> None:
         self.num_left_out = 0  # records so far
-        self._num_checked: dict[int, int] = {}  # states of each text, by the id of a trace that others keep alive
-        self._broken: set[int] = set()  # texts, by the same ids
+        self._num_checked: dict[int, int] = {}  # checked states by id of the trace, which others keep alive
+        self._broken: set[int] = set()  # ids of traces with a state that is not finite
 
     def of(self, records: Sequence[Feedback]) -> list[Feedback]:
-        """The records that can be learned from, in their order. The first that can't is logged."""
+        """Returns the records that can be learned from, in order. The first that can't is logged."""
         if not records:
             return []
         (flags,) = to_host(torch.stack([self._are_finite(record) for record in records]))
@@ -42,7 +42,7 @@ class FiniteTexts:
         return kept
 
     def _are_finite(self, record: Feedback) -> torch.Tensor:
-        """Bool, of the states up to this record's last that were not looked at before."""
+        """Whether the states up to this record's last that were not checked before are finite; a bool tensor."""
         trace, end = record.trace, record.start + record.num_rows
         if id(trace) not in self._num_checked:
             weakref.finalize(trace, self._forget, id(trace)).atexit = False

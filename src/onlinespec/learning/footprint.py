@@ -1,6 +1,6 @@
-"""What a drafter and its learning will hold beside a target, told before the target's weights are read.
+"""Estimates the memory of a drafter and its learning, before any weights are read.
 
-The formulas are in `models/memory.py`; here it is found out what to put into them.
+The formulas are in `models/memory.py`; this file finds their inputs.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from onlinespec.models.linear import draft_linear_for
 from onlinespec.models.memory import DrafterSize, Products, drafting_bytes, learning_bytes
 from onlinespec.registry import DRAFTERS, SHIPPED_DRAFTERS
 
-_ROUNDS = 4  # after which a learner's state holds all that it ever will, a domain apart
-_OF_A_ROUND = 2  # sets of weights beside a learner's state: the last that scored well, and what progress is told by
-_OF_PUBLISHING = 4  # what is served, what was before, what learning began with, and what is on trial
+_ROUNDS = 4  # after so many rounds a learner's state has its full size, except for hints of further domains
+_OF_A_ROUND = 2  # sets of weights beside a learner's state: the last good ones, and the reference for gains
+_OF_PUBLISHING = 4  # the served weights, those before, the origin, and the candidate
 
 
 @dataclass(frozen=True)
 class MemoryBeside:
-    """A drafter and what learns it, as a command names them.
+    """Estimates the memory of a command's drafter and learners. Call it with the target's shape.
 
     Args:
-        drafter: None for plain decoding.
-        learners: Settings of each that learns, with a drafter of its own; of who does not, none.
-        apart: Where the learning of a server runs: "thread" or "process"; empty for inline.
-        num_drafters: That draft, one for each run of a comparison.
+        drafter: Name, path or Hub id; None for plain decoding.
+        learners: Settings of each learner, which has its own drafter. Those that never move are left out.
+        apart: Where a server learns: "thread" or "process"; empty for inline.
+        num_drafters: Number of drafters that draft: one for each run of a comparison.
     """
 
     drafter: str | None
@@ -46,7 +46,7 @@ class MemoryBeside:
     num_drafters: int = 1
 
     def __call__(self, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-        """Bytes beside a target of this shape."""
+        """Returns the bytes beside a target of this shape."""
         size = self._size(shape)
         if size is None:
             return 0
@@ -63,7 +63,7 @@ class MemoryBeside:
         return total
 
     def _size(self, shape: ModelConfig) -> DrafterSize | None:
-        """None of what is not counted: no drafter, or one from elsewhere, say."""
+        """The drafter's size; None if there is no drafter, or if it does not say."""
         name = self.drafter
         if name is None:
             return None
@@ -74,9 +74,9 @@ class MemoryBeside:
 
 
 def copies_of(learner: Learner) -> int:
-    """Sets of weights, gradients and moments that a learner holds in a round, the ones that it began with among them.
+    """Counts the sets of weights, gradients and moments that a learner holds in a round, the initial ones included.
 
-    It is tried on a single number, for some rounds.
+    Found by running it for some rounds on a single number.
 
     >>> from onlinespec.learners import make_learner
     >>> copies_of(make_learner("frozen", 0.0))

@@ -1,11 +1,11 @@
-"""What learns, and how, in a line of text: a learner's name and what differs from the defaults.
+"""Learner specs: a learner and its settings in one line of text, as on the command line.
 
     online_gradient
     online_gradient/step_size=3e-4/replay_every=0
     ensemble/step_size_pool=3e-4:1e-3:3e-3/with_frozen=true
     osd
 
-Such lines are what `--learners` lists, so that one comparison can hold several settings of one learner.
+`--learners` takes a list of such lines, so that one comparison can have several settings of a learner.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from onlinespec.learning.settings import LearnConfig
 from onlinespec.registry import GEOMETRIES, LEARNER_NAMES, LEARNERS, NONE, PRESETS, resolve
 
 _CROSS_ENTROPIES = ("auto", "soft_cross_entropy", "cross_entropy", "mix")
-_FULL_LOSS = 4.0  # nats, both drafting depths together
+_FULL_LOSS = 4.0  # nats, summed over drafting depths
 
 _SHARED = ("step_size", "geometry", "clip_norm")
 _IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def parse_learner(method: str, defaults: LearnConfig | None = None) -> LearnConfig:
-    """The settings that a line stands for; what it does not name is as in `defaults`.
+    """Parses a learner spec. Settings that it does not name are taken from `defaults`.
 
     >>> parse_learner("optimistic/step_size=3e-4/hint_decay=0.5").options
     {'hint_decay': 0.5}
 
     Raises:
-        ValueError: for a name that is not known, or a value out of range.
+        ValueError: for an unknown name or a value out of range.
     """
     name, *settings = method.split("/")
     config = defaults or LearnConfig()
@@ -60,11 +60,15 @@ def parse_learner(method: str, defaults: LearnConfig | None = None) -> LearnConf
 
 
 def learner_of(config: LearnConfig, params: Params | None = None) -> Learner:
-    """The learner that settings ask for.
+    """Makes the learner of a config.
 
     Args:
-        params: What is to learn: their number decides the step size if the settings leave it open. None where only the
-            settings are to be checked.
+        params: The weights that learn; their number decides the step size if the config leaves it open. None only
+        checks
+            the config.
+
+    Raises:
+        ValueError: for a value out of range.
     """
     make_geometry = resolve(GEOMETRIES, config.geometry, "geometry")
     has_length = "full_loss" in inspect.signature(make_geometry).parameters
@@ -74,14 +78,14 @@ def learner_of(config: LearnConfig, params: Params | None = None) -> Learner:
 
 
 def full_loss_of(config: LearnConfig) -> float:
-    """The loss below which steps shorten and rounds become rarer; 0 for never."""
+    """Returns the loss below which steps shorten and rounds become rarer; 0 for never. See `LearnConfig.full_loss`."""
     if config.full_loss is not None:
         return config.full_loss
     return _FULL_LOSS if config.loss in _CROSS_ENTROPIES else 0.0
 
 
 def _factory(name: str) -> Any:
-    """What makes a learner."""
+    """The class of a learner, by name."""
     if name not in LEARNERS and ":" not in name:
         if name == NONE:
             raise ValueError(f'"{NONE}" is plain decoding, with nothing that learns; decode without a drafter for it')
@@ -91,9 +95,9 @@ def _factory(name: str) -> Any:
 
 
 def _parameters(factory: Any) -> dict[str, Any]:
-    """Name and type of what a learner is made from."""
+    """Names and types of a learner's settings."""
     if is_dataclass(factory):
-        hints = get_type_hints(factory)  # of every base, in the module that it is from
+        hints = get_type_hints(factory)  # resolves each base class in its own module
         return {field.name: hints[field.name] for field in fields(factory) if field.init}
     function = factory.__init__ if inspect.isclass(factory) else factory
     return {name: kind for name, kind in get_type_hints(function).items() if name != "return"}

@@ -1,7 +1,7 @@
-"""Memory of finished requests, bounded in bytes: a ring of the newest, and a sample of all that left the ring.
+"""Replay memory: finished requests, bounded in bytes. A ring holds the newest, a reservoir samples all older ones.
 
-Finished requests only: their states are whole and never change. What is kept is what Feedback points at, tokens and the
-target's features, so that labels are rebuilt as exactly as for fresh rows.
+Only finished requests are stored, because their features are complete. Tokens and features are kept, so that labels are
+rebuilt exactly as for fresh rows.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from onlinespec.core import Features, Feedback, Trace
 
-_RING_SHARE = 0.25  # of the bytes: the newest requests, kept whatever they are
+_RING_SHARE = 0.25  # share of the bytes for the newest requests
 _NO_TRACE = Trace([], Features(torch.empty(0, 0)))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A finished request's Feedback, over a trace of its own."""
+    """The Feedback of a finished request, with its own copy of the trace."""
 
     records: tuple[Feedback, ...]
     num_bytes: int
-    at: float = 0.0  # when it was stored, in seconds
+    at: float = 0.0  # time of storing, in seconds of the buffer's clock
 
     @property
     def domain(self) -> str:
@@ -39,13 +39,13 @@ class Stored:
 
 
 class Unfinished:
-    """Follows requests step by step until they end; one that is given up is forgotten with its trace."""
+    """Collects the records of requests until they end. Those of a cancelled request are dropped with its trace."""
 
     def __init__(self) -> None:
         self._open: dict[int, list[Feedback]] = {}  # by the id of a trace that others keep alive
 
     def ended(self, records: Sequence[Feedback]) -> list[tuple[Trace, list[Feedback]]]:
-        """The requests that end with these records, with all that was seen of each."""
+        """Returns (trace, all records) of each request that ends with these records."""
         ended = []
         for record in records:
             trace = record.trace
@@ -59,16 +59,18 @@ class Unfinished:
 
 
 class ReplayBuffer:
-    """Finished requests to learn from again.
+    """Stores finished requests, and draws rows of them for replay.
 
-    The newest lie in a ring. What leaves the ring draws a number; of all that ever left, the reservoir holds the
-    smallest numbers, as far as the bytes reach: an even chance for each, whatever its size or age. A draw first
-    chooses a domain, evenly among those held, so that a domain of few requests is not forgotten for its size; then a
-    request, then a run of its rows.
+    The newest requests are in a ring. A request that leaves the ring gets a random number, and the reservoir keeps
+    those with the smallest numbers that fit: each has the same chance, whatever its size or age. `draw` chooses a
+    domain evenly among those stored, so that small domains are not forgotten, then a request of it, then consecutive
+    rows.
 
     Args:
-        max_bytes: Of features and token ids together, ring and reservoir.
-        max_seconds: After which a request is forgotten; no clock is read where that is never.
+        max_bytes: Of features and token ids together, in ring and reservoir.
+        seed: Of all random choices.
+        max_seconds: Age at which a request is dropped; inf for never, and then no clock is read.
+        clock: Returns seconds.
 
     Reference: bottom-k sampling, Cohen and Kaplan (2007).
     """
@@ -84,21 +86,21 @@ class ReplayBuffer:
         self._rng = Random(f"replay/{seed}")
         self._unfinished = Unfinished()
         self._ring: deque[Stored] = deque()
-        self._reservoir: list[tuple[float, Stored]] = []  # by the number drawn
-        self._too_large = 1.0  # the least number that ever had to go: newcomers must be below it too
+        self._reservoir: list[tuple[float, Stored]] = []  # sorted by the random number
+        self._too_large = 1.0  # the smallest number that was ever dropped; newcomers must be below it
         self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._ring) + len(self._reservoir)
 
     def offer(self, records: Sequence[Feedback]) -> None:
-        """Follows requests step by step; one that ends is stored, one that is given up is forgotten with its trace."""
+        """Takes the records of a step, and stores the requests that end with them."""
         self._forget_old()
         for trace, seen in self._unfinished.ended(records):
             self._store(trace, seen)
 
     def draw(self, max_rows: int) -> list[Feedback]:
-        """Up to max_rows consecutive rows of one stored request; empty while nothing is stored."""
+        """Draws records of one stored request with up to max_rows consecutive rows; empty if nothing is stored."""
         self._forget_old()
         stored = [*self._ring, *(request for _, request in self._reservoir)]
         if not stored:
@@ -116,10 +118,10 @@ class ReplayBuffer:
         self.num_bytes += request.num_bytes
         while len(self._ring) > 1 and sum(one.num_bytes for one in self._ring) > _RING_SHARE * self.max_bytes:
             self._sample(self._ring.popleft())
-        while self.num_bytes > self.max_bytes:  # never the ring's alone
+        while self.num_bytes > self.max_bytes:  # the ring alone never exceeds max_bytes
             self._too_large, dropped = self._reservoir.pop()
             self.num_bytes -= dropped.num_bytes
-        if not self._reservoir:  # pushed out by one long request: begin again
+        if not self._reservoir:  # one long request displaced everything: start sampling anew
             self._too_large = 1.0
 
     @property
@@ -143,7 +145,7 @@ class ReplayBuffer:
 
 
 def detached(whole: Trace, records: Sequence[Feedback]) -> Stored:
-    """A request over a trace of its own: no memory beyond the rows it has, whatever becomes of the original."""
+    """Copies a request's trace, with no more memory than its rows need, and returns its records on the copy."""
     features = whole.features[: whole.num_features].map(Tensor.clone)
     trace = Trace(list(whole.token_ids), features, whole.num_features, whole.max_tokens)
     num_bytes = features.num_bytes + 8 * len(trace.token_ids)
@@ -151,7 +153,7 @@ def detached(whole: Trace, records: Sequence[Feedback]) -> Stored:
 
 
 def run_around(records: Sequence[Feedback], first: int, max_rows: int) -> list[Feedback]:
-    """Consecutive records from `first` on, then before it, as long as their rows fit; at least one."""
+    """Returns consecutive records around `first` with up to max_rows rows: first those after it, then those before."""
     run, num_rows = [records[first]], records[first].num_rows
     for record in records[first + 1 :]:
         if num_rows + record.num_rows > max_rows:

@@ -1,4 +1,4 @@
-"""What a round of learning costs on this machine: measured once, then given as numbers, so that runs ask no clock."""
+"""Measures what a learning round costs on this machine. Runs then count with these numbers instead of a clock."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from onlinespec.learning.settings import LearnConfig
 from onlinespec.learning.update import InlineLearning
 from onlinespec.models.clock import Clock, HostClock
 
-_INTERVAL = 16  # steps, as at a run's start: rounds of few rows, and every second one with replayed rows beside them
+_INTERVAL = 16  # steps between rounds, as at the start of a run; every second round has replayed rows too
 _NUM_ROUNDS = 20
-_MOST_ANSWERS = 40  # where nothing can be learned, rounds never come
+_MOST_ANSWERS = 40  # gives up after so many, if nothing can be learned and no round comes
 
 
 class RoundCosts(NamedTuple):
-    """Of learning, in steps as requests decode, their drafts included: for `LearnConfig`."""
+    """Costs in units of one decoding step with its drafts, for `LearnConfig`."""
 
     round_cost: float
     row_cost: float
@@ -33,22 +33,23 @@ def measure_round_costs(
     steps: Iterable[tuple[Sequence[Feedback], float]],
     clock: Clock | None = None,
 ) -> RoundCosts:
-    """What a round costs on this machine, in decode steps with their drafts, by itself and for each of its rows.
+    """Measures what a round costs, in decoding steps with their drafts: a fixed part, and a part per row.
 
-    Trains for some seconds, rounds of few and of many rows taking turns; the drafter's weights are put back. Rounded,
-    so that runs on like machines agree; given the numbers, learning asks no clock.
+    Trains for some seconds, with rounds of few and of many rows in turn, and restores the drafter's weights. The result
+    is rounded, so that runs on similar machines agree. If no rounds could be measured, the config's costs are returned.
 
     Args:
-        steps: Feedback and seconds of steps as requests decode, more than will be read (`profile.steps_to_learn_from`).
-            Drafted tokens and sampling count, for rounds on greedy rows are cheaper.
-        clock: Of the drafter's device; None for a CPU's.
+        config: The learning settings; geometry, loss and max_rows matter.
+        steps: Feedback and seconds of decoding steps, without end (`engine.profile.steps_to_learn_from`). Draft length
+            and sampling should be those of the run, because rounds on greedy rows are cheaper.
+        clock: Of the drafter's device; None for the CPU's.
     """
     weights = drafter.weights
     rounds, step_seconds = _timed(drafter, config, steps, clock or HostClock())
     drafter.swap(weights)
     middle = statistics.fmean(one.rows for one in rounds) if rounds else 0.0
     few, many = [one for one in rounds if one.rows < middle], [one for one in rounds if one.rows >= middle]
-    if not few or not many:  # learning fails or finds nothing, which is not said here
+    if not few or not many:  # learning failed or found nothing to learn, which is reported elsewhere
         return RoundCosts(config.round_cost, config.row_cost)
     (few_rows, few_steps), (many_rows, many_steps) = (_middle(part, step_seconds) for part in (few, many))
     slope = (many_steps - few_steps) / (many_rows - few_rows)
@@ -58,14 +59,14 @@ def measure_round_costs(
 
 class _Round(NamedTuple):
     rows: int
-    seconds: float  # for each time that its rows were evaluated
+    seconds: float  # per evaluation of its rows with gradient
 
 
 class _Timing(InlineLearning):
-    """Learning that keeps the time of each round, with what led up to it since the last one; it never moves."""
+    """Learning with step size 0 that measures each round, together with all `offer` calls since the last one."""
 
     rounds: tuple[_Round, ...] = ()
-    clock: Clock = HostClock()  # of the device that it learns on
+    clock: Clock = HostClock()  # of the device that learns
     _seconds = 0.0
 
     def offer(self, feedback: Sequence[Feedback]) -> None:
@@ -80,14 +81,14 @@ class _Timing(InlineLearning):
 def _timed(
     drafter: Drafter, config: LearnConfig, steps: Iterable[tuple[Sequence[Feedback], float]], clock: Clock
 ) -> tuple[tuple[_Round, ...], float]:
-    """Rounds of all answers but the first, and seconds of a step in them; a good drafter's answers have few steps."""
+    """Returns the rounds of all answers but the first, and the median over answers of a step's mean seconds."""
     always = replace(
         config, budget=math.inf, min_interval=_INTERVAL, max_interval=_INTERVAL, requests_per_round=0, replay_every=2,
         telemetry=False, round_cost=1.0, row_cost=1e-9,
     )  # fmt: skip
     learning = _Timing(drafter, make_learner("online_gradient", 0.0, config.geometry, config.clip_norm), always)
     learning.clock = clock
-    answers: list[float] = []  # seconds of a step, mean over each answer
+    answers: list[float] = []  # mean seconds of a step, for each answer
     of_this_one: list[float] = []
     num_first = 0
     for feedback, seconds in steps:
@@ -105,7 +106,7 @@ def _timed(
 
 
 def _middle(rounds: list[_Round], step_seconds: float) -> tuple[float, float]:
-    """Mean rows, and the median round's time in steps."""
+    """Mean number of rows, and median time in steps, of some rounds."""
     return (
         statistics.fmean(one.rows for one in rounds),
         statistics.median(one.seconds for one in rounds) / step_seconds,

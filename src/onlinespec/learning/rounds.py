@@ -1,4 +1,5 @@
-"""What telemetry notes of every round, and what that comes to over a run. Imports no torch: reports read it too."""
+"""The records of telemetry: one per round, and their summary over a run. Imports no torch, because reports read
+them."""
 
 from __future__ import annotations
 
@@ -10,55 +11,54 @@ from msgspec import Struct
 
 
 class Round(Struct, frozen=True, kw_only=True):
-    """One update of the drafter, as telemetry saw it: on all rows served since the one before, with the weights that
-    drafted them."""
+    """Measurements of one round, on all rows served since the round before, with the weights that drafted them."""
 
-    step: int  # decoded so far
-    request: int  # finished so far
-    data: str
-    interval: float  # steps to the next round, as the schedule has it
-    loss: float | None  # the one that is trained, on the round's fresh rows, before the update; None without one
+    step: int  # steps decoded so far
+    request: int  # requests finished so far
+    data: str  # domain tag
+    interval: float  # steps to the next round
+    loss: float | None  # training loss on the fresh rows, before the update; None if there was no update
     kl: float  # KL(target || draft) of raw rows, nats
     token_loss: float  # cross-entropy of the committed tokens, nats
     acceptance_prob: float  # 1 - total variation of raw rows
-    frozen_kl: float  # the same of the drafter as it started
+    frozen_kl: float  # the same for the initial weights
     frozen_acceptance_prob: float
-    acceptance_length_bound: float  # what the losses at all drafting depths guarantee, see `bounds.py`
-    distance: float  # of the weights from the start
-    num_rows: int = 0  # that it stands for; 0 in files that are older than this count
-    is_update: bool = True  # False: at the end of a run, the rows for which no update came any more
-    gradient_cosine: float | None = None  # of what was descended and what the round before descended
-    moved: float | None = None  # of the weights, since some rounds ago
-    function_moved: float | None = None  # mean total variation on fixed rows, since some rounds ago
-    agreement: float | None = None  # share of the fresh rows whose first draft would have been the committed token
-    is_undoing: bool = False  # whether it took back the round before, whose weights scored worse than those before it
-    learner: dict[str, Any] = {}  # what the learner itself reports: hint errors, meta weights
+    acceptance_length_bound: float  # guaranteed by the losses at all drafting depths, see `bounds.py`
+    distance: float  # Euclidean distance of the weights from the initial ones
+    num_rows: int = 0  # rows that were measured; 0 in files older than this field
+    is_update: bool = True  # False for the rest of a run, after its last update
+    gradient_cosine: float | None = None  # cosine between this round's gradient and the one before
+    moved: float | None = None  # distance of the weights from those 16 rounds ago
+    function_moved: float | None = None  # mean total variation on fixed rows, from 16 rounds ago
+    agreement: float | None = None  # share of fresh rows whose first draft would have been the committed token
+    is_undoing: bool = False  # whether this round undid the round before, whose weights scored worse than those before
+    learner: dict[str, Any] = {}  # the learner's own report: hint errors, meta weights
 
 
 class TelemetrySummary(Struct, frozen=True, kw_only=True):
-    """How a drafter learned, over a run. Regrets are in nats.
+    """Summary of learning over a run. Regrets are in nats.
 
-    Sums over rounds are what the theory bounds; they grow with the number of rounds, so learners that had different
-    numbers of them compare by the figures per row alone: means over the rounds, each by its `num_rows`.
+    The theory bounds sums over rounds, which grow with the number of rounds. To compare learners with different numbers
+    of rounds, use the fields per row: means over rounds, weighted by `num_rows`.
     """
 
-    regret_upper: float  # against any comparator: the sum of kl
+    regret_upper: float  # upper bound of the regret against any comparator: the sum of kl
     regret_vs_frozen: float
-    regret_vs_best_expert: float | None = None  # in the loss that is trained
-    num_rows: int = 0  # that the rounds stand for
-    token_loss_per_row: float | None = None  # None where no rows were counted
-    kl_per_row: float | None = None  # regret_upper by the row
+    regret_vs_best_expert: float | None = None  # in the training loss
+    num_rows: int = 0  # rows that were measured
+    token_loss_per_row: float | None = None  # None if no rows were counted
+    kl_per_row: float | None = None  # regret_upper per row
     regret_vs_frozen_per_row: float | None = None
-    regret_vs_best_expert_per_row: float | None = None  # the best by the row
-    hint_error_ratio: float | None = None  # below 1, the hints were better than none
+    regret_vs_best_expert_per_row: float | None = None  # against the expert that is best per row
+    hint_error_ratio: float | None = None  # squared hint error over squared gradient; below 1, hints helped
     direction_hint_error_ratio: float | None = None  # the same in the learner's geometry
     gradient_cosine: float | None = None  # mean over the rounds that have one
-    acceptance_length_bound: float | None  # mean over the steps; None where none were counted
+    acceptance_length_bound: float | None  # mean over steps; None if no steps were counted
     rounds: tuple[Round, ...]
 
 
 def summarise(rounds: Sequence[Round]) -> TelemetrySummary | None:
-    """Sums over rounds, and means over the rows and steps that they stand for; None without any."""
+    """Summarises the rounds of a run; None if there are none."""
     if not rounds:
         return None
     steps = [each.step - before for each, before in zip(rounds, (0, *(r.step for r in rounds)), strict=False)]
@@ -81,7 +81,7 @@ def summarise(rounds: Sequence[Round]) -> TelemetrySummary | None:
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float | None:
-    """None where nothing has weight."""
+    """Returns the weighted mean; None if all weights are 0."""
     whole = math.fsum(weights)
     return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / whole if whole else None
 
@@ -95,7 +95,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _regrets_vs_best_expert(rounds: Sequence[Round]) -> tuple[float | None, float | None]:
-    """Summed over rounds, and by the row: each against the expert that was best so counted."""
+    """The regret against the best expert, summed over rounds, and per row; each has its own best expert."""
     compared = [(each, each.loss, each.learner["expert_losses"]) for each in rounds if "expert_losses" in each.learner]
     names = compared[0][2] if compared else ()
     gaps = [[loss - experts[name] for _, loss, experts in compared if loss is not None] for name in names]

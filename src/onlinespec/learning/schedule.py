@@ -1,4 +1,4 @@
-"""When a round is due: often while rounds bring something or the traffic has moved, rarely once they bring nothing."""
+"""The update schedule: rounds are frequent while they help or after a drift, and rare when they do not help."""
 
 from __future__ import annotations
 
@@ -8,46 +8,48 @@ from onlinespec.learning.drift import FallTest
 
 
 class UpdateSchedule:
-    """How many steps lie between rounds.
+    """Decides how many steps lie between rounds.
 
-    Steps and not tokens, because a step is what decoding time is made of: a drafter that is accepted often commits
-    more tokens in it, has less to learn, and should not pay more for it. Each request's step counts.
+    It counts steps, not tokens, because steps take the decoding time: a well accepted drafter commits more tokens per
+    step, but has less to learn and should not spend more on it. The steps of all requests count.
 
-    What rounds bring is measured in pairs: on the same fresh rows, the loss now against that of the weights some rounds
-    ago. Losses of different rounds differ too much by their rows to be compared. It counts as it is and not as a share
-    of the loss: a nat is worth about as many tokens to a warm drafter as to a cold one.
+    The gain of rounds is measured in pairs: the loss of the present weights against that of the weights some rounds
+    ago, on the same fresh rows. Losses on different rows differ too much to be compared. The gain counts in nats, not
+    as a share of the loss, because a nat is worth about as many tokens to a warm drafter as to a cold one.
 
-    A drift is a fall in *agreement*: of the fresh rows of a round, the share where the drafter's first draft would have
-    been the committed token. All committed rows count, whoever drafted and however deep; so it means the same at any
-    number of drafted tokens, which accepted over drafted does not. Between rounds the first drafts of steps are
-    watched. They stand where steps began, which depends on what was drafted before; so a fall of theirs is no verdict,
-    but brings the next round near, whose rows decide. So does a jump of the loss, which chance brings more often.
+    A drift is a fall in *agreement*: the share of a round's fresh rows for which the drafter's first draft would have
+    been the committed token. It covers all committed rows, so unlike accepted over drafted it does not depend on the
+    number of drafted tokens. Between rounds, the first drafts of steps are observed as well. Their positions depend on
+    earlier drafts, so a fall of their acceptance only brings the next round forward, and that round's rows decide. A
+    jump of the loss does the same.
 
-    Where little is wrong there is little to gain, and it takes rounds to find that out: below `full_loss` they are
-    rarer from the start, in proportion, so that a drafter that starts well pays less.
+    Below `full_loss` there is little to gain, and it takes rounds to find that out. So intervals grow in proportion to
+    full_loss over the loss, from the start.
 
     Args:
-        least_gain: What a round must bring, in the loss's own units; those that bring less become rarer.
-        full_loss: Fresh loss below which intervals are longer, up to fourfold; 0 for never. Equal intervals stay fixed.
+        min_interval, max_interval: Steps between rounds that help, and between rounds that do not.
+        least_gain: Minimum gain of a round, in units of the loss; if rounds gain less, they become rarer.
+        full_loss: Fresh loss below which intervals are longer, up to fourfold; 0 turns that off, and so do equal
+            intervals.
     """
 
-    _PROBE_ROUNDS = 4  # between two comparisons
-    _SMOOTHING = 0.5  # of gains: the old average's share
-    _STRETCH = 4.0  # of the interval, after a comparison; one that pays shrinks it as much
+    _PROBE_ROUNDS = 4  # rounds between two comparisons with older weights
+    _SMOOTHING = 0.5  # share of the old average of gains
+    _STRETCH = 4.0  # factor by which a comparison lengthens or shortens the interval
     _JUMP = 3.0  # standard deviations above the average loss
-    _LONGEST = 4.0  # times its length, an interval where nothing is wrong
-    _LEAST_DEVIATION = 0.1  # of the average loss; a few rounds may be alike by chance
+    _LONGEST = 4.0  # maximum factor of an interval while the loss is small
+    _LEAST_DEVIATION = 0.1  # of the average loss; a few rounds may be similar by chance
 
     def __init__(self, min_interval: int, max_interval: int, least_gain: float, full_loss: float = 0.0) -> None:
         self._min, self._max, self._least_gain = float(min_interval), float(max_interval), least_gain
         self._full_loss = full_loss if max_interval > min_interval else 0.0
-        self.num_drifts = 0  # noticed so far
+        self.num_drifts = 0  # detected so far
         self._agreement, self._first_drafts = FallTest(), FallTest()
         self.restart()
 
     @property
     def interval(self) -> float:
-        """Steps from the last round to the next."""
+        """Number of steps from the last round to the next."""
         if self._is_in_doubt:
             return self._min
         loss = self._losses.mean
@@ -56,55 +58,55 @@ class UpdateSchedule:
         return self._paced * min(self._full_loss / max(loss, 1e-9), self._LONGEST)
 
     def restart(self) -> None:
-        """Begins anew, as after a drift or with other weights."""
-        self._paced = self._min  # by what rounds bring
+        """Starts from the shortest interval again, after a drift or with other weights."""
+        self._paced = self._min  # the interval, before it is lengthened for a small loss
         self._gain = math.nan  # moving average, per round
         self._rounds_since_probe, self._is_anew = 0, True
         self._losses = _Spread()
         self._agreement.forget()
         self._first_drafts.forget()
-        self._has_alarm = False  # the last round, or a step since then, gives reason to look again soon
+        self._has_alarm = False  # the last round, or a step since then, brings the next round forward
 
     @property
     def is_resting(self) -> bool:
-        """Whether rounds are as rare as may be, for those of late brought nothing."""
+        """Whether rounds are as rare as possible, because recent ones did not help."""
         return self._paced >= self._max and not self._is_in_doubt
 
     @property
     def _is_in_doubt(self) -> bool:
-        """Whether the traffic may have moved, and a round is to tell."""
+        """Whether a drift is suspected, so that the next round should come soon."""
         return self._has_alarm or self._agreement.is_suspicious
 
     @property
     def wants_probe(self) -> bool:
-        """Whether this round should compare the loss with that of older weights."""
+        """Whether this round should compare its loss with that of older weights."""
         return self._rounds_since_probe >= self._PROBE_ROUNDS
 
     def observe_step(self, num_accepted: int, num_draft_tokens: int, text: object = None) -> None:
-        """Takes every step of a request; where first drafts are kept half as often as before, the next round is near.
+        """Takes a step of one request. If first drafts are kept half as often as before, the next round comes soon.
 
         Args:
-            text: Which request it is.
+            text: Identifies the request.
         """
         if num_draft_tokens and self._first_drafts.add(float(num_accepted > 0), 1, text):
             self._has_alarm = True
 
     def is_jump(self, fresh_loss: float) -> bool:
-        """Whether a round's loss lies far above those of the last rounds. Said of the same traffic about once in a
-        hundred rounds: reason to look closer, not to conclude."""
+        """Whether a round's loss lies far above those of the last rounds. Without a drift this happens about once in a
+        hundred rounds, so it is only a reason to check."""
         known = self._losses
         deviation = max(known.deviation, self._LEAST_DEVIATION * known.mean)
         return known.count > 0 and fresh_loss > known.mean + self._JUMP * deviation
 
     def observe_round(self, fresh_loss: float, num_agreed: float = 0.0, num_rows: int = 0, text: object = None) -> bool:
-        """Takes what every round scored before its update.
+        """Takes the scores of a round before its update.
 
         Args:
-            num_agreed: Of the fresh rows `num_rows`, so many had the committed token as the drafter's first draft.
-            text: Which request the newest row is of.
+            num_agreed: Fresh rows whose first draft would have been the committed token, out of `num_rows`.
+            text: Identifies the request of the newest row.
 
         Returns:
-            Whether the traffic has moved since the last round: comparisons start anew with the weights of this one.
+            Whether comparisons start anew with the weights of this round: after a drift, and in the first round.
         """
         self._has_alarm = self.is_jump(fresh_loss)
         if self._agreement.add(num_agreed, num_rows, text):
@@ -115,13 +117,13 @@ class UpdateSchedule:
         return is_anew
 
     def _drift(self, num_agreed: float, num_rows: int, text: object) -> None:
-        """The traffic has moved; what this round saw of it is what is known."""
+        """Restarts after a drift, with this round as the first of the new traffic."""
         self.num_drifts += 1
         self.restart()
         self._agreement.add(num_agreed, num_rows, text)
 
     def observe_gain(self, gain: float) -> None:
-        """Takes what the rounds since the last comparison brought: the older weights' loss less today's."""
+        """Takes the gain of the rounds since the last comparison: the older weights' loss minus the present ones'."""
         gain /= max(1, self._rounds_since_probe)
         self._rounds_since_probe = 0
         self._gain = gain if math.isnan(self._gain) else self._SMOOTHING * self._gain + (1 - self._SMOOTHING) * gain
@@ -130,7 +132,7 @@ class UpdateSchedule:
 
 
 class _Spread:
-    """Mean and variance of what was seen, the newest ten or so counting most."""
+    """Exponentially weighted mean and variance, over some ten values."""
 
     _LEAST_WEIGHT = 0.1
 

@@ -1,4 +1,4 @@
-"""How a drafter learns, as numbers and names. Imports no torch."""
+"""Settings of learning. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ ROW_CHOICES = ("all", "rejected")
 
 @dataclass(frozen=True)
 class LearnConfig:
-    """How a drafter learns inline. Rows are verified positions; a round trains each of its rows once."""
+    """How a drafter learns. Rows are verified positions; a round trains each of its rows once."""
 
-    learner: str = "online_gradient"
-    step_size: float | None = None  # None: by how many weights learn, 1e-3 for a million (`learners/step_sizes.py`)
+    learner: str = "online_gradient"  # a table name or "pkg.module:Class"
+    step_size: float | None = None  # None: by the number of weights, 1e-3 for a million (`learners/step_sizes.py`)
     geometry: str = "preconditioned"  # or "diagonal", "euclidean"
-    clip_norm: float = 1.0
-    full_loss: float | None = None  # loss of all drafting depths together below which the diagonal geometries' steps
-    # shorten in proportion, and of the first depth alone below which rounds become rarer; 0 for never; None for 4 nats
-    # with cross-entropies, and never with other losses
-    options: Mapping[str, Any] = field(default_factory=dict)  # what this learner takes beside the three above
-    loss: str = "auto"  # by how requests decode: mostly the committed token when greedy, the whole row when sampled
-    rows: str = "all"  # or "rejected": count only rows that refused a drafted token
-    min_interval: int = 16  # steps between rounds while they bring something ...
-    max_interval: int = 128  # ... and once they don't; up to fourfold where the loss is small, equal ones stay fixed
-    requests_per_round: int = 0  # rounds after so many finished requests instead of steps; 0 for steps
-    least_gain: float = 0.004  # of the loss, per round; rounds that bring less become rarer
-    max_rows: int = 64  # newest rows a round trains; bounds what a long answer can cost
-    replay_every: int = 6  # every so many rounds rows of a stored request join; 0 for no memory
-    replay_megabytes: float = 64.0  # of memory
-    replay_minutes: float = float("inf")  # after which a request is forgotten
-    budget: float = 0.08  # most of decoding time that learning may take; inf for no limit
-    round_cost: float = 1.0  # what a round costs, in steps, whatever its rows: what the budget is counted in ...
-    row_cost: float = 0.03  # ... and what each of its rows adds
-    telemetry: bool = False  # measure regret, gradients and drift beside learning, timed apart
+    clip_norm: float = 1.0  # maximum norm of all gradients together; inf for no limit
+    full_loss: float | None = None  # below this loss, summed over drafting depths, the steps of the diagonal geometries
+    # shorten in proportion; below this loss at the first depth, rounds become rarer. 0 for never. None: 4 nats for
+    # cross-entropies, never for other losses
+    options: Mapping[str, Any] = field(default_factory=dict)  # further settings of the learner
+    loss: str = "auto"  # mostly the committed token for greedy requests, the whole row for sampled ones
+    rows: str = "all"  # or "rejected": count only rows that rejected a drafted token
+    min_interval: int = 16  # steps between rounds while they help ...
+    max_interval: int = 128  # ... and when they do not; up to fourfold for a small loss. Equal intervals are fixed
+    requests_per_round: int = 0  # a round after this many finished requests, instead of steps; 0 counts steps
+    least_gain: float = 0.004  # minimum gain in loss per round; if rounds gain less, they become rarer
+    max_rows: int = 64  # maximum number of fresh rows that a round trains, the newest
+    replay_every: int = 6  # in one of so many rounds, rows of a stored request join; 0 for no replay
+    replay_megabytes: float = 64.0  # size of the replay memory
+    replay_minutes: float = float("inf")  # age at which a stored request is dropped
+    budget: float = 0.08  # maximum share of decoding time for learning; inf for no limit
+    round_cost: float = 1.0  # cost of a round in decoding steps, without its rows, for the budget ...
+    row_cost: float = 0.03  # ... and of each of its rows
+    telemetry: bool = False  # measure regret, gradients and drift; not counted as learning time
 
     def __post_init__(self) -> None:
         check_types(self)

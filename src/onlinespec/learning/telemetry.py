@@ -1,7 +1,7 @@
-"""What learning did, measured beside it: losses against the frozen start, drift, gradients, what the learner reports.
+"""Telemetry: measures what learning did. Losses against the initial weights, movement, gradients, the learner's report.
 
-It costs a forward of the drafter for two sets of weights over all that is served, so it is off unless asked for, and
-its time is kept apart from that of learning.
+It evaluates two sets of weights on everything that is served, so it is off by default, and its time is not counted as
+learning.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from onlinespec.learning.rounds import Round
 
 log = logging.getLogger(__name__)
 
-_WINDOW = 16  # rounds over which weights and function are said to have moved
+_WINDOW = 16  # rounds over which movement of weights and outputs is measured
 
 
-_AT_ONCE = 64  # rows that are measured together, as many as a round has by default: each costs two rows of logits
+_AT_ONCE = 64  # rows that are measured together; each needs two rows of logits
 
 
 @dataclass
 class _Sums:
-    """What was measured since the last round."""
+    """Sums of measurements since the last round."""
 
     num_rows: int = 0
     num_steps: int = 0
-    by_row: dict[str, float] = field(default_factory=dict)
-    bound: float = 0.0  # by step
+    by_row: dict[str, float] = field(default_factory=dict)  # weighted by rows
+    bound: float = 0.0  # weighted by steps
 
     def add(self, figures: dict[str, float], num_rows: int, bound: float, num_steps: int) -> None:
-        """Means over some rows, and a bound on the acceptance length of the steps that they come from."""
+        """Adds means over some rows, and the bound on acceptance length over some steps."""
         self.by_row = {name: self.by_row.get(name, 0.0) + value * num_rows for name, value in figures.items()}
         self.bound += bound * num_steps
         self.num_rows += num_rows
@@ -59,10 +59,10 @@ class _Sums:
 
 
 class Telemetry:
-    """Watches one run of learning; `rounds` grows by one per round.
+    """Measures one run of learning; `rounds` gets one entry per round.
 
-    Every row that is served is measured once, with the weights that drafted it: learners differ in how many rounds they
-    have and how many rows these train, and compare all the same.
+    Every served row is measured once, with the weights that drafted it, so that learners with different numbers of
+    rounds and rows can be compared.
     """
 
     def __init__(self, drafter: Drafter) -> None:
@@ -70,20 +70,20 @@ class Telemetry:
         self._start = drafter.weights.params
         self._num_steps = self._num_requests = self._num_draft_tokens = 0
         self._domain = ""
-        self._waiting: list[Feedback] = []  # not measured yet ...
-        self._played = self._start  # ... and what drafted it
-        self._since = _Sums()  # of what was served since the last round
-        self._num_lost = 0  # rows of rounds that scored nothing finite, for which the next one stands
-        self._grads: list[Params] = []  # that the round's learner asked for
-        self._descended: Params | None = None  # the last round's direction of them; None without one
-        self._probe: Any = None  # the first round's rows: where the function's drift is measured
-        self._then: tuple[Params, Tensor] | None = None  # weights and probe rows of some rounds ago
+        self._waiting: list[Feedback] = []  # records that are not measured yet ...
+        self._played = self._start  # ... and the weights that drafted them
+        self._since = _Sums()  # of rows served since the last round
+        self._num_lost = 0  # rows of rounds without finite losses, which the next round includes
+        self._grads: list[Params] = []  # gradients that the learner asked for in this round
+        self._descended: Params | None = None  # their mean direction in the last round
+        self._probe: Any = None  # the first round's batch, on which movement of outputs is measured
+        self._then: tuple[Params, Tensor] | None = None  # weights, and probabilities on the probe, 16 rounds ago
         self._has_failed = False
         self.rounds: list[Round] = []
         self.seconds = 0.0
 
     def observe_steps(self, feedback: Sequence[Feedback], played: Params) -> None:
-        """Takes what these weights drafted. Never raises, as `observe_round`."""
+        """Takes the records of a step and the weights that drafted it. Never raises."""
         if self._played is not played:
             self._measure()
             self._played = played
@@ -97,7 +97,7 @@ class Telemetry:
             self._measure()
 
     def watched(self, evaluate: Evaluate) -> Evaluate:
-        """The same, for a round's learner: which gradients it asks for is remembered until the round is measured."""
+        """Wraps `evaluate` for a round, to keep the gradients that the learner asks for until the round is measured."""
         self._grads = []
 
         def watching(*candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
@@ -120,14 +120,17 @@ class Telemetry:
     ) -> None:
         """Measures a round that has just ended, at the weights that played before it.
 
-        Never raises: what can't be measured is told once, and learning goes on unmeasured. A round whose weights score
-        nothing finite is left out.
+        Never raises: an error is logged once and ends telemetry, and learning continues. A round without finite losses
+        is left out.
 
         Args:
-            agreement: Share of the fresh rows whose first draft would have been the committed token.
-            is_undoing: Whether this round took back the one before.
-            batch: Its rows; those of the first round are where drift is measured.
-            loss: That is trained, on the round's fresh rows.
+            batch: The round's training batch.
+            loss: Computes the training loss on the fresh rows.
+            played: The weights that played before the update.
+            interval: Steps to the next round.
+            report: Returns the learner's report.
+            agreement: Share of fresh rows whose first draft would have been the committed token.
+            is_undoing: Whether this round undid the one before.
         """
         self._measure()
         with self._guarded():
@@ -141,9 +144,9 @@ class Telemetry:
             self._since = _Sums()
 
     def with_rest(self, interval: float) -> list[Round]:
-        """The rounds so far, and behind them one that is none: the rows served since, for which no update came.
+        """Returns the rounds so far, and one more entry for the rows served since the last update.
 
-        Without it a learner of rare rounds would be compared on a shorter stretch of the stream than the others.
+        Without it, a learner with rare rounds would be compared on a shorter part of the stream.
         """
         rest = None
         self._measure()
@@ -153,7 +156,7 @@ class Telemetry:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Times what is measured. A failure ends all measuring, for it must not stop what it measures."""
+        """Times the block. An exception in it ends telemetry, and nothing else."""
         began = time.perf_counter()
         try:
             yield
@@ -164,7 +167,7 @@ class Telemetry:
             self.seconds += time.perf_counter() - began
 
     def _measure(self) -> None:
-        """What waits, with the weights that drafted it."""
+        """Measures the waiting records with the weights that drafted them."""
         records, self._waiting = self._waiting, []
         if records and not self._has_failed:
             with self._guarded(), torch.no_grad():
@@ -172,7 +175,7 @@ class Telemetry:
 
     def _add(self, records: Sequence[Feedback]) -> None:
         batch = self._drafter.batch(records)
-        if not batch:  # none of the rows has anything before it
+        if not batch:  # no row can be measured
             return
         depths = self._drafter.rows([self._played, self._start], batch, max(1, self._num_draft_tokens))
         logits, target = depths[0]
@@ -187,7 +190,7 @@ class Telemetry:
         self._since.add(figures, len(target.token_ids_N), self._bound(depths), len(records))
 
     def _ended(self, played: Params, interval: float, loss: float | None) -> Round | None:
-        """What was served since the last round, as one; None if that is nothing, or nothing can be measured."""
+        """An entry for the rows served since the last round; None if there are none, or telemetry has failed."""
         since = self._since
         if self._has_failed or not since.num_rows:
             return None
@@ -205,7 +208,7 @@ class Telemetry:
 
     @torch.no_grad()
     def _with_movement(self, measured: Round, batch: Any, played: Params, report: dict[str, Any]) -> Round:
-        """With what an update alone has: its gradient, how far it has come, what its learner says."""
+        """Adds what only an update has: its gradient, the movement, the learner's report."""
         moved, function_moved = self._moved(batch, played)
         descended, before = _mean_direction(self._grads), self._descended
         self._grads, self._descended = [], descended
@@ -218,13 +221,13 @@ class Telemetry:
         )
 
     def _bound(self, depths: Sequence[tuple[Tensor, TargetRows]]) -> float:
-        """The guaranteed acceptance length: as if every depth were as far off as the worst, and no token too rare to be
-        drafted."""
+        """The guaranteed acceptance length, with the worst depth's distance for all depths. It ignores tokens outside
+        the draft vocabulary."""
         distances = [_distance(logits[0], target) for logits, target in depths]
         return acceptance_length_at(max(distances), self._num_draft_tokens)
 
     def _moved(self, batch: Any, played: Params) -> tuple[float | None, float | None]:
-        """How far weights and function have come in the last _WINDOW rounds; measured once per window."""
+        """Movement of weights and outputs over the last _WINDOW rounds; measured once per window."""
         if self._probe is None:
             self._probe = batch
         if len(self.rounds) % _WINDOW:
@@ -239,8 +242,8 @@ class Telemetry:
 
 
 def _mean_direction(gradients: Sequence[Params]) -> Params | None:
-    """The sum of the gradients, each at length 1, so that an expert about to blow up doesn't drown the others; those
-    that are zero or not finite are left out, and None is the sum of none."""
+    """The sum of the gradients, each scaled to length 1, so that a diverging expert does not dominate. Gradients that
+    are zero or not finite are left out; None if none is left."""
     units = []
     for grads in gradients:
         size = math.sqrt(squared_norm(grads))
@@ -250,13 +253,13 @@ def _mean_direction(gradients: Sequence[Params]) -> Params | None:
 
 
 def _is_finite(measured: Round) -> bool:
-    """Whether sums and charts may count it: the mean of an ensemble can fail where an expert goes on."""
+    """Whether all measurements are finite; the mean of an ensemble can diverge while its experts do not."""
     figures = (measured.kl, measured.token_loss, measured.acceptance_prob, measured.distance, measured.loss or 0.0)
     return all(map(math.isfinite, figures))
 
 
 def _distance(logits_NV: Tensor, target: TargetRows) -> float:
-    """The largest share of drafts that can differ from what verification keeps, as far as losses tell."""
+    """The maximum share of drafts that are rejected, by the bounds on losses."""
     is_greedy_N = target.temperatures_N == 0
     bounds = []
     if is_greedy_N.any():

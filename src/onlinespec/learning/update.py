@@ -1,8 +1,8 @@
-"""The round: Feedback becomes a batch, the batch a gradient, the gradient new weights, between two steps.
+"""The learning round: Feedback becomes a training batch, then gradients, then new weights, between two steps.
 
-Inline and deterministic: the schedule says when a round is due, the budget whether it may be. The target's layers are
-never run; labels are its head applied to the hidden states that verification left. A round that fails, for whatever
-reason, freezes the drafter at its last good weights; decoding goes on.
+It runs inline and is deterministic. The schedule decides when a round is due, the budget whether there is room for it.
+The target's layers are never run: labels are its head applied to the hidden states from verification. If a round fails,
+the drafter is frozen at its last good weights, and decoding continues.
 """
 
 from __future__ import annotations
@@ -37,22 +37,21 @@ log = logging.getLogger(__name__)
 
 
 class RoundFailed(ArithmeticError):
-    """A round whose numbers can't be used."""
+    """A round with results that are not finite."""
 
 
 class InlineLearning:
     """Learns in the decoding thread, between steps.
 
-    `offer` takes the Feedback of every step; when a round is due it runs there and then and publishes its weights.
-    Requests may be interleaved: each keeps its own consecutive rows. The same feedback and settings give the same
-    weights: no clock is asked.
+    `offer` takes the Feedback of every step. If a round is due, it runs at once and publishes its weights. Requests may
+    be interleaved. The same Feedback and settings give the same weights; no clock is read.
 
     Args:
-        learner: By default the one that the settings name.
-        seed: Of what is drawn from memory.
-        budget: By default one that counts work as the settings say.
-        on_failure: Told why learning has stopped; by default it is logged.
-        publish: Takes weights to draft with from the next step on; by default the drafter itself.
+        learner: By default the one of the config.
+        seed: Of the draws from replay memory.
+        budget: By default one that counts work, with the costs of the config.
+        on_failure: Called with the reason if learning stops; by default it is logged.
+        publish: Called with weights to draft with from the next step on; by default `drafter.swap`.
     """
 
     def __init__(
@@ -81,12 +80,12 @@ class InlineLearning:
         self._state = self._learner.init(drafter.weights.params)
         self._earlier: Any = None  # the learner's state before the last round; None if there is nothing to undo
         self._domain = ""
-        self._last_good = drafter.weights  # the newest that scored a finite loss, or the start
-        self._anchor = drafter.weights.params  # what the schedule compares with
+        self._last_good = drafter.weights  # the newest weights with a finite loss, or the initial ones
+        self._anchor = drafter.weights.params  # the older weights that the schedule compares with
         self.num_rounds = 0
-        self.num_undone = 0  # rounds whose update was taken back by the next one
-        self.num_rows = 0  # trained so far, replayed ones included
-        self.last_loss = math.nan  # of the weights that played, before the last update; see `_Scores.cheap_loss`
+        self.num_undone = 0  # rounds that the next round undid
+        self.num_rows = 0  # rows trained so far, replayed ones included
+        self.last_loss = math.nan  # of the weights that played, before the last update; see `_Scores.cheap`
         self.is_frozen = not drafter.is_trainable
         self._on_failure = on_failure or self._say
         self.telemetry = Telemetry(drafter) if self.config.telemetry and not self.is_frozen else None
@@ -96,18 +95,18 @@ class InlineLearning:
 
     @property
     def work(self) -> float:
-        """What learning has cost so far, in steps with their drafts: what the budget counts."""
+        """Cost of learning so far, in the budget's unit: decoding steps with their drafts, if it counts work."""
         return self.budget.spent
 
     @property
     def diagnostic_seconds(self) -> float:
-        """Time spent measuring so far; no part of learning."""
+        """Seconds spent on telemetry so far, which are not counted as learning."""
         return self.telemetry.seconds if self.telemetry else 0.0
 
-    num_published = 0  # every round's weights are played, and none is compared before
+    num_published = 0  # there is no gate: the weights of every round are played
 
     def offer(self, feedback: Sequence[Feedback]) -> None:
-        """Takes the verified rows of one step of a batch. Never raises for what goes wrong inside a round."""
+        """Takes the Feedback of one step, and runs a round if one is due. An error in a round is never raised."""
         if self.is_frozen or not self._learner.needs_gradient:
             return
         if feedback:
@@ -131,35 +130,35 @@ class InlineLearning:
             self._guarded(self._expect)
 
     def set_share(self, share: float) -> None:
-        """Learning may take this share of decoding time from now on."""
+        """Sets the share of decoding time that learning may take from now on."""
         self.budget.set_share(share)
 
     def measured(self) -> list[Round]:
-        """What telemetry has of every round, and behind them of what was served since."""
+        """Returns telemetry's entries: one per round, and one for the rows since the last; empty without telemetry."""
         return self.telemetry.with_rest(self.schedule.interval) if self.telemetry else []
 
     def report(self) -> dict[str, Any]:
-        """What the learner says of itself: meta weights, hint errors."""
+        """Returns the learner's report, such as meta weights or hint errors."""
         return dict(self._learner.report(self._state))
 
     @property
     def state(self) -> Any:
-        """The learner's own, to be saved and given to `resume`."""
+        """The learner's state, for saving; `resume` takes it."""
         return self._state
 
     @property
     def settled(self) -> Params:
-        """What was learned so far, without the look-ahead of a learner that plays ahead of it."""
+        """The learned weights, without the look-ahead of a learner such as `optimistic`."""
         return self._learner.settled(self._state)
 
     def resume(self, state: Any) -> None:
-        """Goes on with a learner's state, whose weights play from now on."""
+        """Continues from a saved learner state, whose weights play from now on."""
         self._play(state)
         self._earlier = None
         self._last_good, self._anchor = self.weights, self.weights.params
 
     def restart(self, params: Params) -> None:
-        """Learns on from other weights; how the old ones came about is forgotten, what was seen is not."""
+        """Continues from other weights, with a new learner state. Replay memory is kept."""
         self._state, self._earlier = self._learner.init(params), None
         self._draft_with(DrafterWeights(params, self.weights.version + 1))
         self._last_good, self._anchor = self.weights, params
@@ -176,7 +175,7 @@ class InlineLearning:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # the one broad except: a failing learner never hurts serving
+        except Exception as error:  # deliberately broad: a failing learner must not affect serving
             self.is_frozen = True
             if self.weights is not self._last_good:
                 self._draft_with(self._last_good)
@@ -196,7 +195,7 @@ class InlineLearning:
         rows = newest_rows(self._waiting, self.config.max_rows)
         replayed = self._replayed()
         batch = self._drafter.batch(rows, replayed, rejected_only=self.config.rows == "rejected")
-        if not batch:  # none of the rows can be learned from
+        if not batch:  # no row can be learned from
             return
         scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
         before = self._learner.played(self._state)
@@ -231,10 +230,9 @@ class InlineLearning:
             )
 
     def _better_before(self, scores: _Scores, played: FreshScore) -> FreshScore | None:
-        """What the weights before the last round score on this one's rows, if that round did harm.
+        """The score of the weights before the last round on this round's rows, if they are better.
 
-        They are scored only if the loss has jumped. Where the traffic has moved they are as far off as the newer ones,
-        which stay.
+        They are evaluated only if the loss has jumped. After a drift they are as bad as the newer ones, which stay.
         """
         if self._earlier is None or not self.schedule.is_jump(played.loss):
             return None
@@ -242,7 +240,7 @@ class InlineLearning:
         return earlier if earlier.loss < played.loss else None
 
     def _undo(self, state: Any) -> None:
-        """Takes back the last round, and the update to `state` that would have followed."""
+        """Undoes the last round, and discards the update to `state`."""
         self._play(self._learner.undone(self._earlier, state))
         self._earlier, self._last_good = None, self.weights
         self.num_undone += 1
@@ -253,7 +251,7 @@ class InlineLearning:
         return self.replay.draw(self.config.max_rows)
 
     def _pace(self, scores: _Scores, kept: Params, score: FreshScore, newest: Feedback) -> None:
-        """Tells the schedule what the weights that stay have scored, and every few rounds what those have brought."""
+        """Passes the score of the weights that stay to the schedule, and every few rounds their gain."""
         if self.schedule.observe_round(score.loss, score.num_agreed, score.num_rows, id(newest.trace)):
             self._anchor = kept
         if self.schedule.wants_probe:
@@ -264,7 +262,7 @@ class InlineLearning:
         self._play(self._learner.expect(self._domain, self._state))
 
     def _play(self, state: Any) -> None:
-        """Takes over a learner's state; what plays there drafts from the next step on."""
+        """Switches to a learner state; the weights that play in it draft from the next step on."""
         played = self._learner.played(state)
         if played is not self._learner.played(self._state):
             if not is_finite(played):
@@ -274,11 +272,11 @@ class InlineLearning:
 
 
 class FreshScore(NamedTuple):
-    """What a set of weights scores on a round's fresh rows, at the first drafting depth."""
+    """The score of a set of weights on a round's fresh rows, at the first drafting depth."""
 
     loss: float
     num_agreed: float  # rows whose first draft would have been the committed token ...
-    num_rows: int  # ... of so many
+    num_rows: int  # ... out of so many
 
     @property
     def agreement(self) -> float | None:
@@ -286,20 +284,20 @@ class FreshScore(NamedTuple):
 
 
 class _Scores:
-    """Evaluates weights on one round's batch; each only once without gradient, whoever asks."""
+    """Evaluates sets of weights on one round's batch. Losses without gradient are cached."""
 
-    _SCORE_COST = 0.35  # of an evaluation with gradient and its update: 9 of 30 ms on code (Intel)
+    _SCORE_COST = 0.35  # relative to an evaluation with gradient and update: 9 of 30 ms on code (Intel)
 
     def __init__(self, drafter: Drafter, batch: Any, row_loss: RowLoss, domain: str) -> None:
         self._drafter, self._batch, self._row_loss, self._domain = drafter, batch, row_loss, domain
         self._known: list[tuple[Params, FreshScore]] = []
-        self.num_evaluations = 0.0  # in those with gradient
+        self.num_evaluations = 0.0  # in units of evaluations with gradient
 
     def __call__(self, *candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
         return [*self._with_gradients(candidates), *self._without(scored)]
 
     def fresh(self, params: Params) -> FreshScore:
-        """On the fresh rows; asked of the drafter only if no one has."""
+        """Returns the score on the fresh rows; computed only if it is not cached."""
         for weights, score in self._known:
             if weights is params:
                 return score
@@ -307,7 +305,7 @@ class _Scores:
         return self._known[-1][1]
 
     def cheap(self, params: Params) -> FreshScore:
-        """The same if it is known; else the mean of all that are: an ensemble's experts, around what it plays."""
+        """Returns the cached score, or else the mean of all cached ones: for an ensemble, those of its experts."""
         around = [score for _, score in self._known]
         is_known = any(weights is params for weights, _ in self._known)
         if is_known or not around or not all(math.isfinite(score.loss) for score in around):
@@ -344,7 +342,7 @@ class _Scores:
 
 
 def newest_rows(feedback: Sequence[Feedback], max_rows: int) -> list[Feedback]:
-    """The newest records up to max_rows rows, at least one, each request's records side by side and in order."""
+    """Returns the newest records with up to max_rows rows, at least one record, grouped by request and in order."""
     kept: dict[int, list[Feedback]] = {}
     total = 0
     for record in reversed(feedback):

@@ -1,4 +1,4 @@
-"""Streams of prompts: jsonl files, Hub data sets, and built-ins that need no download."""
+"""Workloads: streams of prompts from jsonl files, Hub data sets, and built-in files."""
 
 from typing import cast
 
@@ -9,16 +9,16 @@ __all__ = ["Prompt", "Split", "Workload", "load_workload"]
 
 
 def load_workload(spec: str) -> Workload:
-    """The workload a user names.
+    """Loads the workload that a spec names.
 
     Args:
         spec: "builtin:sql", "builtin:pkg.module:Class", "path/to/x.jsonl" (or .jsonl.gz), or
             "hf:dataset" with an optional ":split".
 
     Raises:
-        ValueError: an unknown built-in, or a file whose content is not rows with a prompt.
-        FileNotFoundError: no such file.
-        ImportError: "hf:" without the optional `datasets` package.
+        ValueError: for an unknown built-in, or a file that has other content than rows with a prompt.
+        FileNotFoundError: if there is no such file.
+        ImportError: for "hf:" without the optional `datasets` package.
     """
     scheme, _, rest = spec.partition(":")
     if scheme == "builtin":

@@ -1,4 +1,4 @@
-"""What a workload is: a stream of prompts from one domain."""
+"""The workload contract: a stream of prompts from one domain."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ SPLITS: tuple[Split, ...] = ("stream", "train")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request of a stream."""
+    """One prompt of a stream."""
 
-    id: str  # unique inside its workload
-    text: str  # what the user asks
-    domain: str  # "sql", or the stem of a file
-    reference: str | None = None  # an answer, where there is one
+    id: str  # unique in its workload
+    text: str
+    domain: str  # the workload's name: "sql", or the stem of a file
+    reference: str | None = None  # a reference answer, if the data has one
 
 
 class Workload(Protocol):
@@ -24,11 +24,15 @@ class Workload(Protocol):
     name: str  # the domain tag
 
     def prompts(self, seed: int, split: Split = "stream") -> Iterator[Prompt]:
-        """The same seed and split give the same prompts, in the same order, none of them twice; splits share none."""
+        """Yields prompts. The same seed and split give the same prompts in the same order; no prompt comes twice.
+
+        Raises:
+            ValueError: for an unknown split.
+        """
         ...
 
 
 def check_split(split: str) -> None:
-    """Raises ValueError unless it is a split we know."""
+    """Raises ValueError unless the split is "stream" or "train"."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")

@@ -1,7 +1,7 @@
-"""The built-in prompts: a thousand of each kind to serve and a thousand to train on, frozen as they were generated.
+"""The built-in workloads: frozen files with up to a thousand prompts of each kind to serve, and as many to train on.
 
-They need no download and are the same everywhere. `tools/demo_pair` has the generators, and `freeze.py` there writes
-the files again.
+They need no download and are the same on every machine. `tools/demo_pair` has their generators, and `freeze.py` there
+writes the files.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from random import Random
 
 from onlinespec.workloads.base import Prompt, Split, check_split
 
-_SITTING = 20  # prompts of a stream that follow each other are of one subject, about so many
+_SITTING = 20  # about so many consecutive prompts share a subject: a database schema, a kind of problem, a module
 
 
 class Builtin:
-    """One kind. Seed 0 gives the prompts as they lie in the file; another seed has the sittings in another order."""
+    """Prompts of one kind. Seed 0 gives the order of the file; other seeds shuffle blocks of 20 prompts."""
 
     name: str
 
@@ -39,24 +39,24 @@ class Builtin:
 
 
 class Prose(Builtin):
-    """A paragraph about somebody of a trade, somewhere, told from some facts."""
+    """Write a paragraph about a person, a place and an event, from some facts."""
 
     name = "prose"
 
 
 class Code(Builtin):
-    """A function of Python's standard library from its docstring."""
+    """Write a function of Python's standard library from its docstring."""
 
     name = "code"
 
 
 class Sql(Builtin):
-    """A query from a question and a schema."""
+    """Write an SQL query from a schema and a question."""
 
     name = "sql"
 
 
 class Arithmetic(Builtin):
-    """A word problem, worked out step by step."""
+    """Solve a word problem step by step."""
 
     name = "arithmetic"

@@ -6,15 +6,19 @@ from typing import Any
 
 from onlinespec.workloads.base import Prompt, Split, check_split
 
-PROMPT_COLUMNS = ("prompt", "question", "text")  # the first that a data set has
+PROMPT_COLUMNS = ("prompt", "question", "text")  # the first that a data set has is used
 REFERENCE_COLUMNS = ("response", "answer")
 
 
 class HubWorkload:
-    """The rows of one split of a data set, in its order, whatever the seed; both of our splits are all of it.
+    """The rows of one split of a data set, in its order. Seed and split of `prompts` make no difference.
 
     Args:
-        spec: "dataset" or "dataset:split", "openai/gsm8k:test" say; the split is "train" if none is named.
+        spec: "dataset" or "dataset:split", for instance "openai/gsm8k:test"; the default split is "train".
+
+    Raises:
+        ValueError: if no data set is named, or it has no column with prompts.
+        ImportError: if the `datasets` package is not installed.
     """
 
     def __init__(self, spec: str) -> None:

@@ -1,4 +1,4 @@
-"""Prompts from a .jsonl or .jsonl.gz file: one object a line, with `prompt` and optionally `id` and `response`."""
+"""Prompts from a .jsonl or .jsonl.gz file: one object per line, with `prompt` and optionally `id` and `response`."""
 
 import gzip
 import json
@@ -14,9 +14,13 @@ ROW_FORM = '{"prompt": "...", "id": "...", "response": "..."}, where only "promp
 
 
 class JsonlWorkload:
-    """The rows of a file, in file order, whatever the seed; both splits are the whole file.
+    """The rows of a file, in its order. Seed and split of `prompts` make no difference.
 
-    The file is read and checked on construction, so that a bad row 10,000 does not end a run half way.
+    The whole file is read and checked on construction, so that a bad row does not end a run half way.
+
+    Raises:
+        ValueError: naming the line, for content that is not rows with a prompt.
+        FileNotFoundError: if there is no such file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,7 +36,7 @@ class JsonlWorkload:
 def _read(path: Path, domain: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     line_of: dict[str, int] = {}
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines: JSON may hold other breaks
+    for number, line in enumerate(_text(path).split("\n"), start=1):  # splitlines would split at breaks inside strings
         if not line.strip():
             continue
         prompt = _prompt(line, f"{path}, line {number}", f"{domain}-{number}", domain)
@@ -91,7 +95,7 @@ def _prompt(line: str, where: str, default_id: str, domain: str) -> Prompt:
 
 
 def _identifier(value: Any, where: str) -> str:
-    """Whole numbers are common as ids in published files, so they are taken too."""
+    """Also takes whole numbers, which are common as ids in published files."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return "" if value is None else _string(value, "id", where)
