@@ -1,1 +1,1 @@
-"""Targets: loading them, and our own fast forward."""
+"""Models: loading targets, our own decoder with its KV cache, other models through transformers, memory estimates."""

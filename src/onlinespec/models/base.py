@@ -1,7 +1,7 @@
-"""What a target is to the rest: a forward over running requests, a cache that can be rewound, a head.
+"""The interface of a target: a forward pass over running requests, a cache that can be cropped, a head.
 
-`decoder.py` is ours, for the families it knows; `hf.py` runs the others through transformers. Axis letters: N new
-tokens of a call (all requests, one after the other), M rows whose logits are wanted, V vocabulary, D hidden size.
+`decoder.py` implements it for some families, `hf.py` for the others through transformers. Axis letters: N new tokens of
+a call (of all requests, one after the other), M rows with logits, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from onlinespec.models.layer import LayerConfig
 
 
 class Output(NamedTuple):
-    """What a forward returns, on the target's device."""
+    """The result of a forward pass, on the target's device."""
 
-    logits_MV: Tensor  # float32, the last `num_logits` rows of every request, in order
-    features: Features  # of all N new tokens, with the aux layers that were asked for
+    logits_MV: Tensor  # float32: the last `num_logits` rows of every request, in order
+    features: Features  # of all N new tokens, with the requested aux layers
 
 
 class Cache(Protocol):
-    """What a model remembers of running requests, each under a slot number."""
+    """A model's cache of running requests, each under a slot number."""
 
-    lengths: dict[int, int]  # tokens held, by slot
+    lengths: dict[int, int]  # cached tokens, by slot
     bytes_per_token: int
 
     def take(self, slot: int, capacity: int) -> None:
-        """Reserves room for `capacity` tokens under a slot number that is free."""
+        """Reserves room for `capacity` tokens under a free slot number."""
 
     def release(self, slot: int) -> None:
-        """Gives a slot's memory back."""
+        """Frees a slot's memory."""
 
     def crop(self, slot: int, length: int) -> None:
-        """Forgets everything from position `length` on."""
+        """Drops everything from position `length` on."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class ModelConfig:
     num_layers: int
     vocab_size: int
     max_positions: int
-    windows: tuple[int | None, ...] = ()  # by layer, how many positions a query sees, its own included; () for all
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer, a query's own position included; () for none
 
     def window(self, index: int) -> int | None:
-        """A layer's window; None where it sees everything before it."""
+        """Returns a layer's sliding window; None if it attends to all earlier positions."""
         return self.windows[index] if self.windows else None
 
 
@@ -61,20 +61,20 @@ C = TypeVar("C", bound=Cache)
 
 
 class Model(ABC, Generic[C]):
-    """A causal language model for serving. Its weights never change."""
+    """A causal language model for serving. `C` is the type of its cache."""
 
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype
     embedding_VD: Tensor
-    head_VD: Tensor  # a drafter's head, and a label's rows; `head` may do more than multiply by it
-    has_plain_head: bool = True  # whether `head` is the product with head_VD and nothing more
-    path: str = "own"  # which code runs it: ours, or "transformers"
-    num_forwards: int  # calls of `forward` so far; learning must not add any
+    head_VD: Tensor  # the LM head's matrix, which drafters use; `head` may do more than multiply by it
+    has_plain_head: bool = True  # whether `head` is exactly the product with head_VD
+    path: str = "own"  # which code runs it: "own" or "transformers"
+    num_forwards: int  # calls of `forward` so far; tests check that learning adds none
 
     @abstractmethod
     def new_cache(self) -> C:
-        """An empty cache of this model's shape."""
+        """Returns an empty cache for this model."""
 
     @abstractmethod
     def forward(
@@ -86,24 +86,25 @@ class Model(ABC, Generic[C]):
         num_logits: Sequence[int] | None = None,
         aux_layer_ids: Collection[int] = (),
     ) -> Output:
-        """Runs `counts[i]` new tokens of request `slots[i]`, each behind what its slot already holds.
+        """Processes `counts[i]` new tokens of slot `slots[i]`, after those that the slot already holds.
 
         Args:
-            token_ids_N: int64, all requests' new tokens one after the other, sum(counts) of them.
-            num_logits: How many last rows of each request need logits; all of them by default, 0 for none.
+            token_ids_N: int64: the new tokens of all requests, one after the other, sum(counts) of them.
+            num_logits: Number of last rows of each request that get logits; None for all rows, 0 for none.
+            aux_layer_ids: Layers to return the hidden states of: n is the state after n layers, 0 the embedding.
 
         Raises:
-            ValueError: if the counts do not add up, num_logits asks for more rows than there are, or a slot comes
-                twice or has no room left. Nothing is written then.
+            ValueError: if counts do not add up, num_logits is larger than a count, or a slot is named twice or has no
+                room. Nothing is written then.
         """
 
     @abstractmethod
     def head(self, hidden_states_MD: Tensor) -> Tensor:
-        """float32 logits of rows whose hidden states (after the final norm) are given. Not a forward."""
+        """Returns float32 logits [M, V] of hidden states after the final norm. This is no forward pass."""
 
 
 def check_call(num_tokens: int, slots: Sequence[int], counts: Sequence[int], num_logits: Sequence[int] | None) -> None:
-    """Raises ValueError for a call of `forward` that does not add up."""
+    """Raises ValueError for inconsistent arguments of `forward`."""
     if sum(counts) != num_tokens or min(counts, default=0) < 1:
         raise ValueError(f"counts {list(counts)} do not add up to {num_tokens} new tokens, at least 1 each")
     if len(set(slots)) < len(slots):
@@ -113,7 +114,7 @@ def check_call(num_tokens: int, slots: Sequence[int], counts: Sequence[int], num
 
 
 def last_rows(hidden_ND: Tensor, counts: Sequence[int], num_logits: Sequence[int] | None) -> Tensor:
-    """The rows of each request that logits are wanted of."""
+    """Returns the last `num_logits[i]` rows of each request; all rows if None."""
     if num_logits is None or list(num_logits) == list(counts):
         return hidden_ND
     ends = accumulate(counts)

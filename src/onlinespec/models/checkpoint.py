@@ -1,6 +1,6 @@
-"""Checkpoint directories: where they are, what their files hold, whether every tensor is there and finite.
+"""Checkpoint directories: finding them, reading their files, checking that every tensor is present and finite.
 
-Only safetensors are read, and no code from a checkpoint is run.
+Only safetensors are read, and code from a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ _FINGERPRINT_BYTES = 1 << 20
 
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
-    """The local directory of a checkpoint, downloaded from the Hub if it is none here."""
+    """Returns the local directory of a checkpoint; downloads it from the Hub if there is none.
+
+    Raises:
+        FileNotFoundError: if there is neither such a directory nor such a Hub id.
+        ValueError: if the name is empty, or a file.
+    """
     if shipped := (SHIPPED_DRAFTERS | SHIPPED_TARGETS).get(str(path_or_hub_id)):
         return shipped
     if not str(path_or_hub_id):
@@ -47,7 +52,7 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -65,9 +70,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors of a single or sharded safetensors checkpoint, in one dtype, or as stored if that is None.
+    """Reads all tensors of a single or sharded safetensors checkpoint.
 
-    They are copies: a tensor of an open file is a view that keeps all of the file in memory, so each gets its own.
+    Args:
+        dtype: The dtype to convert to; None keeps the stored one.
+
+    Raises:
+        FileNotFoundError, ValueError: as `weight_files` and `read_tensors`.
     """
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -76,7 +85,10 @@ def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) 
 
 
 def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in one dtype, or as stored if that is None.
+    """Reads all tensors of a safetensors file, as copies: a view would keep the whole file in memory.
+
+    Args:
+        dtype: The dtype to convert to; None keeps the stored one.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -92,7 +104,7 @@ def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None) ->
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors by name, from the files' headers alone.
+    """Returns the shapes of all tensors by name, from the headers of the files.
 
     Raises:
         ValueError: naming a file that can't be read.
@@ -114,11 +126,11 @@ def _names_in(path: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory.
+    """Returns the safetensors files of a checkpoint directory.
 
     Raises:
         FileNotFoundError: if there are none, or the index names one that is missing.
-        ValueError: if there is an index that is not one.
+        ValueError: if the index is malformed.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -142,10 +154,14 @@ def weight_files(folder: Path) -> list[Path]:
 def check_tensors(
     weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path, may_have: tuple[str, ...] = ()
 ) -> None:
-    """Accounts for every tensor of a checkpoint by name, shape and finiteness.
+    """Checks every tensor of a checkpoint by name, shape and finiteness.
+
+    Args:
+        expected: Shapes by name.
+        may_have: Further names that are allowed.
 
     Raises:
-        ValueError: naming what is missing, unexpected, misshapen or not finite.
+        ValueError: naming what is missing, unexpected, of another shape, or not finite.
     """
     missing = [name for name in expected if name not in weights]
     if missing:
@@ -163,10 +179,10 @@ def check_tensors(
 
 
 def architecture_of(config: Mapping[str, Any], path: Path) -> str:
-    """The first of a config.json's architectures, "(none)" where it names none.
+    """Returns the first of a config.json's architectures; "(none)" if it names none.
 
     Raises:
-        ValueError: naming the file, if they are not a list of names.
+        ValueError: naming the file, if `architectures` is no list of names.
     """
     names = config.get("architectures") or ["(none)"]
     if not isinstance(names, list) or not isinstance(names[0], str):
@@ -175,10 +191,10 @@ def architecture_of(config: Mapping[str, Any], path: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Sixteen hex digits that change with the model or its tokenizer.
+    """Returns a hash of sixteen hex digits that identifies a model and its tokenizer.
 
-    Covers config.json, tokenizer.json, and of every weight file its size, first, middle and last MiB: enough to
-    tell checkpoints apart without reading tens of gigabytes.
+    It covers config.json, tokenizer.json, and of every weight file its size and its first, middle and last MiB, which
+    tells checkpoints apart without reading tens of gigabytes.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):

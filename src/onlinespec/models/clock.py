@@ -1,8 +1,9 @@
-"""Seconds of work on a device. An accelerator's work is queued: by Python's clock it is over before it has begun.
+"""Clocks that measure work on a device. An accelerator's work is queued, so the host's clock can't measure it.
 
-On a CPU a mark is the time. On an accelerator it is an event in the queue, whose time the device notes when it gets
-there: two marks span the work queued between them, and what the host did meanwhile if the device waited for it. Nobody
-waits until seconds are asked for, so a step makes its marks as it goes and asks at its end, when its results are read.
+On a CPU a mark is the time. On an accelerator a mark is an event in the queue, and the device notes the time when it
+gets there. Two marks enclose the work queued between them, and the host's work in between if the device waited for it.
+Only `seconds` waits, so a step makes its marks as it goes and asks for seconds at its end, when its results are read
+anyway.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import torch
 
 
 class Clock(Protocol):
-    """Makes marks, and says how long it was between two of them."""
+    """Makes marks, and measures the time between them."""
 
     def mark(self) -> Any:
-        """Now, behind all work queued so far."""
+        """Returns a mark after all work queued so far."""
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two marks. Waits for the later one, where work is queued."""
+        """Returns the seconds between two marks. Waits for the later one if work is queued."""
 
 
 class HostClock:
-    """Where the work is done when Python goes on."""
+    """The clock of a CPU, where work is done when the call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -34,7 +35,7 @@ class HostClock:
 
 
 class EventClock:
-    """Of a device whose queue takes events that note the time."""
+    """The clock of a device with timed events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,7 +51,7 @@ class EventClock:
 
 
 class WaitingClock(HostClock):
-    """Of a device without such events: each mark waits for all that was queued."""
+    """The clock of a device without timed events: each mark waits for all queued work."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -61,7 +62,7 @@ class WaitingClock(HostClock):
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device, which is tried once: not every accelerator's events note the time."""
+    """Returns the clock of a device. Timed events are tried once, because not every accelerator has them."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or device.type != accelerator.type:
         return HostClock()

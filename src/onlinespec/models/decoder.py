@@ -1,7 +1,7 @@
-"""Our own forward for targets and drafters, over ragged batches, with a preallocated cache; and its plain form.
+"""Our decoder for targets and drafters: a fast forward pass over ragged batches, and its differentiable plain form.
 
-Knows nothing of drafting, sampling or text. Axis letters: N new tokens of a call (all requests, one after the
-other), M rows whose logits are wanted, V vocabulary, D hidden size, G key-value heads, E head_dim.
+Axis letters: N new tokens of a call (of all requests, one after the other), M rows with logits, V vocabulary, D hidden
+size, G key-value heads, E head_dim.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from onlinespec.models.rope import RotaryTables
 
 
 class Decoder(Model[KVCache]):
-    """Our own forward, over ragged batches.
+    """A model of a supported family, with a fast forward pass over ragged batches.
 
     Args:
-        weights: A checkpoint's tensors under their published names (`model.layers.0...`); a tied model has no
-            `lm_head.weight`. Each layer's are taken out as it is made, so that no second copy of all is ever held.
-        make_linear: How products are computed; by default the fastest exact way for the weights' device and dtype.
+        weights: The checkpoint's tensors by their published names (`model.layers.0...`); a tied model has no
+            `lm_head.weight`. Each layer's tensors are removed from it when the layer is made, to save memory.
+        make_linear: Makes the products; by default the fastest exact ones for the weights' device and dtype.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Decoder(Model[KVCache]):
 
     @cached_property
     def _head(self) -> Linear:
-        """Laid out when logits are first asked for: a drafter's states go through a head of its own."""
+        """The product of the head, made when it is first used: a draft model never uses it."""
         return self.make_linear(self.head_VD, None)
 
     def head(self, hidden_states_MD: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ class Decoder(Model[KVCache]):
 
 
 class Past(NamedTuple):
-    """Rows of texts that came before others: C of them."""
+    """C earlier rows that later rows attend to."""
 
     keys_values: Sequence[tuple[Tensor, Tensor]]  # by layer
     positions_C: Tensor
-    is_visible_NC: Tensor  # to the rows that come after
+    is_visible_NC: Tensor  # bool: which of them each later row attends to
 
 
 def plain_states(
@@ -118,14 +118,14 @@ def plain_states(
     product: Product = plain_product,
     capacities: Iterable[int] | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """States after the final norm as published models define them, differentiable, and every layer's keys and values.
+    """Returns the states after the final norm, differentiable, and every layer's keys and values: the reference.
 
-    Takes several sets of weights at once where they, and x, have an axis of sets in front.
+    Several sets of weights can be evaluated at once: weights and x have an axis of sets in front then.
 
     Args:
         x_ND: Embedded tokens.
-        is_visible_NN: Which of these rows each of them attends to, windows apart.
-        capacities: Most tokens of each row's request, as `rotary_at` has it.
+        is_visible_NN: Which rows each row attends to, before sliding windows are applied.
+        capacities: Maximum number of tokens of each row's request; see `rotary_at`.
     """
     rotary_NR, keys_values = rotary_at(positions_N, config.layer, capacities), []
     for index in range(config.num_layers):
@@ -147,7 +147,7 @@ def plain_keys_values_by_layer(
     product: Product = plain_product,
     capacities: Iterable[int] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What one text leaves for rows after it, as in `plain_states`, without what only its own end would need."""
+    """Returns every layer's keys and values of one text, as `plain_states`, without its final states."""
     rotary_SR, keys_values = rotary_at(positions_S, config.layer, capacities), []
     is_before_SS = positions_S[:, None] >= positions_S
     for index in range(config.num_layers):
@@ -160,18 +160,18 @@ def plain_keys_values_by_layer(
 
 
 def _within(window: int | None, positions_N: Tensor, positions_S: Tensor, is_visible_NS: Tensor) -> Tensor:
-    """Without what lies too far back."""
+    """Removes positions outside of the sliding window."""
     return is_visible_NS if window is None else is_visible_NS & (positions_N[:, None] - positions_S < window)
 
 
 def layer_weights(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """One layer's tensors, by their names inside it."""
+    """Returns one layer's tensors, by their names inside the layer."""
     prefix = _prefix(index)
     return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
 
 
 def _taken(weights: MutableMapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """The same, and they are no longer in `weights`."""
+    """Removes one layer's tensors from `weights` and returns them."""
     names = [name for name in weights if name.startswith(_prefix(index))]
     return {name.removeprefix(_prefix(index)): weights.pop(name) for name in names}
 

@@ -1,6 +1,6 @@
-"""The families that our own decoder runs: what their config.json means to it, and the tensors they hold.
+"""The model families that our decoder runs: how their config.json is read, and which tensors they have.
 
-A family is a line in a table; what the decoder can't compute of one is refused by name.
+A family is a line in a table. Variants that the decoder can't compute are refused by name.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ class Family:
     """How a family's layers differ from Llama's.
 
     Args:
-        has_qkv_bias: Always, whatever config.json says; else all four products have one if it says `attention_bias`.
-        has_head_norms: Of queries and keys.
-        windowed: Layers that see `sliding_window` positions: those that `layer_types` calls "sliding_attention",
-            "all", or "none". A family's own code looks at nothing else, whatever config.json says.
-        has_partial_rotary: Whether `partial_rotary_factor` means something to it.
-        fused: Published products that are several of ours, one above the other.
+        has_qkv_bias: Whether q, k and v always have a bias. If False, q, k, v and o have one if config.json sets
+            `attention_bias`.
+        has_head_norms: Whether queries and keys are normalised per head.
+        windowed: Which layers have the `sliding_window`: those of type "sliding_attention" in `layer_types` ("by
+        type"),
+            "all", or "none". Like the family's own code, we ignore any other setting.
+        has_partial_rotary: Whether the family uses `partial_rotary_factor`.
+        fused: Published weights that are several of ours, stacked along their rows.
     """
 
-    model_type: str  # as transformers names it
+    model_type: str  # transformers' name
     has_qkv_bias: bool = False
     has_head_norms: bool = False
     windowed: Literal["none", "all", "by type"] = "none"
@@ -51,7 +53,7 @@ _FUSED = (
     ("mlp.gate_up_proj.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
 )
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama"),  # Llama 1 to 3, Vicuna, and what is shaped like them
+    "LlamaForCausalLM": Family("llama"),  # Llama 1 to 3, Vicuna, and others of that shape
     "MistralForCausalLM": Family("mistral", windowed="all"),
     "Phi3ForCausalLM": Family("phi3", windowed="all", has_partial_rotary=True, fused=_FUSED),
     "Qwen2ForCausalLM": Family("qwen2", has_qkv_bias=True, windowed="by type"),
@@ -74,14 +76,14 @@ _SIZES = (
 
 
 class NotOurs(ValueError):
-    """A sound config that asks for what our forward does not compute; transformers may."""
+    """A valid config that our decoder does not support, but transformers may."""
 
 
 def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
-    """The sizes our forward needs.
+    """Returns the shape of a model for our decoder.
 
     Raises:
-        NotOurs: naming what it does not compute.
+        NotOurs: naming what the decoder does not support.
         ValueError: naming what is wrong with the config.
     """
     if config.hidden_act != "silu":
@@ -107,10 +109,10 @@ def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
 
 
 def rope_of(config: PretrainedConfig, has_partial_rotary: bool) -> Rope:
-    """A model's rotary positions; transformers computes what scales them.
+    """Returns a model's rotary positions. transformers' functions compute the scaled frequencies.
 
     Raises:
-        ValueError: for a scaling that is not known, or can't be computed.
+        ValueError: for a scaling that is unknown or can't be computed.
     """
     rope = config.rope_parameters or {}
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
@@ -131,9 +133,9 @@ def rope_of(config: PretrainedConfig, has_partial_rotary: bool) -> Rope:
     length_of = _LengthOf(kind, _original_length(config))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        for length in {length_of(1), length_of(length_of.original + 1)}:  # where it scales, and where it doesn't
+        for length in {length_of(1), length_of(length_of.original + 1)}:  # try both: without and with scaling
             _check_frequencies(*scaled(length), int(head_dim * share))
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a setting is missing, or wrong
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a missing or wrong setting
         raise ValueError(f"rotary scaling {kind!r} can't be computed from {rope} ({error!r})") from error
     return Rope(theta, share, length_of, scaled)
 
@@ -146,7 +148,8 @@ def _check_frequencies(frequencies: Tensor, scale: float, rotary_dim: int) -> No
 
 
 def rope_in(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """The same from a Llama-shaped config.json that transformers need not know, a drafter's.
+    """Returns the rotary positions of a drafter's config.json, which is shaped like Llama's but may be unknown to
+    transformers.
 
     Raises:
         ValueError: as `rope_of`.
@@ -157,17 +160,17 @@ def rope_in(config: Mapping[str, Any], head_dim: int) -> Rope:
             "original_max_position_embeddings")  # fmt: skip
     try:
         llama = LlamaConfig(head_dim=head_dim, **{key: config[key] for key in keys if config.get(key) is not None})
-    except Exception as error:  # as with a target's config: whatever transformers finds wrong, the user should read
+    except Exception as error:  # whatever transformers raises is a fault of the config
         raise ValueError(" ".join(str(error).split())) from error
     return rope_of(llama, has_partial_rotary=False)
 
 
 @dataclass(frozen=True)
 class _LengthOf:
-    """From a request's most tokens to the length that its scaling goes by."""
+    """Maps the maximum number of tokens of a request to the text length that its scaling is computed for."""
 
     kind: str
-    original: int  # length that the model was trained on before it was stretched
+    original: int  # the context length that the model was trained with, before scaling
 
     def __call__(self, capacity: int) -> int:
         lengths = {"dynamic": max(capacity, self.original), "longrope": self.original + (capacity > self.original)}
@@ -181,14 +184,14 @@ def _original_length(config: PretrainedConfig) -> int:
 
 
 def _max_positions(config: PretrainedConfig) -> int:
-    """The context. With dynamic scaling config.json names the length without it."""
+    """The context length. For dynamic scaling, config.json has the length without scaling."""
     rope = config.rope_parameters or {}
     factor = float(rope["factor"]) if rope.get("rope_type") == "dynamic" else 1.0
     return int(config.max_position_embeddings * factor)
 
 
 def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
-    """By layer; () where every layer sees all positions."""
+    """The sliding window of each layer; () if no layer has one."""
     windowed, count = FAMILIES[config.architectures[0]].windowed, config.num_hidden_layers
     if windowed == "none":
         return ()
@@ -209,7 +212,7 @@ def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
 
 
 def llama_config(shape: ModelConfig) -> dict[str, Any]:
-    """The config.json of a float32 Llama of this shape."""
+    """Returns the config.json of a float32 Llama of this shape."""
     layer = shape.layer
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -230,7 +233,7 @@ def llama_config(shape: ModelConfig) -> dict[str, Any]:
 
 
 def llama_layer_shapes(layer: LayerConfig) -> Shapes:
-    """Shapes of the tensors of a Llama's decoder layer, by their published names."""
+    """Returns the shapes of the tensors of a Llama's decoder layer, by their published names."""
     d, f = layer.hidden_size, layer.intermediate_size
     q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     return {
@@ -247,7 +250,7 @@ def llama_layer_shapes(layer: LayerConfig) -> Shapes:
 
 
 def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> Shapes:
-    """Of the parts, unfused."""
+    """Shapes of a layer's tensors, not fused."""
     family = FAMILIES[config.architectures[0]]
     d, f, e = layer.hidden_size, layer.intermediate_size, layer.head_dim
     q, kv = layer.num_heads * e, layer.num_kv_heads * e
@@ -267,10 +270,10 @@ def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> Shapes:
 def checked_weights(
     weights: Mapping[str, Tensor], config: PretrainedConfig, shape: ModelConfig, folder: Path
 ) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the names that our decoder knows, every one of them accounted for.
+    """Returns a checkpoint's tensors by our decoder's names, with fused ones split. Every tensor is checked.
 
     Raises:
-        ValueError: naming what is missing, unexpected, misshapen or not finite.
+        ValueError: naming what is missing, unexpected, of another shape, or not finite.
     """
     parts = _layer_shapes(config, shape.layer)
     fused = FAMILIES[config.architectures[0]].fused
@@ -296,7 +299,7 @@ def checked_weights(
 
 
 def published_weights(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Our decoder's tensors under the names that the family publishes."""
+    """Returns our decoder's tensors by the names that the family publishes."""
     fused = FAMILIES[architecture].fused
     published = dict(weights)
     for name, parts in fused:

@@ -1,9 +1,8 @@
-"""Any other causal language model, run by transformers: one sequence after the other, a cache of its own for each.
+"""Other causal language models, run by transformers: one sequence at a time, each with its own cache.
 
-The family's own code computes the layers and whatever stands behind the last state (a bias, a scale, a soft cap), so
-nothing of a family is known here. What is relied on is tried once at load: that the layers and the head can be run
-apart, and that a cropped cache goes on as if nothing had been there. Exact up to the tie rule: transformers' products
-have other bits for other numbers of rows.
+The family's own code computes the layers and whatever follows the last state (a bias, a scale, a soft cap). What we
+rely on is tried once at load: that layers and head can be run separately, and that a cropped cache continues correctly.
+Results are exact up to the tie rule, because transformers' products have other bits for other numbers of rows.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from onlinespec.models.rope import Rope
 
 log = logging.getLogger(__name__)
 
-_TOLERANCES = {torch.float32: 1e-3}  # of logits computed in another way, relative to the largest; half types: _COARSE
+_TOLERANCES = {torch.float32: 1e-3}  # between two ways to compute logits, relative to the largest; half types: _COARSE
 _COARSE = 0.2
-_LOUD = 100.0  # logits at which no soft cap in use passes for none
-_KEPT_STATES = ("full_attention", "sliding_attention", "chunked_attention")  # layers whose memory can be cropped
-_OLD_CONSTANTS = (".masked_bias", ".rotary_emb.inv_freq")  # no weights; older versions wrote them all the same
+_LOUD = 100.0  # logits so large that any soft cap in use changes them
+_KEPT_STATES = ("full_attention", "sliding_attention", "chunked_attention")  # layer types whose cache can be cropped
+_OLD_CONSTANTS = (".masked_bias", ".rotary_emb.inv_freq")  # buffers that older versions saved with the weights
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 class HFCache(Slots):
-    """A cache of transformers' for each slot, all layers at full length: one that drops old keys could not go back."""
+    """A transformers cache for each slot. Layers keep all keys: a cache that drops keys can't be cropped."""
 
     def __init__(self, bytes_per_token: int) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ class HFCache(Slots):
 
     def take(self, slot: int, capacity: int) -> None:
         super().take(slot, capacity)
-        self._caches[slot] = DynamicCache()  # without a config it knows of no windows; the masks do
+        self._caches[slot] = DynamicCache()  # without a config it ignores sliding windows; the masks apply them
 
     def release(self, slot: int) -> None:
         super().release(slot)
@@ -64,18 +63,19 @@ class HFCache(Slots):
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
     def of(self, slot: int) -> DynamicCache:
-        """What transformers reads and appends to."""
+        """Returns the transformers cache of a slot."""
         return self._caches[slot]
 
 
 class HFModel(Model[HFCache]):
-    """A target that transformers computes.
+    """A model that transformers runs.
 
     Args:
-        model: A causal language model as transformers loads it; its weights are used in place.
+        model: A causal language model loaded by transformers; its weights are used in place.
 
     Raises:
-        ValueError: naming the architecture, if its layers and head can't be run apart, or its cache can't go back.
+        ValueError: naming the architecture, if its layers and head can't be run separately, or its cache can't be
+            cropped.
     """
 
     path = "transformers"
@@ -135,11 +135,11 @@ class HFModel(Model[HFCache]):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """All weights, in place, by their published names; one that is used twice has one name."""
+        """All weights, in place, by their published names; a shared weight has one name."""
         return {name: p.detach() for name, p in self._model.named_parameters()}
 
     def weight_names(self) -> tuple[str, str]:
-        """The embedding's and the head's."""
+        """Returns the names of the embedding's and the head's weight."""
         modules = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         named = list(self._model.named_parameters())
         embedding, head = (next(name for name, p in named if p is module.weight) for module in modules)
@@ -147,8 +147,8 @@ class HFModel(Model[HFCache]):
 
     @torch.no_grad()
     def prepare(self, weights: Mapping[str, Tensor]) -> Callable[[], None]:
-        """Makes other weights ready. The returned call, which can't fail, computes with them from now on; the cache
-        keeps what the old ones wrote."""
+        """Prepares other weights. The returned function, which can't fail, switches to them; the cache keeps its
+        entries."""
         pairs = [(p, weights[name].detach().to(p.dtype)) for name, p in self._model.named_parameters()]
         for p, new in pairs:
             if new.shape != p.shape:
@@ -161,7 +161,7 @@ class HFModel(Model[HFCache]):
         return take_over
 
     def states(self, weights: Mapping[str, Tensor], token_ids_N: Tensor) -> Tensor:
-        """Final states [N, D] of a whole text by other weights, differentiable."""
+        """Returns the final states [N, D] of a whole text for given weights, differentiable."""
         way = next(path for path, module in self._model.named_modules() if module is self._body)
         own = {name.removeprefix(f"{way}."): t for name, t in weights.items() if name.startswith(f"{way}.")}
         inputs = {"input_ids": token_ids_N[None], "use_cache": False}
@@ -178,7 +178,7 @@ class HFModel(Model[HFCache]):
 
     @contextmanager
     def _listening(self, aux: dict[int, list[Tensor]]) -> Iterator[None]:
-        """While inside, the states [count, D] that the layers read and write are appended under their ids."""
+        """Inside the block, the states [count, D] that layers read and write are appended to `aux` by layer id."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers or ()):
                 if index == 0 and 0 in aux:
@@ -190,7 +190,7 @@ class HFModel(Model[HFCache]):
     # --- what is relied on, tried once ------------------------------------------------------------------------------
 
     def _try(self) -> None:
-        """Compares pieces with the whole, around drafts that are taken back; then finds out what the head is."""
+        """Compares a forward pass in pieces, with cropped drafts, with one in a single call; checks the head."""
         size = min(8, self.config.max_positions)
         ids = torch.linspace(0, self.config.vocab_size - 1, size, device=self.device).long()
         try:
@@ -198,7 +198,7 @@ class HFModel(Model[HFCache]):
             states_ND = self._body(input_ids=ids[None], use_cache=False).last_hidden_state[0]
             rebuilt_NV = self.head(states_ND)
             pieces_NV = self._run_with_a_wrong_draft(ids)
-        except Exception as error:  # each family that does not fit fails in a way of its own
+        except Exception as error:  # every unsupported family fails in its own way
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{self._name} is not supported: its layers, head and cache can't be run apart ({reason})"
@@ -222,7 +222,7 @@ class HFModel(Model[HFCache]):
         return bool(error <= _TOLERANCES.get(self.dtype, _COARSE))
 
     def _find_head(self, states_ND: Tensor) -> None:
-        """Whether logits are a product with a matrix: the head's, or a multiple of it, which then is head_VD."""
+        """Finds out whether logits are a product with the head's matrix or a multiple of it, and sets head_VD."""
         loud_ND = states_ND * (_LOUD / F.linear(states_ND, self.head_VD).float().abs().max()).to(self.dtype)
         plain_NV, logits_NV = F.linear(loud_ND, self.head_VD).float(), self.head(loud_ND)
         scale = (plain_NV * logits_NV).sum() / plain_NV.square().sum()
@@ -234,10 +234,10 @@ class HFModel(Model[HFCache]):
 
 
 def load_hf(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> HFModel:
-    """Loads a checkpoint directory through transformers; every tensor must be accounted for, and finite.
+    """Loads a checkpoint directory through transformers. Every tensor must be accounted for and finite.
 
     Raises:
-        ValueError: naming the architecture or the tensors that do not fit.
+        ValueError: naming the architecture, or the tensors that do not fit.
     """
     with _quiet():
         try:
@@ -248,11 +248,11 @@ def load_hf(folder: Path, config: PretrainedConfig, device: torch.device, dtype:
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
                 **_attention(config),
             )
-        except Exception as error:  # transformers fails in many ways; all of them are the checkpoint's
+        except Exception as error:  # whatever transformers raises is a fault of the checkpoint
             raise ValueError(f"{folder}: transformers can't load it ({' '.join(str(error).split())[:300]})") from error
     _check_loading(info, folder)
     for name, tensor in model.state_dict().items():
@@ -266,10 +266,10 @@ def load_hf(folder: Path, config: PretrainedConfig, device: torch.device, dtype:
 
 
 def check_architecture(config: PretrainedConfig, architecture: str, folder: Path) -> None:
-    """Refuses what can't be a target, before its weights are read.
+    """Refuses unsupported architectures before any weights are read.
 
     Raises:
-        ValueError: naming the architecture: no causal language model, or one whose memory can't be cropped.
+        ValueError: naming the architecture, if it is no causal language model or its cache can't be cropped.
     """
     if config.is_encoder_decoder:
         raise ValueError(f"{folder}: architecture {architecture} is not supported: it has an encoder; give a decoder")
@@ -290,10 +290,10 @@ def check_architecture(config: PretrainedConfig, architecture: str, folder: Path
 
 
 def model_config(config: PretrainedConfig, name: str) -> ModelConfig:
-    """The sizes that decoding and drafters need, by the names that families use for them.
+    """Returns the sizes that decoding and drafters need, under the various names that families use.
 
     Raises:
-        ValueError: naming the architecture, if one of them is nowhere in the config.
+        ValueError: naming the architecture, if a size is not in the config.
     """
     text = config.get_text_config()
     context = _first(text, *_CONTEXT_NAMES)
@@ -306,7 +306,7 @@ def model_config(config: PretrainedConfig, name: str) -> ModelConfig:
 
 
 def _layer_config(config: PretrainedConfig, name: str) -> LayerConfig:
-    """A layer as wide as the model's: fresh drafters are made so. Nothing here is computed with."""
+    """A layer of the model's width, only used as the shape of new drafters."""
     hidden, heads = _first(config, "hidden_size"), _first(config, "num_attention_heads")
     if hidden is None or heads is None:
         raise ValueError(f"{name}: config.json names no hidden_size or no num_attention_heads")
@@ -325,13 +325,13 @@ def _layer_config(config: PretrainedConfig, name: str) -> LayerConfig:
 
 
 def _first(config: PretrainedConfig, *names: str) -> int | None:
-    """The first of these that is a positive whole number."""
+    """The first of these fields that is a positive whole number."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    """Plain attention where scores are capped: torch's fused one would leave that out."""
+    """Plain attention for models that cap scores, because torch's fused attention would ignore the cap."""
     is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return {"attn_implementation": "eager"} if is_capped else {}
 
@@ -347,7 +347,7 @@ def _check_loading(info: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars and writing reports: what is wrong is raised."""
+    """Silences transformers' progress bars and reports; errors are raised."""
     verbosity, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Inside a model of transformers: its layers found, left out for a while, and listened to."""
+"""Finds the layers inside a transformers model, runs a model without them, and records their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 @dataclass
 class States(BaseModelOutputWithPast):  # type: ignore[misc]
-    """What the layers of any family would return, less all that is beside the point."""
+    """A stand-in for the output of a family's layers: final states only."""
 
     cross_attentions: None = None
     router_logits: None = None
 
 
 class Given(nn.Module):
-    """Stands where a model's layers were, and returns the states it is given as theirs."""
+    """Replaces a model's layers, and returns its input as their output."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> States:
         return States(last_hidden_state=inputs_embeds)
 
 
 def find_body(model: PreTrainedModel) -> nn.Module:
-    """What turns tokens into final states: what the family calls its decoder, else the part that is a model."""
+    """Returns the module that turns tokens into final states: the family's decoder, or the part that is a model."""
     parts = [model.get_decoder(), *(part for part in model.children() if isinstance(part, PreTrainedModel))]
     body = next((part for part in parts if part is not model), None)
     if body is None:
@@ -36,7 +36,7 @@ def find_body(model: PreTrainedModel) -> nn.Module:
 
 
 def without_layers(model: PreTrainedModel, body: nn.Module) -> nn.Module:
-    """A copy that shares all weights and takes final states as `inputs_embeds`: only what stands behind them runs."""
+    """Returns a copy that shares all weights and takes final states as `inputs_embeds`, so that only the head runs."""
     *way, last = next(path for path, module in model.named_modules() if module is body).split(".")
     shell = owner = shallow(model)
     for step in way:
@@ -53,7 +53,7 @@ def shallow(module: nn.Module) -> nn.Module:
 
 
 def find_layers(body: nn.Module, count: int) -> nn.ModuleList | None:
-    """The outermost list of as many modules as there are layers."""
+    """Returns the outermost list with `count` modules; None if there is none."""
     return next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of running requests: one preallocated block per slot, appended and cropped in place.
+"""The KV cache: one preallocated block per slot, which is appended to and cropped in place.
 
 Axis letters: G key-value heads, C capacity in tokens, E head_dim.
 """
@@ -10,32 +10,36 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-PAD = 32  # attention reads keys in multiples of this
+PAD = 32  # attention reads a multiple of this many keys
 
 
 class Slots(ABC):
-    """Which slots are taken, and how many tokens each holds of how many it has room for."""
+    """Bookkeeping of slots: which are taken, how many tokens each holds, and how many it has room for."""
 
     def __init__(self) -> None:
         self.lengths: dict[int, int] = {}
-        self.limits: dict[int, int] = {}  # most tokens of a slot, as asked for
+        self.limits: dict[int, int] = {}  # the capacity of each slot, as requested
 
     def take(self, slot: int, capacity: int) -> None:
-        """Reserves room for `capacity` tokens under a slot number that is free."""
+        """Reserves room for `capacity` tokens under a free slot number.
+
+        Raises:
+            ValueError: if the slot is taken.
+        """
         if slot in self.lengths:
             raise ValueError(f"slot {slot} is taken; release it first")
         self.lengths[slot], self.limits[slot] = 0, capacity
 
     def release(self, slot: int) -> None:
-        """Gives a slot's memory back."""
+        """Frees a slot's memory."""
         del self.lengths[slot], self.limits[slot]
 
     @abstractmethod
     def capacity(self, slot: int) -> int:
-        """Tokens the slot can hold."""
+        """Returns the number of tokens that a slot can hold."""
 
     def crop(self, slot: int, length: int) -> None:
-        """Forgets everything from position `length` on."""
+        """Drops everything from position `length` on."""
         if not 0 <= length <= self.lengths[slot]:
             raise ValueError(f"can't crop slot {slot} to {length}: it holds {self.lengths[slot]} tokens")
         self.lengths[slot] = length
@@ -48,16 +52,16 @@ class Slots(ABC):
             )
 
     def extend(self, slot: int, count: int) -> None:
-        """Counts `count` more tokens, whose keys and values the layers have written."""
+        """Adds `count` tokens to a slot's length, after the layers have written their keys and values."""
         self.check_room(slot, count)
         self.lengths[slot] += count
 
 
 class KVCache(Slots):
-    """Blocks of [layers, 2, G, C, E], sized per request when its slot is taken.
+    """A block [layers, 2, G, C, E] for each slot, allocated when the slot is taken.
 
-    Memory of a slot in bytes: layers * 2 * G * C * E * element size. Rows beyond a slot's length are finite
-    leftovers that attention masks; nothing needs clearing after `crop`.
+    A slot takes layers * 2 * G * C * E * element size bytes. Rows beyond a slot's length hold old, finite values that
+    attention masks, so `crop` does not need to clear anything.
     """
 
     def __init__(
@@ -84,5 +88,5 @@ class KVCache(Slots):
         return self._blocks[slot].shape[3]
 
     def block(self, slot: int) -> Tensor:
-        """Keys and values [layers, 2, G, C, E], to write into and to attend over."""
+        """Returns a slot's keys and values, [layers, 2, G, C, E]."""
         return self._blocks[slot]

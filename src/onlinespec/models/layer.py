@@ -1,12 +1,12 @@
-"""One decoder layer of the Llama family: the plain form that learns, and the fast form that serves.
+"""A decoder layer of the Llama family, in two forms: a plain one for learning, and a fast one for serving.
 
-`plain_layer` is ten lines of ordinary torch, differentiable, whole sequences only: the reference, and what a
-drafter trains through. `FastLayer` does the same with fused projections, interleaved rotary pairs and a KV cache.
-Both serve the target and the drafters; there is no other forward.
+`plain_layer` is ten lines of ordinary differentiable torch on whole sequences. It is the reference, and drafters learn
+through it. `FastLayer` computes the same with fused projections, interleaved rotary pairs and a KV cache. Targets and
+drafters use both.
 
-Axis letters: N new tokens of a step (all requests, one after the other), S keys, H heads, G key-value heads,
-E head_dim, D hidden size. The plain form takes several sets of weights at once: they, and all rows but masks and
-rotations, then have one more axis in front.
+Axis letters: N new tokens of a call (of all requests, one after the other), S keys, H heads, G key-value heads,
+E head_dim, D hidden size. The plain form can evaluate several sets of weights at once: weights and rows, but not masks
+and rotations, have an axis of sets in front then.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from onlinespec.models.kv_cache import PAD, KVCache
 from onlinespec.models.linear import MakeLinear, Product, plain_product
 from onlinespec.models.rope import Rope, RotaryTables
 
-_MAX_SERIAL = 32768  # elements from which torch splits an elementwise operator over threads, anywhere in a row
+_MAX_SERIAL = 32768  # from this many elements on, torch splits an elementwise operator over threads, even inside a row
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """The sizes one layer needs."""
+    """The shape of a layer."""
 
     hidden_size: int
     intermediate_size: int
@@ -50,7 +50,7 @@ class LayerConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Elements of a head that turn with the position."""
+        """Number of elements of a head that are rotated."""
         return self.rope.rotary_dim(self.head_dim)
 
 
@@ -58,7 +58,7 @@ class LayerConfig:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis; no weight (a layer that has no such norm) leaves x alone."""
+    """Applies RMS norm over the last axis; returns x unchanged if the layer has no such norm (no weight)."""
     if weight is None:
         return x
     if weight.dim() == 1:
@@ -67,10 +67,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rotary_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int] | None = None) -> Tensor:
-    """Rotations [N, R] of positions as complex numbers.
+    """Returns the rotations of positions as complex numbers, [N, R].
 
     Args:
-        capacities: Most tokens of each row's request; only scalings that go by them look at it.
+        capacities: Maximum number of tokens of each row's request; needed for scalings that depend on the text length.
     """
     rope = config.rope
     lengths = [rope.length_of(int(n)) for n in capacities] if capacities is not None else []
@@ -83,7 +83,7 @@ def rotary_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int
 
 
 def rotate_half(x_NHE: Tensor, rotary_NR: Tensor) -> Tensor:
-    """Rotary positions as published checkpoints lay them out: element i pairs with element i + R; others stay."""
+    """Applies rotary positions in the published layout: element i pairs with element i + R; the rest is unchanged."""
     cos, sin = rotary_NR.real[:, None], rotary_NR.imag[:, None]
     size = rotary_NR.shape[-1]
     a, b, still = x_NHE.split((size, size, x_NHE.shape[-1] - 2 * size), dim=-1)
@@ -91,7 +91,7 @@ def rotate_half(x_NHE: Tensor, rotary_NR: Tensor) -> Tensor:
 
 
 def project(weights: Mapping[str, Tensor], name: str, x: Tensor, product: Product = plain_product) -> Tensor:
-    """x times a weight, plus its bias if there is one; for several sets of weights, each times its own x."""
+    """Multiplies x by a named weight and adds its bias, if there is one; sets of weights multiply their own x."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     projected = product(x, weight)
     return projected if bias is None else projected + bias.unsqueeze(-2)
@@ -104,7 +104,7 @@ def plain_keys_values(
     rotary_SR: Tensor,
     product: Product = plain_product,
 ) -> tuple[Tensor, Tensor]:
-    """Keys (rotated) and values [S, G, E] of positions whose layer input is x."""
+    """Returns rotated keys and values [S, G, E] for the layer input x."""
     x_SD = rms_norm(x_SD, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     k = project(weights, "self_attn.k_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
     v = project(weights, "self_attn.v_proj", x_SD, product).unflatten(-1, (config.num_kv_heads, config.head_dim))
@@ -112,7 +112,7 @@ def plain_keys_values(
 
 
 class Seen(NamedTuple):
-    """Some keys and values, and which of them each query attends to."""
+    """Keys and values, and a mask of which of them each query attends to."""
 
     keys_SGE: Tensor
     values_SGE: Tensor
@@ -127,12 +127,12 @@ def plain_layer(
     seen: Sequence[Seen],
     product: Product = plain_product,
 ) -> Tensor:
-    """The layer's output for queries x over the given keys and values, as published models define it.
+    """Returns the layer's output for queries x over given keys and values: the reference.
 
     Args:
-        weights: Named as in a checkpoint, without the layer prefix; an absent norm or bias is left out.
-        seen: In parts, so that keys which need no gradient can stay apart from those which do.
-        product: How weights are multiplied.
+        weights: By their names in a checkpoint, without the layer prefix; a missing norm or bias is not applied.
+        seen: The keys and values, in parts, because some parts need no gradient.
+        product: Multiplies by a weight.
     """
     h = rms_norm(x_ND, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     q = project(weights, "self_attn.q_proj", h, product).unflatten(-1, (config.num_heads, config.head_dim))
@@ -146,7 +146,7 @@ def plain_layer(
 def _attend_plainly(q_NHE: Tensor, seen: Sequence[Seen]) -> Tensor:
     """Softmax attention over all parts together, [N, H * E].
 
-    Queries that share a key-value head are rows of one product, so that no key is copied for each of them.
+    Queries that share a key-value head are rows of one product, so that keys need not be repeated.
     """
     q_NGME = q_NHE.unflatten(-2, (seen[0].keys_SGE.shape[-2], -1))
     N, group = q_NGME.shape[-4], q_NGME.shape[-2]
@@ -164,7 +164,7 @@ def _attend_plainly(q_NHE: Tensor, seen: Sequence[Seen]) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Which new tokens a forward holds: `counts[i]` of them for `slots[i]`, at positions from `starts[i]` on."""
+    """The new tokens of a forward pass: `counts[i]` of slot `slots[i]`, at positions from `starts[i]` on."""
 
     slots: Sequence[int]
     starts: Sequence[int]
@@ -172,17 +172,17 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What all layers of a forward share: the rotations, and views of the cache to write to and to attend over."""
+    """What all layers of a forward pass share: rotations, and views of the cache to write to and to attend over."""
 
-    rotations_NR: Tensor  # complex64, for every query and key head side by side
-    counts: Sequence[int]  # new tokens of each request, as their keys and values are written
-    writes: list[Sequence[Tensor]]  # a request's new keys and values, by layer: [count, 2G, E]
-    sizes: Sequence[int]  # queries of each attention call
-    calls: dict[int | None, list[_Attention]]  # by the layer's window
+    rotations_NR: Tensor  # complex64, for all query and key heads side by side
+    counts: Sequence[int]  # new tokens of each request, in the order of `writes`
+    writes: list[Sequence[Tensor]]  # for each request and layer, where new keys and values go: [count, 2G, E]
+    sizes: Sequence[int]  # number of queries of each attention call
+    calls: dict[int | None, list[_Attention]]  # attention calls, by sliding window
 
 
 class _Attention(NamedTuple):
-    """One attention call: some queries of a request over its first keys."""
+    """One attention call: some queries of a request over some of its keys."""
 
     keys: Sequence[Tensor]  # by layer: [queries, G, S, E], or [G, 1, S, E] for a whole block
     values: Sequence[Tensor]
@@ -198,20 +198,21 @@ def make_plan(
     attends: bool = True,
     windows: Collection[int | None] = (None,),
 ) -> Plan:
-    """Lays out the writes and, unless only `FastLayer.write` follows, the attention calls of a ragged step.
+    """Plans the cache writes and, if the layers attend at all, the attention calls of a ragged forward pass.
+
+    Every query is a batch row of its own, and the number of its keys depends only on its position: up to the next
+    multiple of PAD, masked; with a sliding window, from a multiple of PAD on. Then torch's CPU kernel gives a query the
+    same bits whatever is computed beside it. The number of keys matters even if they are masked: from some 190 keys on
+    it changes the order of summation.
+
+    Prefill is faster: PAD new tokens that fill the positions between two multiples of PAD attend as one product. A
+    token in such a block has the same bits wherever else the prompt is cut, but not the bits of a query by itself.
+    Verification has at most MAX_DRAFT_TOKENS + 1 tokens and never fills a block.
 
     Args:
-        num_heads: Of queries and keys together.
-        windows: Those that layers have: how many positions, its own included, a query sees; None for all.
-
-    Every query is a batch row of its own, and how many keys it is given follows from its position alone (the next
-    multiple of PAD, masked; with a window, from a multiple of PAD on that all queries between two such share): torch's
-    CPU kernel then gives it the same bits whatever stands beside it. With a
-    neighbour's keys, masked or not, it would not: from some 190 keys on, their number changes the order of the sums.
-
-    Prompts are read faster: PAD new tokens that fill the positions between two multiples of PAD attend as one product.
-    Each has the same bits wherever else the prompt is cut, but others than alone. Verification, of at most
-    MAX_DRAFT_TOKENS + 1 tokens, never fills a block.
+        num_heads: Query and key heads together.
+        attends: False if only `FastLayer.write` follows.
+        windows: The sliding windows that layers have, a query's own position included; None for no window.
     """
     writes: list[Sequence[Tensor]] = []
     rotations, sizes = [], []
@@ -232,15 +233,15 @@ def make_plan(
 
 
 class _Keys(NamedTuple):
-    """Consecutive keys and values of a request, and how far back its queries see."""
+    """Consecutive keys and values of a request, and the sliding window of its queries."""
 
     block_L2GSE: Tensor
-    first: int  # their first position
+    first: int  # position of the first key
     window: int | None
 
 
 def _plan_attention(keys: _Keys, first: int, last: int) -> _Attention:
-    """The call of the queries at positions first..last-1 over some keys."""
+    """The attention call of the queries at positions first..last-1."""
     num_queries, (_, _, num_kv_heads, num_keys, _) = last - first, keys.block_L2GSE.shape
     hidden_NS = keys.block_L2GSE.new_full((num_queries, num_keys), float("-inf"))
     mask_NS = hidden_NS.triu(first - keys.first + 1)
@@ -249,17 +250,17 @@ def _plan_attention(keys: _Keys, first: int, last: int) -> _Attention:
     if num_queries == PAD:
         k, v = keys.block_L2GSE[:, :, :, None].unbind(1)
         return _Attention(k.unbind(), v.unbind(), mask_NS, is_block=True)
-    if num_queries * num_kv_heads == 1 and mask_NS.is_cpu:  # alone, its products would be shared by threads: other bits
+    if num_queries * num_kv_heads == 1 and mask_NS.is_cpu:  # threads would share a single product: other bits
         num_queries = 2
     k, v = keys.block_L2GSE[:, :, None].expand(-1, -1, num_queries, -1, -1, -1).unbind(1)
     return _Attention(k.unbind(), v.unbind(), mask_NS[:, None, None], is_block=False)
 
 
 class _Unit:
-    """Scales the last axis, D long, to unit norm: x / sqrt(sum(x^2) + D eps).
+    """Scales the last axis, of length D, to unit norm: x / sqrt(sum(x^2) + D eps).
 
-    A root-mean-square norm without its factor sqrt(D), in three operators instead of the eight that `F.rms_norm` is
-    made of on a CPU. hypot has the same bits in vectorised loops and in their remainders (0 of 2.8 M differed).
+    This is RMS norm without the factor sqrt(D), in three operators instead of the eight of `F.rms_norm` on a CPU. hypot
+    gives the same bits in vectorised loops and in their remainders (0 of 2.8 M differed).
     """
 
     def __init__(self, like: Tensor, eps: float) -> None:
@@ -271,22 +272,22 @@ class _Unit:
 
 
 def _for_unit(norm: Tensor) -> Tensor:
-    """A norm's weight [..., D] with the factor that `_Unit` leaves out."""
+    """A norm's weight [..., D] times sqrt(D), which `_Unit` leaves out."""
     return norm * norm.shape[-1] ** 0.5
 
 
 def _interleave(weight: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
-    """Reorders each head's rows (0, R, 1, R + 1, ...) among those that turn, so that rotary pairs lie side by side."""
+    """Reorders each head's rotated rows as 0, R, 1, R + 1, ..., so that rotary pairs are adjacent."""
     heads = weight.unflatten(0, (num_heads, -1))
     pairs = heads[:, :rotary_dim].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     return torch.cat([pairs, heads[:, rotary_dim:]], dim=1).flatten(0, 1)
 
 
 def _by_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors with the same first axis in parts so small that an elementwise operator stays on one CPU thread.
+    """Splits tensors along their first axis into parts so small that an elementwise operator runs on one CPU thread.
 
-    Where threads share a row, their vectorised loops end in other places and the bits differ. On other devices there is
-    nothing to gain, and each part would be a kernel of its own: one part.
+    If threads share a row, their vectorised loops end at other elements, and bits differ. On other devices there is one
+    part, because each part would be a kernel.
     """
     size = tensors[0].numel()
     if size < _MAX_SERIAL or tensors[0].device.type != "cpu":
@@ -296,9 +297,9 @@ def _by_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 class FastLayer:
-    """One layer for serving: q, k and v in one product, gate and up in another, no gradient.
+    """A layer for serving, without gradient: q, k and v are one product, gate and up another.
 
-    A norm's weight is multiplied into the product behind it. Takes the same named weights as `plain_layer`.
+    The weight of a norm is multiplied into the product after it. Takes the same named weights as `plain_layer`.
     """
 
     def __init__(
@@ -337,12 +338,12 @@ class FastLayer:
         self._down = make_linear(weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias"))
 
     def __call__(self, x_ND: Tensor, plan: Plan, index: int) -> Tensor:
-        """The layer's output; its keys and values are written where the plan says for layer `index`."""
+        """Returns the layer's output [N, D], and writes keys and values to the cache as planned for layer `index`."""
         x_ND = x_ND + self._o(self._attend(self.write(x_ND, plan, index), plan, index))
         return x_ND + self._down(self._gate(self._gate_up(self._unit(x_ND))))
 
     def write(self, x_ND: Tensor, plan: Plan, index: int) -> Tensor:
-        """Only the keys and values, written where the plan says; returns the rows' queries."""
+        """Writes keys and values to the cache without attending. Returns the queries."""
         qkv_NW = self._qkv(self._unit(x_ND) if self._has_input_norm else x_ND)
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         if self._head_norm_HE is not None:
@@ -369,7 +370,7 @@ class FastLayer:
 
     @staticmethod
     def _rotate(qkv_NW: Tensor, rotations_NR: Tensor) -> Tensor:
-        """Rotates queries and keys, in place if the numbers are float32."""
+        """Rotates queries and keys, in place if they are float32."""
         wide_NW = qkv_NW.float()
         pairs_NR = wide_NW.view(torch.complex64)[:, : rotations_NR.shape[1]]
         for pairs, rotations in _by_rows(pairs_NR, rotations_NR):
@@ -378,9 +379,9 @@ class FastLayer:
 
 
 def _attend_alone(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
-    """Each query a batch row of its own."""
+    """Attention with each query as a batch row of its own."""
     keys_NGSE, (num_queries, _, group, _) = call.keys[index], q_NGME.shape
-    if group % 2 and q_NGME.is_cpu:  # an odd one misaligns scratch memory of torch's second thread: other bits
+    if group % 2 and q_NGME.is_cpu:  # an odd size misaligns the scratch memory of torch's second thread: other bits
         q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
     if len(keys_NGSE) > num_queries:
         q_NGME = q_NGME.expand(2, -1, -1, -1)
@@ -389,7 +390,7 @@ def _attend_alone(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
 
 
 def _attend_block(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
-    """A key-value head is a batch row, the query heads that share it are its heads."""
+    """Attention of a whole block: each key-value head is a batch row, with its query heads as heads."""
     q_GMNE = q_NGME.permute(1, 2, 0, 3)
     keys_GMSE, values_GMSE = (part[index].expand(-1, q_GMNE.shape[1], -1, -1) for part in (call.keys, call.values))
     return F.scaled_dot_product_attention(q_GMNE, keys_GMSE, values_GMSE, attn_mask=call.mask).permute(2, 0, 1, 3)

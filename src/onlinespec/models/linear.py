@@ -1,10 +1,9 @@
-"""One matrix product, two ways: the plain one, and oneDNN's prepacked one whose bits ignore the number of rows.
+"""Matrix products: a plain one, and oneDNN's prepacked one, whose bits do not depend on the number of rows.
 
-`F.linear` picks another kernel for one row than for five, and the float32 bits differ. With the weight packed
-beforehand for several rows, oneDNN runs one kernel for any number of rows from two on, and a row's result does not
-depend on its company (a row alone may need company, see `PackedLinear`): that is what makes greedy speculation
-bit-exact on a CPU. It is also faster at 2 to 8 rows.
-The operators are torch's own but private (inductor's freezing emits them), hence the capability check.
+`F.linear` uses another kernel for one row than for five, and the float32 bits differ. If the weight is packed for
+several rows beforehand, oneDNN uses one kernel for any number of rows from two on, and a row's result does not depend
+on the others (for a single row see `PackedLinear`). This makes speculation bit-exact on a CPU. It is also faster at 2
+to 8 rows. The operators are private to torch (inductor's freezing emits them), so it is tried whether they exist.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from torch import Tensor
 Linear = Callable[[Tensor], Tensor]
 MakeLinear = Callable[[Tensor, Tensor | None], Linear]
 
-Product = Callable[[Tensor, Tensor], Tensor]  # x [..., N, D] times a weight [..., F, D] that learns
+Product = Callable[[Tensor, Tensor], Tensor]  # x [..., N, D] times a trainable weight [..., F, D]
 
-_ROWS_PACKED_FOR = 8  # two or more keeps oneDNN off its one-row kernel
-_ROWS_COMPILED_FOR = 32  # oneDNN compiles a kernel for each number of rows it meets: a quarter of a millisecond each
-_FEW_ROWS = 16  # kernels for so few, a step's, are soon all there
+_ROWS_PACKED_FOR = 8  # any number from two on avoids oneDNN's kernel for one row
+_ROWS_COMPILED_FOR = 32  # rows are padded to multiples of this: oneDNN compiles a kernel per row count, in 0.25 ms
+_FEW_ROWS = 16  # up to this many rows, as in a decoding step, there is no padding: all kernels soon exist
 
 
 class PlainLinear:
-    """x @ weight.T + bias. The reference, and the path wherever packing is missing."""
+    """x @ weight.T + bias: the reference, used where packing is not available."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -38,10 +37,10 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """The same product from a weight laid out once for oneDNN. No gradient; CPU only.
+    """The same product with a weight packed for oneDNN. Without gradient, and on a CPU only.
 
-    A weight of more than some 1024 columns is summed in another order for one row than for several. That is
-    measured, once per shape, and such a weight computes a single row twice.
+    With more than some 1,024 columns, oneDNN sums a single row in another order than several. This is tried once per
+    shape, and such a weight computes a single row twice.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -67,7 +66,7 @@ def _multiply(x_ND: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _can_be_alone(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
-    """Whether one row has the bits it has among several, in a product of this shape."""
+    """Whether a single row has the same bits as among several, in a product of this shape."""
     generator = torch.Generator().manual_seed(0)
     packed = _pack(torch.randn(num_outputs, num_inputs, generator=generator).to(dtype))
     x_2D = torch.randn(1, num_inputs, generator=generator).to(dtype).expand(2, -1)
@@ -76,7 +75,7 @@ def _can_be_alone(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool
 
 @cache
 def can_pack() -> bool:
-    """Whether packing works here and keeps its promise: the same bits for one row as for many."""
+    """Whether packing is available on this machine, and gives the same bits for one row as for many."""
     try:
         with torch.inference_mode():
             generator = torch.Generator().manual_seed(0)
@@ -93,7 +92,7 @@ def can_pack() -> bool:
 
 @cache
 def can_pack_half() -> bool:
-    """Whether packing takes bfloat16: without AVX-512, torch refuses it. Equal bits are promised in float32 only."""
+    """Whether bfloat16 can be packed: torch refuses it without AVX-512. Equal bits are only guaranteed in float32."""
     try:
         PackedLinear(torch.zeros(16, 16, dtype=torch.bfloat16))
         return can_pack()
@@ -102,13 +101,13 @@ def can_pack_half() -> bool:
 
 
 def linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    """The fastest exact kind of product for a device and dtype: packed for float32 and bfloat16 on a CPU, if it can."""
+    """Returns the fastest exact product: packed for float32 and bfloat16 on a CPU if possible, else plain."""
     can = {torch.float32: can_pack, torch.bfloat16: can_pack_half}.get(dtype)
     return PackedLinear if device.type == "cpu" and can and can() else PlainLinear
 
 
 class HalfLinear:
-    """A float32 product computed from bfloat16, prepacked: half the bytes to read, a hundredth of the precision."""
+    """A float32 product computed in bfloat16, prepacked: it reads half the bytes, at a hundredth of the precision."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._product = PackedLinear(weight.bfloat16(), None if bias is None else bias.bfloat16())
@@ -118,9 +117,11 @@ class HalfLinear:
 
 
 class FrozenProduct:
-    """A product with a weight that never learns, differentiable in its input, in either direction made by make_linear.
+    """A product with a frozen weight, differentiable in its input. make_linear makes it, and the one of its backward
+    pass.
 
-    The target's head is much of a round; prepacked it took 0.2 (bfloat16) to 0.4 (float32) of `F.linear`'s time.
+    The target's head is a large part of a round; prepacked it took 0.2 (bfloat16) to 0.4 (float32) of `F.linear`'s
+    time.
     """
 
     def __init__(self, weight: Tensor, make_linear: MakeLinear) -> None:
@@ -134,7 +135,7 @@ class FrozenProduct:
 
     @cached_property
     def backward(self) -> Linear:
-        """The product with the transposed weight, packed when the first gradient is asked for."""
+        """The product with the transposed weight, made when the first gradient is computed."""
         return self._make_linear(self._weight.t().contiguous(), None)
 
 
@@ -150,14 +151,15 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.mT; with an axis in front of both, each set of rows times its own weight. The reference."""
+    """Returns x @ weight.mT; with an axis of sets in front, each set of rows times its own weight. The reference."""
     return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.mT)
 
 
 def bf16_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """The same from bfloat16, and so its gradients: each result is rounded to bfloat16, then returned in float32.
+    """Returns the same, computed in bfloat16, gradients included: results are rounded to bfloat16, and returned in
+    float32.
 
-    With native units the product alone took a third to a quarter of `plain_product`'s time (AMD EPYC, Zen 5).
+    On a processor with bfloat16 units it took a third to a quarter of `plain_product`'s time (AMD EPYC, Zen 5).
     """
     apply: Any = _HalfProduct.apply
     product: Tensor = apply(x, weight)
@@ -180,7 +182,7 @@ class _HalfProduct(torch.autograd.Function):
 
 
 def _half(x: Tensor) -> Tensor:
-    """In bfloat16; many rows with zeros below them, so that rounds and prompts, of another size each, find a kernel."""
+    """Converts to bfloat16, and pads many rows with zeros, so that rounds and prompts of all sizes share kernels."""
     count, width = x.shape[-2:]
     if count <= _FEW_ROWS or count % _ROWS_COMPILED_FOR == 0:
         return x.bfloat16()
@@ -192,15 +194,15 @@ def _half(x: Tensor) -> Tensor:
 
 
 def learn_product_for(device: torch.device) -> Product:
-    """The cheapest kind of product for learning: bfloat16 where a processor multiplies it natively, else plain."""
+    """Returns the fastest product for learning: bfloat16 if the processor multiplies it natively, else plain."""
     return bf16_matmul if device.type == "cpu" and can_pack() and has_bfloat16_units() else plain_product
 
 
 def draft_linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    """The cheapest kind of product for drafting: bfloat16 where the processor multiplies it natively, else plain.
+    """Returns the fastest product for drafting: bfloat16 if the processor multiplies it natively, else plain.
 
-    A draft may come from any distribution, so precision is spent where it counts: verification stays exact. Packing is
-    for equal bits, which drafts can do without: at one row it costs more than `F.linear`, and again at every swap.
+    Drafts need no exactness, because verification is exact. Drafts do not need packing for equal bits either: at one
+    row a packed product is slower than `F.linear`, and packing costs time at every swap.
     """
     if device.type != "cpu" or dtype != torch.float32:
         return linear_for(device, dtype)

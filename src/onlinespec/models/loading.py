@@ -1,6 +1,6 @@
-"""From a Hugging Face directory or Hub id to a target that decodes: config, weights, tokenizer, chat template.
+"""Loads targets from a Hugging Face directory or Hub id: config, weights, tokenizer, chat template.
 
-Only safetensors are read, no code from a checkpoint is run, and every tensor of the model must be accounted for.
+Only safetensors are read, code from a checkpoint is never run, and every tensor of the model must be accounted for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from onlinespec.models.families import FAMILIES, NotOurs, checked_weights, decod
 from onlinespec.models.linear import MakeLinear, PackedLinear, linear_for
 from onlinespec.models.memory import check_memory, estimate
 
-if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, so each is, where it is first needed
+if TYPE_CHECKING:  # transformers and the Hub client take seconds to import, so each is imported where it is needed
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from onlinespec.models.hf import HFModel
@@ -39,23 +39,23 @@ if TYPE_CHECKING:  # transformers and the Hub's client take seconds to import, s
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MOST_NAMED = 3  # tokens in a line of the log
+_MOST_NAMED = 3  # tokens named in a log line
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _GENERATION_CONFIG = "generation_config.json"
-_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # as transformers'
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # of transformers
 
 
 @dataclass(frozen=True)
 class Target:
-    """The model whose output is preserved, with what turns text into its tokens and back."""
+    """The model whose output is preserved, and its tokenizer."""
 
     name: str
     decoder: Model[Any]
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: frozenset[int]
-    sampling: SamplingParams  # what the checkpoint itself recommends; greedy where it says nothing
+    sampling: SamplingParams  # from generation_config.json; greedy if it does not ask for sampling
     fingerprint: str  # of weights, config and tokenizer
-    tokens_beyond: Mapping[int, str] = field(default_factory=dict)  # the tokenizer's, that the model has no row for
+    tokens_beyond: Mapping[int, str] = field(default_factory=dict)  # the tokenizer's that the model lacks, by id
 
     @property
     def path(self) -> str:
@@ -63,7 +63,7 @@ class Target:
         return self.decoder.path
 
     def encode(self, text: str, is_chat: bool = True) -> list[int]:
-        """Token ids of a prompt: as a user's turn where the checkpoint has a chat template, else as it stands."""
+        """Returns the token ids of a prompt, as a user's turn if there is a chat template and `is_chat`."""
         if is_chat and self.tokenizer.chat_template:
             turns = [{"role": "user", "content": text}]
             rendered = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -83,14 +83,14 @@ def load_target(
     """Loads a target, ready to decode.
 
     Args:
-        path_or_hub_id: A directory, a Hub id, or `demo` for the pair that ships with the package.
-        make_linear: How our decoder computes products; transformers takes its own.
-        beside: Bytes that a drafter and its learning will hold beside a target of this shape, dtype and device.
+        path_or_hub_id: A directory, a Hub id, or `demo` for the shipped model.
+        make_linear: Makes the products of our decoder; by default the fastest exact ones.
+        beside: Returns the bytes that a drafter and its learning will hold beside a target of this shape, dtype and
+            device, for the memory estimate.
 
     Raises:
-        FileNotFoundError: if there is no such directory or Hub id, or a file of it is missing.
-        ValueError: if the checkpoint is of a kind that is not supported, broken or incomplete, or does not fit into
-            memory.
+        FileNotFoundError: if there is no such directory or Hub id, or one of its files is missing.
+        ValueError: if the checkpoint is not supported, broken or incomplete, or does not fit into memory.
     """
     folder = find_folder(path_or_hub_id)
     device, dtype = as_device(device), as_dtype(dtype)
@@ -137,7 +137,7 @@ def _load_through_transformers(
 
     shape = model_config(config, str(folder))
     need = estimate(tensor_shapes(folder), shape, dtype)
-    if device.type != "cpu":  # it is read there first
+    if device.type != "cpu":  # transformers reads it into host memory first
         check_memory(need, torch.device("cpu"), folder)
     check_memory(replace(need, beside=beside(shape, dtype, device) if beside else 0), device, folder)
     return load_hf(folder, config, device, dtype)
@@ -146,9 +146,10 @@ def _load_through_transformers(
 def read_model(
     folder: Path, device: torch.device
 ) -> tuple[dict[str, Any], ModelConfig, dict[str, Tensor], torch.dtype] | None:
-    """A language model of a family that our decoder runs: config.json, shape, float32 weights, dtype as stored.
+    """Reads a language model of a family that our decoder runs.
 
-    None for one that only transformers runs.
+    Returns:
+        (config.json, shape, float32 weights, stored dtype); None for a model that only transformers runs.
 
     Raises:
         FileNotFoundError, ValueError: as `load_target`.
@@ -163,7 +164,7 @@ def read_model(
 
 
 def read_hf_model(folder: Path, device: torch.device) -> HFModel:
-    """Any other, in float32, through transformers.
+    """Reads any other language model, in float32, through transformers.
 
     Raises:
         FileNotFoundError, ValueError: as `load_target`.
@@ -172,16 +173,16 @@ def read_hf_model(folder: Path, device: torch.device) -> HFModel:
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """A usable torch device.
+    """Returns a torch device, after trying it.
 
     Raises:
-        ValueError: if torch does not know it, has none here, or computes no numbers on it (meta).
+        ValueError: if torch does not know it, there is none on this machine, or it holds no values (meta).
     """
     try:
         found = torch.device(device)
         torch.zeros((), device=found).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest can be pages
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest can be very long
         raise ValueError(
             f"device {str(device)!r} can't be used here ({reason}); choose --device cpu, or cuda or mps if there is one"
         ) from error
@@ -189,7 +190,7 @@ def as_device(device: str | torch.device) -> torch.device:
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype by its name.
+    """Returns a torch dtype by its name.
 
     >>> as_dtype("float8")
     Traceback (most recent call last):
@@ -204,7 +205,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The checkpoint's config.json as transformers reads it, if its architecture is one that can be run.
+    """Reads config.json with transformers, if the architecture is supported.
 
     Raises:
         ValueError: naming what is wrong with the file, or the architecture.
@@ -224,7 +225,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     _token_ids(raw.get("eos_token_id"), path)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except Exception as error:  # whatever transformers finds wrong with the file, the user should read it as such
+    except Exception as error:  # whatever transformers raises is a fault of the file
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -237,7 +238,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def own_shape(config: PretrainedConfig, folder: Path) -> ModelConfig | None:
-    """The sizes for our decoder; None for what it does not run and transformers does.
+    """Returns the shape for our decoder; None if only transformers can run the model.
 
     Raises:
         ValueError: naming what is wrong with the config.
@@ -260,7 +261,7 @@ def path_of(folder: Path) -> str:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokenizer. It may have more tokens than the model, or fewer.
+    """Reads a checkpoint's tokenizer. It may have more tokens than the model, or fewer.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -274,16 +275,16 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizer files fail in many ways; all of them are the checkpoint's
+    except Exception as error:  # whatever transformers raises is a fault of the files
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: the tokenizer can't be loaded ({reason}); is tokenizer.json there?") from error
-    # A text beyond the context is refused; this would say of every first one that it is run all the same.
+    # We refuse texts beyond the context, so transformers' warning that they will fail is wrong here.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
 def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int, str]:
-    """Tokens that the model has no row for, by id: a pad token added in fine-tuning, say, without a new embedding."""
+    """Tokens that the model has no row for, by id; for instance a pad token added without resizing the embedding."""
     return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)) if i >= vocab_size}
 
 
@@ -293,7 +294,7 @@ def _named(tokens: Mapping[int, str]) -> str:
 
 
 def _that_can_be_said(end_token_ids: frozenset[int], beyond: Mapping[int, str], vocab_size: int) -> frozenset[int]:
-    """End tokens that the model can choose; if that is none of them, it is said."""
+    """The end tokens inside the model's vocabulary; logs a warning if there are none."""
     can_be_said = frozenset(i for i in end_token_ids if i < vocab_size)
     if end_token_ids and not can_be_said:
         first = min(end_token_ids)
@@ -305,7 +306,7 @@ def _that_can_be_said(end_token_ids: frozenset[int], beyond: Mapping[int, str], 
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says; nothing where there is none."""
+    """Reads generation_config.json; empty if there is none."""
     path = folder / _GENERATION_CONFIG
     return read_json(path) if path.is_file() else {}
 
@@ -320,13 +321,13 @@ def _end_token_ids(config: PretrainedConfig, generation: Mapping[str, Any], fold
 
 def _token_ids(given: Any, path: Path) -> list[int]:
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    if any(type(one) is not int for one in ids):  # a bool is an int, too
+    if any(type(one) is not int for one in ids):  # also excludes bool, a subclass of int
         raise ValueError(f"{path}: eos_token_id is {given!r}; it must be a token's number or a list of numbers")
     return ids
 
 
 def _default_sampling(generation: Mapping[str, Any], path: Path) -> SamplingParams:
-    """What a checkpoint recommends; greedy unless it says `do_sample`. What is not used is not checked."""
+    """The sampling that a checkpoint recommends; greedy unless it sets `do_sample`. Unused values are not checked."""
     is_sampling = generation.get("do_sample") or False
     used = _SAMPLING if is_sampling else {"repetition_penalty": 1.0}
     values: dict[str, Any] = used | {name: generation[name] for name in used if generation.get(name) is not None}

@@ -1,8 +1,8 @@
-"""What a target, its drafter and their learning will take of memory, told from shapes before any weight is read.
+"""Estimates the memory of a target, its drafter and their learning from shapes, before any weight is read.
 
-Counts what can't be given back: weights in the dtype asked for, the second layouts that products keep, and keys and
-values of requests. Pages of the checkpoint's files that are read along are not counted; the system drops them at need,
-and what a forward or a round needs in passing isn't either, but for making the second layout of a head.
+It counts memory that is held: weights in the requested dtype, packed copies of weights, keys and values of requests. It
+does not count cached pages of the checkpoint's files, which the system frees when needed, nor temporary memory of a
+forward pass or round, except for packing a head.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from onlinespec.models.linear import HalfLinear, MakeLinear, PlainLinear
 log = logging.getLogger(__name__)
 
 _GIB = 1 << 30
-_SLACK = 1.15  # holes that an allocator leaves between layers: measured 1.04 to 1.18 (161 M parameters)
+_SLACK = 1.15  # factor for fragmentation: measured 1.04 to 1.18 (161 M parameters)
 _GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes, and what they are for."""
+    """Bytes that a command needs."""
 
     num_parameters: int
-    loading: int  # the most while it is loaded ...
+    loading: int  # the maximum while the target is loaded ...
     cache_per_token: int
     max_positions: int
     dtype: torch.dtype
-    held: int = 0  # ... and what of that stays
-    beside: int = 0  # of a drafter and what learns it, once the target is loaded
+    held: int = 0  # ... and what it holds afterwards
+    beside: int = 0  # for a drafter and its learning, after the target is loaded
 
     @property
     def total(self) -> int:
-        """The most at any time, caches apart."""
+        """The maximum at any time, without caches."""
         return max(self.loading, self.held + self.beside)
 
 
 def estimate(
     shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, dtype: torch.dtype, keeps_second_head: bool = False
 ) -> Need:
-    """What a checkpoint with tensors of these shapes needs.
+    """Estimates the memory of a checkpoint with tensors of these shapes.
 
     Args:
-        keeps_second_head: Our path with prepacked products: layers are replaced by their packed form one by one, but
-            the head is kept in both, and each step of packing holds a weight and two copies.
+        keeps_second_head: True for our decoder with prepacked products: layers are replaced by their packed form one by
+            one, but the head is kept in both forms, and packing needs two copies of a weight for a moment.
     """
     sizes = {name: math.prod(dims) for name, dims in shapes.items()}
     layer, total = config.layer, sum(sizes.values())
@@ -71,10 +71,10 @@ def estimate(
 
 
 def check_memory(need: Need, device: torch.device, folder: Path) -> None:
-    """Refuses what does not fit; warns if a request of the whole context would not.
+    """Refuses a target that does not fit into memory; warns if a request of the whole context would not fit.
 
     Raises:
-        ValueError: naming needed and available memory, and the way out.
+        ValueError: naming needed and available memory, and what to do.
     """
     available = available_bytes(device)
     if available is None:
@@ -109,37 +109,37 @@ def check_memory(need: Need, device: torch.device, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class DrafterSize:
-    """A drafter in numbers, of float32 weights."""
+    """The size of a drafter with float32 weights."""
 
-    num_parameters: int  # all of its own
-    num_learning: int  # of these, those that learn; they are the products that it drafts with
-    own_head_width: int = 0  # hidden size that a head of its own reads; 0: its states go through the target's head
+    num_parameters: int  # of its own
+    num_learning: int  # parameters that learn; the products of drafting are made of these
+    own_head_width: int = 0  # hidden size of its own head; 0 if it uses the target's head
 
 
 @dataclass(frozen=True)
 class Products:
-    """Which products a drafter draws on: its layers' and its head's."""
+    """The kinds of products of a drafter: those of its layers and its head."""
 
     layers: MakeLinear
     head: MakeLinear
     vocab_size: int  # tokens of its draft vocabulary
 
 
-_LISTS = 2  # one that drafts are chosen from, and one that holds a batch's tokens
+_LISTS = 2  # draft vocabularies: the one for drafting, and the one with a batch's tokens
 # Bytes of an element in a layout beside the weight; a packed product's are as many as the weight's own ...
 _FORWARD: dict[MakeLinear, int] = {PlainLinear: 0, HalfLinear: 2}
 # ... and of a layer's weight, once it is joined with others and scaled.
 _COPIED: dict[MakeLinear, int] = {PlainLinear: 4, HalfLinear: 2}
 _FLOAT32 = 4
-_SEEN = 16  # bytes by which a list remembers how often a token was seen
+_SEEN = 16  # bytes per token of the vocabulary for the counts of a draft vocabulary
 
 
 def drafting_bytes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, products: Products) -> int:
-    """What a drafter holds that drafts.
+    """Returns the bytes that a drafting drafter holds.
 
-    Float32 weights, the products that its layers compute with, and for the head, [V, D] elements, the layout for the
-    whole vocabulary and lists of it: rows copied from the head, rows of the target's head where that is another, and
-    their own layout.
+    These are float32 weights, the products of its layers, and for the head of [V, D] elements: the product for the
+    whole vocabulary, and for each draft vocabulary its rows, the target's rows if that is another head, and their
+    product.
     """
     head, listed, itemsize = _head_sizes(size, shape, dtype, products)
     layout = _FORWARD.get(products.head, itemsize)
@@ -159,20 +159,21 @@ def learning_bytes(
     apart: str = "",
     has_one_matrix: bool = False,
 ) -> int:
-    """What learning holds beside the drafter that drafts.
+    """Returns the bytes that learning holds beside the drafter that drafts.
 
-    For the gradient through a head that stays, its transpose, whole and of lists, in the layout of its products, and
-    in passing the transpose itself while that is made; and float32 copies of what learns: moments, gradients, weights.
-    A thread has a drafter of its own, which does not draft, and a process the target's embedding and head besides.
+    For the gradient through a frozen head: the product with its transpose, for the whole vocabulary and for draft
+    vocabularies, and the transpose while that is made. Then float32 copies of the weights that learn: moments,
+    gradients, weights. Learning in a thread has a drafter of its own, which does not draft; in a process also the
+    target's embedding and head.
 
     Args:
-        num_copies: Of what learns; see `footprint.copies_of`.
-        apart: Where learning runs beside serving: "thread" or "process"; empty for inline.
-        has_one_matrix: The target's embedding and head are one.
+        num_copies: Number of those copies; see `footprint.copies_of`.
+        apart: Where learning runs: "thread" or "process"; empty for inline.
+        has_one_matrix: Whether the target's embedding and head are tied.
     """
     head, listed, itemsize = _head_sizes(size, shape, dtype, products)
     layout = _FORWARD.get(products.head, itemsize)
-    transposed = layout or itemsize  # a plain product's other direction is a copy
+    transposed = layout or itemsize  # for a plain product, the transpose is a copy
     passing = head * (itemsize + layout) if layout else 0
     total = _FLOAT32 * size.num_learning * num_copies + (head + _LISTS * listed) * transposed + passing
     if apart:
@@ -189,14 +190,14 @@ def learning_bytes(
 
 
 def _head_sizes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, products: Products) -> tuple[int, int, int]:
-    """Elements of the head, of a list's rows of it, and bytes of each."""
+    """Elements of the head and of its rows in a draft vocabulary, and bytes per element."""
     width = size.own_head_width or shape.layer.hidden_size
     itemsize = _FLOAT32 if size.own_head_width else dtype.itemsize
     return shape.vocab_size * width, min(shape.vocab_size, products.vocab_size) * width, itemsize
 
 
 def _label_bytes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, products: Products) -> int:
-    """Of a list's rows of the target's head, where the drafter's is another."""
+    """Bytes of a draft vocabulary's rows of the target's head, if the drafter has another head."""
     listed = min(shape.vocab_size, products.vocab_size)
     return listed * shape.layer.hidden_size * dtype.itemsize if size.own_head_width else 0
 
@@ -205,7 +206,7 @@ def _label_bytes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, prod
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can be had on a device now; None where that can't be told."""
+    """Returns the bytes that are available on a device now; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [size for size in (_available_in_system(), _left_in_group()) if size is not None]
@@ -219,14 +220,14 @@ def _available_in_system() -> int | None:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    try:  # not Linux: at least what is built in
+    try:  # elsewhere than on Linux: the installed memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
 
 
 def _left_in_group(groups: Path = _GROUPS, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the control groups (v2) that this process is in leave it, the tightest of them; None without a limit."""
+    """The bytes left by the tightest limit of this process's control groups (v2); None if there is no limit."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

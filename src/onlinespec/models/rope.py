@@ -1,11 +1,11 @@
-"""Rotary positions: how far a query or key turns at each position, and the scalings that published models have.
+"""Rotary positions, with the scalings that published models use.
 
-A position turns the same way whatever else is in a forward, or drafts that are cropped would leave traces. Where a
-scaling depends on how long a text is (`dynamic`, `longrope`), what counts is the most tokens that the request can come
-to have, known when its cache is taken. transformers looks at the text so far instead, and so turns a long text's
-first positions one way and its later ones another, or computes the cache anew; both agree on whole texts.
+A position's rotation must not depend on what else is in a forward pass; otherwise cropped drafts would leave traces.
+For scalings that depend on the text length (`dynamic`, `longrope`) we use the maximum number of tokens of the request,
+which is known when its cache slot is taken. transformers uses the length so far, so it rotates early and late positions
+of a long text differently, or recomputes the cache. For a whole text in one call both agree.
 
-Axis letters: N positions, R pairs of elements that turn.
+Axis letters: N positions, R pairs of rotated elements.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ def _any_length(capacity: int) -> int:
 
 @dataclass(frozen=True)
 class Rope:
-    """A model's rotary positions.
+    """The rotary positions of a model.
 
     Args:
-        theta: Base of the frequencies, theta ** (-2 i / rotary_dim) for pair i, where nothing scales them.
-        share: Of a head's elements, those that turn; they come first.
-        length_of: From a request's most tokens to the length that decides on its scaling.
-        scaled: For such a length, the frequencies [R] in radians per position, and what cosine and sine are multiplied
-            by; None where nothing is scaled.
+        theta: Base of the unscaled frequencies, theta ** (-2 i / rotary_dim) for pair i.
+        share: Share of a head's elements that are rotated, the first ones.
+        length_of: Maps a request's maximum number of tokens to the length that its scaling is computed for.
+        scaled: Maps such a length to the frequencies [R] in radians per position, and the factor of cosine and sine;
+        None
+            without scaling.
     """
 
     theta: float = 10_000.0
@@ -42,11 +43,11 @@ class Rope:
     scaled: Callable[[int], tuple[Tensor, float]] | None = None
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Elements of a head that turn."""
+        """Returns the number of elements of a head that are rotated."""
         return int(head_dim * self.share)
 
     def rotary(self, positions_N: Tensor, head_dim: int, length: int = 0) -> Tensor:
-        """Rotations [N, R] as complex numbers, computed in the order in which transformers does, for its roundings."""
+        """Returns rotations [N, R] as complex numbers, computed like transformers' to have the same rounding."""
         frequencies_R, scale = self._frequencies(head_dim, length)
         angles_NR = positions_N[:, None].float() * frequencies_R.to(positions_N.device)
         return torch.polar(torch.full_like(angles_NR, scale), angles_NR)
@@ -59,15 +60,15 @@ class Rope:
 
 
 class RotaryTables:
-    """Rotations by position for whole heads, computed once up to the longest position seen; elements that do not turn
-    are turned by nothing."""
+    """Tables of rotations for whole heads, computed up to the longest position so far. Elements that are not rotated
+    have rotation 1."""
 
     def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
         self._rope, self._head_dim, self._device = rope, head_dim, device
-        self._tables: OrderedDict[int, Tensor] = OrderedDict()  # by the length that decides on the scaling
+        self._tables: OrderedDict[int, Tensor] = OrderedDict()  # by the length that the scaling is computed for
 
     def __call__(self, start: int, count: int, capacity: int) -> Tensor:
-        """Rotations [count, head_dim / 2] from a position on, of a request that can come to have `capacity` tokens."""
+        """Returns rotations [count, head_dim / 2] of positions from `start` on, for a request of at most `capacity`."""
         length = self._rope.length_of(capacity)
         table_SR = self._tables.get(length)
         if table_SR is None or start + count > len(table_SR):
