@@ -55,7 +55,7 @@ def after_gradients(telemetry, *grads, scored=()):
     def evaluate(*candidates, scored=()):
         return [Evaluation(1.0, 1.0, g) for g in candidates] + [Evaluation(1.0, 1.0, {}) for _ in scored]
 
-    answers = telemetry.watched(evaluate)(*grads, scored=scored)
+    answers = telemetry.recording(evaluate)(*grads, scored=scored)
     assert [answer.grads for answer in answers[: len(grads)]] == list(grads)
     assert len(answers) == len(grads) + len(scored)
     telemetry.observe_steps(steps(2), telemetry._start)

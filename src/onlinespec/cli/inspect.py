@@ -45,13 +45,13 @@ def _print_history(events: list[Event]) -> None:
 
 
 def _row(event: Event) -> tuple[str, ...]:
-    when, figures = event.at.replace("T", " ").partition("+")[0], event.paired
+    when, result = event.at.replace("T", " ").partition("+")[0], event.paired
     what = f"{event.kind} to {event.restores}" if event.restores is not None else event.kind
     version = str(event.version) if event.parent is None else f"{event.parent} → {event.version}"
-    if figures is None:
+    if result is None:
         return when, what, version, "", "", event.reason
     others = {"promoted": "candidate", "refused": "candidate", "returned": "the first"}
     other = others.get(event.kind, "version before")
-    lengths = f"served {figures.served_length:.2f}, {other} {figures.other_length:.2f}"
-    why = f"{figures.difference:+.3f} ± {figures.standard_error:.3f}"
-    return when, what, version, lengths, f"{figures.num_requests} requests", why
+    lengths = f"served {result.served_length:.2f}, {other} {result.other_length:.2f}"
+    why = f"{result.difference:+.3f} ± {result.standard_error:.3f}"
+    return when, what, version, lengths, f"{result.num_requests} requests", why

@@ -109,13 +109,13 @@ class Acceptance:
             self._lately_kept[position] += is_kept
             self._lately_reached[position] += 1
             miss_prob = 1 - self.probs[position]
-            foretold = [min(max(1 - factor * miss_prob, self._LEAST), self._MOST) for factor in factors]
+            predicted = [min(max(1 - factor * miss_prob, self._LEAST), self._MOST) for factor in factors]
             self._losses = [
                 fading * loss - math.log(prob if is_kept else 1 - prob)
-                for loss, prob in zip(self._losses, foretold, strict=True)
+                for loss, prob in zip(self._losses, predicted, strict=True)
             ]
-            self._surprise += is_kept - foretold[best]
-            self._surprise_variance += foretold[best] * (1 - foretold[best])
+            self._surprise += is_kept - predicted[best]
+            self._surprise_variance += predicted[best] * (1 - predicted[best])
             request.fade(self._REQUEST_FADING)
             request.missed += not is_kept
             request.expected += miss_prob

@@ -151,11 +151,11 @@ def averaged(points: Sequence[Params], weights: Sequence[float]) -> Params:
 
 def check_pool(step_sizes: Sequence[float]) -> None:
     """Raises ValueError unless all step sizes are positive and different."""
-    told = ", ".join(f"{size:g}" for size in step_sizes)
+    sizes = ", ".join(f"{size:g}" for size in step_sizes)
     if not all(0 < size < math.inf for size in step_sizes):
-        raise ValueError(f"step_size_pool is {told}; all must be positive numbers")
+        raise ValueError(f"step_size_pool is {sizes}; all must be positive numbers")
     if len({f"{size:.3g}" for size in step_sizes}) < len(step_sizes):
-        raise ValueError(f"step_size_pool is {told}; it names one twice")
+        raise ValueError(f"step_size_pool is {sizes}; it names one twice")
 
 
 def squared_norm(params: Params) -> float:

@@ -43,9 +43,9 @@ class _Sums:
     by_row: dict[str, float] = field(default_factory=dict)  # weighted by rows
     bound: float = 0.0  # weighted by steps
 
-    def add(self, figures: dict[str, float], num_rows: int, bound: float, num_steps: int) -> None:
+    def add(self, means: dict[str, float], num_rows: int, bound: float, num_steps: int) -> None:
         """Adds means over some rows, and the bound on acceptance length over some steps."""
-        self.by_row = {name: self.by_row.get(name, 0.0) + value * num_rows for name, value in figures.items()}
+        self.by_row = {name: self.by_row.get(name, 0.0) + value * num_rows for name, value in means.items()}
         self.bound += bound * num_steps
         self.num_rows += num_rows
         self.num_steps += num_steps
@@ -96,17 +96,17 @@ class Telemetry:
         if sum(record.num_rows for record in self._waiting) >= _AT_ONCE:
             self._measure()
 
-    def watched(self, evaluate: Evaluate) -> Evaluate:
+    def recording(self, evaluate: Evaluate) -> Evaluate:
         """Wraps `evaluate` for a round, to keep the gradients that the learner asks for until the round is measured."""
         self._grads = []
 
-        def watching(*candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
+        def recorded(*candidates: Params, scored: Sequence[Params] = ()) -> list[Evaluation]:
             evaluations = evaluate(*candidates, scored=scored)
             if not self._has_failed:
                 self._grads += [evaluation.grads for evaluation in evaluations[: len(candidates)]]
             return evaluations
 
-        return watching
+        return recorded
 
     def observe_round(
         self,
@@ -180,14 +180,14 @@ class Telemetry:
         depths = self._drafter.rows([self._played, self._start], batch, max(1, self._num_draft_tokens))
         logits, target = depths[0]
         (kl_now, kl_start), (tv_now, tv_start) = (of(logits, target).mean(-1).tolist() for of in (kl, total_variation))
-        figures = {
+        means = {
             "kl": kl_now,
             "token_loss": float(cross_entropy(logits[0], target).mean()),
             "acceptance_prob": 1 - tv_now,
             "frozen_kl": kl_start,
             "frozen_acceptance_prob": 1 - tv_start,
         }
-        self._since.add(figures, len(target.token_ids_N), self._bound(depths), len(records))
+        self._since.add(means, len(target.token_ids_N), self._bound(depths), len(records))
 
     def _ended(self, played: Params, interval: float, loss: float | None) -> Round | None:
         """An entry for the rows served since the last round; None if there are none, or telemetry has failed."""
@@ -254,8 +254,8 @@ def _mean_direction(gradients: Sequence[Params]) -> Params | None:
 
 def _is_finite(measured: Round) -> bool:
     """Whether all measurements are finite; the mean of an ensemble can diverge while its experts do not."""
-    figures = (measured.kl, measured.token_loss, measured.acceptance_prob, measured.distance, measured.loss or 0.0)
-    return all(map(math.isfinite, figures))
+    values = (measured.kl, measured.token_loss, measured.acceptance_prob, measured.distance, measured.loss or 0.0)
+    return all(map(math.isfinite, values))
 
 
 def _distance(logits_NV: Tensor, target: TargetRows) -> float:

@@ -199,7 +199,7 @@ class InlineLearning:
             return
         scores = _Scores(self._drafter, batch, self._row_loss, rows[-1].domain)
         before = self._learner.played(self._state)
-        state = self._learner.update(self.telemetry.watched(scores) if self.telemetry else scores, self._state)
+        state = self._learner.update(self.telemetry.recording(scores) if self.telemetry else scores, self._state)
         played = scores.cheap(before)
         better = self._better_before(scores, played)
         num_rows = sum(record.num_rows for record in (*rows, *replayed))

@@ -124,9 +124,9 @@ class ProcessLearning(BackgroundLearning):
                 match decode(self._connection.recv_bytes()):
                     case Publish() as published:
                         self._offer_version(published.checked())
-                    case Report(figures):
-                        self._statistics = figures
-                        if reason := figures.get("failure"):
+                    case Report(statistics):
+                        self._statistics = statistics
+                        if reason := statistics.get("failure"):
                             self._fail(reason)
                     case LogLine(logger, level, text):
                         logging.getLogger(logger).log(level, "%s", text)
@@ -149,7 +149,7 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
     logging.basicConfig(level=logging.INFO, handlers=[_Forwarding(send)])
     published = decode(serving)
     assert isinstance(published, Publish)
-    figures = NO_STATISTICS | {"published": published.weights.version}
+    statistics = NO_STATISTICS | {"published": published.weights.version}
     try:
         budget = Budget(spec.share, ClockMeter())
         trainer = spec.trainer(ends.target(), published.checked(), budget)
@@ -157,11 +157,11 @@ def _learn(connection: Connection, ends: EmbeddingAndHead, spec: TrainerSpec, se
             os.nice(spec.niceness)
         budget.begin()
         _answer(connection, send, spec, trainer, budget)
-        figures = trainer.statistics() | {"share_spent": budget.share_spent}
+        statistics = trainer.statistics() | {"share_spent": budget.share_spent}
     except Exception as error:  # the serving process logs it
-        figures |= {"failure": f"{type(error).__name__}: {error}"}
+        statistics |= {"failure": f"{type(error).__name__}: {error}"}
     with contextlib.suppress(OSError):
-        send(Report(figures))
+        send(Report(statistics))
 
 
 def _answer(

@@ -94,7 +94,7 @@ class Publish(Struct, frozen=True, tag=True):
 class Report(Struct, frozen=True, tag=True):
     """Statistics of learning, for the live page and the metrics; see `Trainer.statistics`."""
 
-    figures: dict[str, Any]
+    statistics: dict[str, Any]
 
 
 class LogLine(Struct, frozen=True, tag=True):

@@ -24,7 +24,7 @@ def routes(live: Live) -> APIRouter:
         return HTMLResponse(_page(), headers={"Content-Security-Policy": _POLICY})
 
     @router.get("/live", include_in_schema=False)
-    async def figures() -> dict[str, Any]:
+    async def live_data() -> dict[str, Any]:
         """The data that the live page shows."""
         return live.snapshot()
 

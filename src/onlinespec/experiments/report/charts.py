@@ -195,8 +195,8 @@ def _meta_weight(expert: str, each: Round) -> float | None:
 
 def _said_of_best_played(learner: LearnerSummary) -> str:
     note = f"Means of the last {SMOOTHING} rows; experts go by their step sizes.{_said_of_bound(learner)}"
-    told = [each.learner.get("is_best_played") for run in learner.with_telemetry for each in rounds_of(run)]
-    known = [is_best for is_best in told if is_best is not None]
+    flags = [each.learner.get("is_best_played") for run in learner.with_telemetry for each in rounds_of(run)]
+    known = [is_best for is_best in flags if is_best is not None]
     if not known:
         return note
     return f"{note} The best expert played alone in {100 * sum(known) / len(known):.0f} % of the rounds."
@@ -205,8 +205,8 @@ def _said_of_best_played(learner: LearnerSummary) -> str:
 def _said_of_bound(learner: LearnerSummary) -> str:
     """A sentence on the regret bound of Hedge over the run's rounds, if the learner reports it."""
     reports = [[each.learner for each in rounds_of(run) if each.is_update][-1:] for run in learner.with_telemetry]
-    told = [report for last in reports for report in last if "regret_bound_per_round" in report]
-    bounds = [report["regret_bound_per_round"] for report in told]
+    reported = [report for last in reports for report in last if "regret_bound_per_round" in report]
+    bounds = [report["regret_bound_per_round"] for report in reported]
     if not bounds:
         return ""
     known = [bound for bound in bounds if bound is not None]

@@ -58,7 +58,7 @@ def _final_distance(run: Run) -> float | None:
     return rounds[-1].distance if rounds else None
 
 
-LEARNING_FIGURES = (
+LEARNING_STATISTICS = (
     Statistic("Rounds", _num_rounds, 0, "Updates of the drafter."),
     Statistic(
         "Rows",

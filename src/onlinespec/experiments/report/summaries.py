@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from onlinespec import registry
 from onlinespec.experiments.report.statistics import (
-    LEARNING_FIGURES,
+    LEARNING_STATISTICS,
     Metric,
     Spread,
     Statistic,
@@ -61,9 +61,9 @@ class LearnerSummary:
         """The runs with telemetry of at least one round."""
         return tuple(run for run in self.runs if run.totals.requests and rounds_of(run))
 
-    def figure(self, figure: Statistic) -> Spread | None:
+    def statistic(self, statistic: Statistic) -> Spread | None:
         """Returns the spread of a statistic on learning; None if no run has it."""
-        return spread_of(figure.of(run) for run in self.runs if run.totals.requests)
+        return spread_of(statistic.of(run) for run in self.runs if run.totals.requests)
 
     def spread(self, name: str) -> Spread | None:
         """Returns the spread of a field of the totals; None if no run has it."""
@@ -202,14 +202,14 @@ class Group:
     @property
     def learning_statistics(self) -> list[Statistic]:
         """The statistics on learning that some learner has, with three significant digits of the largest value."""
-        figures = []
-        for figure in LEARNING_FIGURES:
-            spreads = [spread for learner in self.with_telemetry if (spread := learner.figure(figure))]
+        statistics = []
+        for statistic in LEARNING_STATISTICS:
+            spreads = [spread for learner in self.with_telemetry if (spread := learner.statistic(statistic))]
             if spreads:
                 largest = int(max(abs(spread.median) for spread in spreads))
                 digits = 3 - len(str(largest)) if largest else 3
-                figures.append(figure._replace(digits=max(0, min(figure.digits, digits))))
-        return figures
+                statistics.append(statistic._replace(digits=max(0, min(statistic.digits, digits))))
+        return statistics
 
     @property
     def best(self) -> LearnerSummary | None:
