@@ -69,11 +69,11 @@ def test_a_drafter_from_elsewhere_is_exact_learns_and_comes_back_from_disk(demo,
     drafter, plain = osp.load_drafter(EXAMPLE, demo), osp.DecodeLoop(demo)
     learning = osp.InlineLearning(drafter, config=osp.parse_learner("online_gradient", LearnConfig(min_interval=8)))
     loop, prompts = osp.DecodeLoop(demo, drafter, learning), ["Write a short paragraph about a baker.", "x"]
-    for seed in range(8):
-        job = demo.encode(prompts[seed % 2]), params(seed, [0.0, 0.8][seed // 2 % 2])
+    for seed in range(4):
+        job = demo.encode(prompts[seed % 2]), params(seed, [0.0, 0.8][seed // 2])
         request = loop.complete(*job)
         assert request.output_ids == plain.complete(*job).output_ids
-    assert learning.num_rounds > 3
+    assert learning.num_rounds > 2
     assert not learning.is_frozen
     assert 0 < request.stats.accepted < request.stats.drafted
     drafter.save(tmp_path / "saved")
@@ -104,7 +104,7 @@ def test_commands_take_a_drafter_from_elsewhere_by_name_and_by_folder(reachable,
         assert ended.value.code == 0
 
     (tmp_path / "a.jsonl").write_text('{"prompt": "Write a short paragraph about a baker."}\n' * 3)
-    data = ["--data", str(tmp_path / "a.jsonl"), "--max-new-tokens", "24"]
+    data = ["--data", str(tmp_path / "a.jsonl"), "--max-new-tokens", "24", "--learn-costs", "1", "0.03"]
     out = ["--out", str(tmp_path / "out"), "--save", str(tmp_path / "adapted"), "--learners", "none,online_gradient"]
     run("compare", "demo", "--drafter", EXAMPLE, *data, *out)
     saved = str(tmp_path / "adapted" / "online_gradient")
