@@ -32,8 +32,23 @@ from onlinespec.registry import FROZEN, NONE, SHIPPED_DRAFTERS, SHIPPED_TARGETS
 from onlinespec.workloads import load_workload
 
 
+class _ChoosesDrafter:
+    """What commands with an optional `--drafter` share."""
+
+    target: str
+    drafter: str | None
+    default_drafter = "ngram"  # for any target but the shipped one
+
+    @property
+    def drafter_name(self) -> str:
+        """The drafter to load, with the default filled in."""
+        if self.drafter is not None:
+            return self.drafter
+        return "demo" if self.target == "demo" else self.default_drafter
+
+
 @dataclass(frozen=True)
-class Generate:
+class Generate(_ChoosesDrafter):
     """Answer one prompt: streams the text, then prints acceptance length and speed."""
 
     target: TargetName
@@ -64,19 +79,16 @@ class Generate:
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
 
-    @property
-    def drafter_name(self) -> str:
-        """The drafter to load, with the default filled in."""
-        return ("demo" if self.target == "demo" else "ngram") if self.drafter is None else self.drafter
-
     def params(self, defaults: SamplingParams = SamplingParams()) -> GenerationParams:
         """Returns the library's settings. Sampling flags that were not given are taken from `defaults`."""
         return self.decoding.params(self.temperature, defaults, stop_strings=self.stop, seed=self.machine.seed)
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(_ChoosesDrafter):
     """Compare learners on a stream of prompts: prints a table, writes report.json and an HTML report with plots."""
+
+    default_drafter = "eagle"
 
     target: TargetName
     """The model to run: directory or Hub id of a Hugging Face checkpoint, or `demo` for the shipped one."""
@@ -113,11 +125,6 @@ class Compare:
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding()
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning()
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
-
-    @property
-    def drafter_name(self) -> str:
-        """The drafter to load, with the default filled in."""
-        return ("demo" if self.target == "demo" else "eagle") if self.drafter is None else self.drafter
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ class Distill(Distillation):
 
 
 @dataclass(frozen=True)
-class Serve:
+class Serve(_ChoosesDrafter):
     """Serve an OpenAI-compatible HTTP API while the drafter learns. SIGTERM or Ctrl-C finishes running requests first.
 
     Settings in a request (temperature, max_tokens and so on) override the ones given here."""
@@ -253,11 +260,6 @@ class Serve:
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = Decoding(max_new_tokens=512, num_draft_tokens=8)
     learning: tyro.conf.OmitArgPrefixes[Learning] = Learning(learn_budget=0.25, replay_minutes=1440.0)
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()
-
-    @property
-    def drafter_name(self) -> str:
-        """The drafter to load, with the default filled in."""
-        return ("demo" if self.target == "demo" else "ngram") if self.drafter is None else self.drafter
 
     def defaults(self, defaults: SamplingParams = SamplingParams()) -> GenerationParams:
         """Returns the settings that requests may override. Flags that were not given are taken from `defaults`."""
