@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from onlinespec.config import GenerationParams, SamplingParams
-    from onlinespec.core import DecodeStats, Draft, DrafterWeights, Feedback, Verdict
+    from onlinespec.core import DecodeStats, Draft, DrafterWeights, Features, Feedback, RequestInfo, Verdict
     from onlinespec.drafters.contract import Drafter
     from onlinespec.drafters.loading import load_drafter
     from onlinespec.drafters.settings import Tuning
@@ -32,7 +32,7 @@ _MODULES = {
     "experiments.compare": ("Comparing",),
     "experiments.settings": ("Comparison",),
     "config": ("GenerationParams", "SamplingParams"),
-    "core": ("DecodeStats", "Draft", "DrafterWeights", "Feedback", "Verdict"),
+    "core": ("DecodeStats", "Draft", "DrafterWeights", "Features", "Feedback", "RequestInfo", "Verdict"),
     "engine.request": ("ContextOverflow", "Request", "UnfitPrompt", "UnknownToken"),
     "engine.step": ("DecodeLoop",),
     "offline.distill": ("Distilling",),
@@ -66,6 +66,7 @@ __all__ = [
     "Draft",
     "Drafter",
     "DrafterWeights",
+    "Features",
     "Feedback",
     "GenerationParams",
     "InlineLearning",
@@ -74,6 +75,7 @@ __all__ = [
     "Recorded",
     "Replaying",
     "Request",
+    "RequestInfo",
     "SamplingParams",
     "Target",
     "Tuning",
