@@ -90,7 +90,9 @@ def resolve(table: Mapping[str, str], name: str, kind: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but one of its own imports fails
-        raise ValueError(f'{kind} "{name}": no module named {error.name!r}') from error
+        raise ValueError(
+            f'{kind} "{name}": no module named {error.name!r}; install it, or add its folder to PYTHONPATH'
+        ) from error
     if not hasattr(module, attribute):
         raise ValueError(f'{kind} "{name}": module {module_name!r} has no {attribute!r}')
     return getattr(module, attribute)
