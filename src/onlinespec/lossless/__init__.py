@@ -1,1 +1,1 @@
-"""Lossless sampling: logits to scores, the noise of a position, verification of drafts. Pure tensor functions."""
+"""Lossless sampling: scores from logits, the Gumbel noise of a position, verification of drafts. Tensor code only."""

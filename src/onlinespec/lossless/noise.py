@@ -1,17 +1,17 @@
-"""Sampling noise: every token position of a request owns a row of Gumbel noise over the target's vocabulary.
+"""Sampling noise: a row of Gumbel noise over the target's vocabulary for every token position of a request.
 
-The token at position p is the argmax of the processed scores plus the noise of p (the Gumbel-max trick), which draws
-from their softmax. The noise is a function of (seed, choice, p) alone, so plain decoding and speculation, alone or in
-a batch, with any drafter and at any draft length, commit the same token: nothing that is drafted, learned or chosen
-can change a draw. A drafter takes the argmax of its own scores plus the same noise, and so often names the same token.
+The token at position p is the argmax of the processed scores plus the noise of p. This is the Gumbel-max trick, which
+samples from the softmax of the scores. The noise is a function of (seed, choice, p) alone, so plain decoding and
+speculative decoding commit the same token, for any batch, drafter and draft length. A drafter takes the argmax of its
+own scores plus the same noise, which makes it likely to propose the token that the target will choose.
 
-**A position keeps its row.** If a step drafts positions 7 to 10 and the draft is rejected at 7, the next step drafts 8
-to 10 again with the same rows, and the target's own tokens there are the same as well.
+**Noise is per position.** If a step drafts positions 7 to 10 and the draft is rejected at 7, the next step drafts 8 to
+10 again with the same rows, and the target also chooses its tokens there with the same rows.
 
-**Requests have their own seeds.** Two requests that share a seed and a choice use the same noise at the same positions.
+**Noise is per request.** Two requests use the same noise only if both their seeds and their choices are equal.
 
-A row is stored as uniforms and turned into noise where it is added: only for the tokens that remain after the cuts of
-the request's settings, or that a drafter chooses from, instead of the whole vocabulary.
+A row is stored as uniform numbers. These are converted to Gumbel noise where it is added to scores, and only for the
+tokens that remain after top-k, top-p and min-p, or that are in the draft vocabulary.
 
 Axis letters: B requests, N positions, S some tokens, V vocabulary.
 Reference: Daliri et al., "Coupling without communication and drafter-invariant speculative decoding", arXiv:2408.07978;
@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STRIDE = 1 << 64  # counter values per position, so that the rows of two positions can't overlap
-_SMALLEST = 2.0**-54  # replaces 0, which has no logarithm: half the distance between two uniforms
-_CHUNK = 8192  # numbers per pass, so that they are still in the processor's cache when they are scaled
+_STRIDE = 1 << 64  # counter values reserved per position, so that the rows of two positions can't overlap
+_SMALLEST = 2.0**-54  # replaces 0, which has no logarithm: half the spacing of the uniform numbers
+_CHUNK = 8192  # numbers generated per pass, so that they are still in the processor's cache when they are scaled
 
 
 def uniforms(seed: int, choice: int, position: int, vocab_size: int) -> Tensor:
-    """Returns uniform numbers of 53 bits in (0, 1), float64 [V], as a function of seed, choice and position.
+    """Returns uniform numbers in (0, 1) with 53 bits, float64 [V], as a function of seed, choice and position.
 
-    A longer row begins with the same numbers. Seeds and choices that are equal modulo 2**64 give the same numbers.
+    A larger vocabulary only appends numbers. Seeds and choices that are equal modulo 2**64 give the same numbers.
 
     >>> torch.equal(uniforms(1, 0, 7, vocab_size=5), uniforms(1, 0, 7, vocab_size=9)[:5])
     True
@@ -57,7 +57,7 @@ def _uniforms(key: int, position: int, vocab_size: int) -> Tensor:
 
 
 def gumbel(uniforms: Tensor) -> Tensor:
-    """Turns uniforms into standard Gumbel noise, -log(-log(u)). The argmax of scores + noise samples their softmax.
+    """Converts uniforms to standard Gumbel noise, -log(-log(u)). The argmax of scores + noise samples their softmax.
 
     >>> gumbel(torch.tensor([0.5], dtype=torch.float64))
     tensor([0.3665], dtype=torch.float64)
@@ -66,15 +66,15 @@ def gumbel(uniforms: Tensor) -> Tensor:
 
 
 class Noise:
-    """The uniforms of one request, one row per position, computed once and kept until the position is committed.
+    """The uniform numbers of one request, one row per position. Rows are cached until their position is committed.
 
     Args:
-        seed, choice: 64 bits each; `choice` is the index among several answers to one prompt.
-        vocab_size: The target's; the length of a row.
-        device: Where rows are used. They are computed on the host.
+        seed, choice: 64 bits each; `choice` is the index of this answer if several are sampled for one prompt.
+        vocab_size: The target's vocabulary size, which is the length of a row.
+        device: Where rows are used. They are computed on the host and copied.
 
     Raises:
-        ValueError: if the device has no float64. In float32, numbers would repeat within a vocabulary.
+        ValueError: if the device has no float64 (mps). In float32, numbers would repeat within a vocabulary.
     """
 
     def __init__(self, seed: int, choice: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
@@ -102,25 +102,26 @@ class Noise:
 
 
 class StepNoise:
-    """The noise of a step, for drafters: that of the positions after each request's anchor.
+    """The noise of a step, for drafters: the rows of the positions after each request's anchor.
 
     Args:
-        requests: Each request's noise; None for a greedy request, whose noise is 0.
-        positions: Position of the first token after each request's anchor.
+        requests: The noise of each request; None for a greedy request, whose noise is 0.
+        positions: For each request, the position of the first token after the anchor (the last committed token).
     """
 
     def __init__(self, requests: Sequence[Noise | None], positions: Sequence[int]) -> None:
         self._requests, self._positions = list(requests), list(positions)
 
     def take(self, places: Sequence[int]) -> StepNoise:
-        """Returns the noise of some of the requests, by their indices in the step."""
+        """Returns the noise of a subset of the requests, given by their indices in the step."""
         return StepNoise([self._requests[i] for i in places], [self._positions[i] for i in places])
 
     def at(self, depth: int, token_ids_S: Tensor | None = None) -> Tensor | None:
-        """Returns Gumbel noise, float64 [B, V], for each request's token at a drafting depth; 0 is the first.
+        """Returns Gumbel noise, float64 [B, V], for each request's token at a drafting depth.
 
         Args:
-            token_ids_S: Returns the columns of these tokens only, [B, S].
+            depth: 0 is the first drafted token.
+            token_ids_S: If given, only the columns of these tokens are returned, [B, S].
 
         Returns:
             None if all requests are greedy.
@@ -137,6 +138,10 @@ class StepNoise:
 
 
 def gumbel_rows(places: Sequence[tuple[int, int, int]], vocab_size: int) -> Tensor:
-    """Returns the noise of past positions, float64 [N, V], to replay draws; each place is (seed, choice, position)."""
+    """Returns the Gumbel noise of N past positions, float64 [N, V], to replay how their tokens were chosen.
+
+    Args:
+        places: (seed, choice, position) of each row.
+    """
     rows = [gumbel(uniforms(*place, vocab_size)) for place in places]
     return torch.stack(rows) if rows else torch.empty(0, vocab_size, dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""The papers' rejection rule, for comparisons.
+"""The rejection-sampling rule of the speculative decoding papers, for comparisons. Serving uses `verify.Coupled`.
 
-A drafted token is accepted with probability min(1, target / draft); else a token is drawn from the residual. The bounds
-of OnlineSpec and Online Speculative Decoding are stated for this rule. It preserves the target's distribution, but not
-the text of a seed, because the committed tokens depend on the draft. It is correct only if the draft length does not
-depend on what was drawn, and with one drafter. Serving uses `Coupled` in `verify.py`.
+A drafted token is accepted with probability min(1, target / draft); otherwise a token is drawn from the residual. The
+bounds of OnlineSpec and Online Speculative Decoding are stated for this rule. It preserves the target's distribution,
+but the same seed can give another text if the drafts differ. It is correct only with a single drafter, and only if the
+draft length does not depend on the drafted tokens.
 
 Axis letters: B requests, K drafted tokens, L = K + 1 rows the target scored, V vocabulary.
 Reference: Leviathan et al., arXiv:2211.17192, algorithm 1 (their p is our target); Chen et al., arXiv:2302.01318.
@@ -23,19 +23,19 @@ from onlinespec.lossless.noise import Noise
 from onlinespec.lossless.sampling import probs_of
 from onlinespec.lossless.verify import ScoredRows, check_shape
 
-ACCEPT, LAST = range(2)  # columns of uniforms: accepts a drafted token; draws the recovered or bonus token
+ACCEPT, LAST = range(2)  # columns of uniforms: one accepts a drafted token, one draws the recovered or bonus token
 
-_STREAM = 1 << 128  # offset of the counter, so that these numbers are independent of `noise.py`'s, which drew the draft
-_WORDS_PER_COUNTER = 4  # 64-bit words that Philox makes for each value of its counter
+_STREAM = 1 << 128  # counter offset that keeps these numbers independent of those of `noise.py`, which drew the draft
+_WORDS_PER_COUNTER = 4  # number of 64-bit words that Philox generates per counter value
 
 
 class Rejection:
-    """Accepts by the ratio of target to draft probability; drafts must carry `probs_BKV` or be point masses."""
+    """Accepts by the ratio of target to draft probability. Drafts without `probs_BKV` are taken as point masses."""
 
     needs_probs = True
 
     def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
-        """Returns the verdict on the drafts of a step.
+        """See `Rule.judge` and `verify_by_rejection`.
 
         Raises:
             FloatingPointError: if the logits of a request are not finite.
@@ -47,9 +47,9 @@ class Rejection:
 
 
 def uniforms(noise: Noise | None, position: int, count: int) -> Tensor:
-    """Returns numbers in [0, 1), float64 [count, 2], for the tokens from `position` on; for a greedy request 0.5.
+    """Returns numbers in [0, 1), float64 [count, 2], one row for each token from `position` on.
 
-    They are a function of the request's seed, its choice, and the position of each row.
+    They are a function of the request's seed and choice and the row's position. Greedy requests get 0.5 everywhere.
     """
     if noise is None:
         return torch.full((count, 2), 0.5, dtype=torch.float64)
@@ -62,20 +62,22 @@ def verify_by_rejection(draft: Draft, target_probs_BLV: Tensor, uniforms_BL2: Te
     """Accepts a prefix of each draft such that the committed tokens follow the target's distribution.
 
     Token k is accepted with probability min(1, target_k / draft_k). The first rejected token is replaced by a
-    *recovered* token, drawn from the residual max(0, target - draft), normalised. If all are accepted, a *bonus* token
-    is drawn from the target's row after the last draft. A point mass (`draft.probs_BKV` is None) has draft probability
-    1, so its residual is the target's row without the rejected token. Greedy decoding is the same with one-hot rows.
+    *recovered* token, drawn from the normalised residual max(0, target - draft). If all tokens are accepted, a *bonus*
+    token is drawn from the target's row after the last drafted token. Without `draft.probs_BKV`, drafts are point
+    masses: their draft probability is 1, and the residual is the target's row without the rejected token. In greedy
+    decoding the target's rows are one-hot.
 
-    Lossless under two conditions. With `probs_BKV`, each token must have been drawn from exactly its row; the argmax of
-    a soft row is a point mass. And whether a token is drafted must not depend on its value or on later tokens.
+    The rule is lossless under two conditions. With `probs_BKV`, each token must have been sampled from its row (a token
+    that is the argmax of a soft row is a point mass). And whether a token is drafted must not depend on its value or
+    on later tokens.
 
     Args:
         draft: Tokens of a row beyond its `num_draft_tokens_B` are ignored.
-        target_probs_BLV: The target's processed probabilities.
-        uniforms_BL2: For each position, columns ACCEPT and LAST; independent of the numbers that drew the draft.
+        target_probs_BLV: The target's probabilities after all sampling settings.
+        uniforms_BL2: Columns ACCEPT and LAST for each position, independent of the numbers that drew the draft.
 
     Raises:
-        ValueError: if shapes do not match.
+        ValueError: if shapes do not match, or a row to draw from has NaN or no probability.
 
     >>> draft = Draft.by_one(torch.tensor([[1, 2]]), torch.tensor([2]), weights_version=0)
     >>> target_probs = torch.eye(3)[None, [1, 0, 2]]  # greedy: 1, then 0 where the draft has 2
@@ -102,12 +104,12 @@ def verify_by_rejection(draft: Draft, target_probs_BLV: Tensor, uniforms_BL2: Te
 
 
 def sample_rows(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
-    """Samples one token per row by inverting its cumulative sum at the uniform, in float64.
+    """Samples one token per row, int64 [N], by inverse transform sampling: inverts the row's cumulative sum in float64.
 
-    Rows need not sum to one. A token of probability zero is never returned.
+    Rows need not sum to one. Tokens with probability zero are never returned.
 
     Raises:
-        ValueError: if shapes do not match, or a row has NaN or no probability.
+        ValueError: if shapes do not match, or a row has NaN or no probability above zero.
 
     >>> sample_rows(torch.tensor([[0.0, 0.5, 0.5]]).expand(3, 3), torch.tensor([0.0, 0.49, 1.0])).tolist()
     [1, 1, 2]
@@ -118,13 +120,13 @@ def sample_rows(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     total_N = cdf_NV.amax(-1)
     if not (total_N > 0).all():
         raise ValueError("a row has NaN or no probability at all; there is nothing to draw")
-    below_total_N = total_N.nextafter(torch.zeros_like(total_N))  # the product may round up to the total
+    below_total_N = total_N.nextafter(torch.zeros_like(total_N))  # because the product may round up to the total
     threshold_N = torch.minimum(uniforms_N.double() * total_N, below_total_N)
     return (cdf_NV > threshold_N[:, None]).byte().argmax(-1)
 
 
 def _accepts(draft: Draft, target_probs_BLV: Tensor, uniforms_BK: Tensor) -> Tensor:
-    """Whether uniform < target / draft, multiplied out to avoid a division by zero."""
+    """Whether uniform < target / draft, for each token; multiplied out to avoid a division by zero."""
     ids_BK1 = draft.token_ids_BK[..., None]
     target_BK = target_probs_BLV[:, :-1].gather(-1, ids_BK1).squeeze(-1)
     if draft.probs_BKV is None:
@@ -133,8 +135,10 @@ def _accepts(draft: Draft, target_probs_BLV: Tensor, uniforms_BK: Tensor) -> Ten
 
 
 def _excess(draft: Draft, target_probs_BV: Tensor, num_accepted_B: Tensor) -> Tensor:
-    """max(0, target - draft), float64, at each request's first rejected position; the target's row if that is all zero
-    by rounding. The rows of requests without a rejection are meaningless."""
+    """The residual max(0, target - draft), float64 [B, V], at each request's first rejected position.
+
+    Where rounding leaves no residual, the target's row. Rows of requests without a rejection are meaningless.
+    """
     B, K = draft.token_ids_BK.shape
     refused = torch.arange(B, device=target_probs_BV.device), num_accepted_B.clamp(max=K - 1)
     if draft.probs_BKV is None:
@@ -152,7 +156,7 @@ def _committed(draft_ids_BK: Tensor, num_accepted_B: Tensor, last_ids_B: Tensor)
 
 
 def _padded(probs_NV: Tensor, length: int) -> Tensor:
-    """Pads with rows of zeros, which are never read."""
+    """Pads with rows of zeros. No draft reaches them, so they are never read."""
     return F.pad(probs_NV, (0, 0, 0, length - len(probs_NV)))
 
 

@@ -1,9 +1,9 @@
-"""From the target's logits to scores, and from scores to a token.
+"""Sampling: turns the target's logits into scores, and scores into tokens.
 
-Scores are logits after penalties, temperature and cuts; a token that a cut removes has score -inf. The token is the
-argmax of scores plus the noise of its position (`noise.py`). Greedy is noise 0, so greedy and sampled requests share
-one path. The order is that of transformers: penalties, temperature, top-k, top-p, min-p. Rows are processed
-independently, so a row's bits do not depend on the rows beside it.
+Scores are logits after penalties, temperature and cuts (top-k, top-p, min-p); a token removed by a cut has score -inf.
+The chosen token is the argmax of scores plus the Gumbel noise of its position (`noise.py`). For greedy requests the
+noise is 0, so greedy and sampled requests share one code path. The order is the same as in transformers: penalties,
+temperature, top-k, top-p, min-p. Each row is processed independently, so its bits do not depend on the other rows.
 
 Axis letters: K drafted tokens, L = K + 1 rows of a verification step, N any rows, S tokens left by a cut, V vocabulary.
 """
@@ -21,26 +21,30 @@ from onlinespec.core import TokenLogprobs
 from onlinespec.host import to_device
 from onlinespec.lossless.noise import gumbel
 
-_FEW = 8  # if cuts leave at most one token in 8, those are gathered first: it saves two logarithms per removed token
+_FEW = 8  # if cuts leave at most 1 token in 8, only those get noise, which saves two logarithms per removed token
 _FLOAT32 = torch.finfo(torch.float32)
 
 
 class TokenCounts(NamedTuple):
-    """Counts of earlier tokens for each row, for the penalties."""
+    """How often each token occurs in the text before each row. Penalties are computed from it."""
 
-    is_seen_NV: Tensor  # bool: in the prompt or the output
-    num_output_NV: Tensor  # float32: how often in the output
+    is_seen_NV: Tensor  # bool: whether the token occurs in the prompt or the output
+    num_output_NV: Tensor  # float32: number of occurrences in the output
 
 
 class Choice(NamedTuple):
     """The chosen tokens of N rows."""
 
     token_ids_N: Tensor  # int64; arbitrary for a row that is not finite
-    is_finite_N: Tensor  # bool: False if the best score is NaN or infinite
+    is_finite_N: Tensor  # bool: False if the row's best score is NaN or infinite
 
 
 def choose(scores_NV: Tensor, uniforms_NV: Tensor | None = None) -> Choice:
-    """Chooses a token per row: the argmax of its scores, plus Gumbel noise from `uniforms_NV` if given.
+    """Returns one token per row: the argmax of its scores, plus Gumbel noise if uniforms are given.
+
+    Args:
+        scores_NV: From `process_scores`.
+        uniforms_NV: From `Noise.rows`, float64; None for greedy requests.
 
     >>> choose(torch.tensor([[0.0, 2.0, 1.0], [0.0, float("nan"), 1.0]])).is_finite_N.tolist()
     [True, False]
@@ -48,7 +52,7 @@ def choose(scores_NV: Tensor, uniforms_NV: Tensor | None = None) -> Choice:
     if uniforms_NV is None:
         best_N, token_ids_N = scores_NV.max(dim=-1)
         return Choice(token_ids_N, best_N.isfinite())
-    if scores_NV.device.type == "cpu":  # elsewhere, reading the number of remaining tokens would wait for the device
+    if scores_NV.device.type == "cpu":  # on a GPU, reading `num_left` would wait for the device
         num_left = int((scores_NV > -torch.inf).sum(-1).max())
         if 0 < num_left * _FEW <= scores_NV.shape[-1]:
             scores_NS, token_ids_NS = scores_NV.topk(num_left)
@@ -59,7 +63,7 @@ def choose(scores_NV: Tensor, uniforms_NV: Tensor | None = None) -> Choice:
 
 
 def _noisy(scores_NV: Tensor, uniforms_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The best noisy score and its index. In float64, because float32 noise would repeat within a vocabulary."""
+    """The best noisy score per row and its index, in float64: float32 noise would repeat within a vocabulary."""
     best_N, at_N = gumbel(uniforms_NV).add_(scores_NV).max(dim=-1)
     return best_N, at_N
 
@@ -71,14 +75,18 @@ def process_step(
     num_prompt_tokens: int,
     draft_ids_K: Tensor,
 ) -> Tensor:
-    """Returns the scores of one request's rows in a step; row j follows the history and the first j drafted tokens.
+    """Returns the scores, float32 [L, V], of one request's rows in a step.
+
+    Row j scores the token that follows the history and the first j drafted tokens.
 
     Args:
-        history_ids: Prompt and committed tokens, the anchor included. Read only if there are penalties.
-        draft_ids_K: On the device of the logits.
+        logits_LV: The target's logits.
+        history_ids: Prompt and committed tokens, including the anchor (the last one). Used only if there are penalties.
+        num_prompt_tokens: How many tokens at the start of the history are the prompt.
+        draft_ids_K: The drafted tokens, on the device of the logits.
 
     Raises:
-        ValueError: if there is not exactly one row more than drafted tokens.
+        ValueError: if the number of rows is not the number of drafted tokens plus one.
 
     >>> logits = torch.tensor([[2.0, 1.5, 0.0], [2.0, 1.5, 0.0]])
     >>> once = SamplingParams(presence_penalty=1.0)
@@ -99,7 +107,7 @@ def process_step(
 def count_tokens(
     history_ids: Sequence[int], num_prompt_tokens: int, draft_ids_K: Tensor, vocab_size: int
 ) -> TokenCounts:
-    """Counts the tokens before each row of a step. History ids beyond the vocabulary are ignored.
+    """Counts the tokens before each row of a step; the fields are [L, V]. History ids >= `vocab_size` are ignored.
 
     >>> count_tokens([2, 0], num_prompt_tokens=1, draft_ids_K=torch.tensor([1]), vocab_size=3).num_output_NV.tolist()
     [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
@@ -113,10 +121,13 @@ def count_tokens(
 
 
 def process_scores(logits_NV: Tensor, sampling: SamplingParams, token_counts: TokenCounts | None = None) -> Tensor:
-    """Returns float32 scores; the next token is distributed as their softmax. Tokens removed by a cut have -inf.
+    """Returns scores, float32 [N, V]. A sampled request's next token is distributed as their softmax.
 
-    For greedy requests, scores are the logits after penalties. A row with NaN or +inf, or with -inf only, has a best
-    score that is not finite, which `choose` reports.
+    Tokens removed by a cut have score -inf. For greedy requests, scores are the logits after penalties. If a row of
+    logits has NaN or +inf, or only -inf, its best score is not finite; `choose` then reports `is_finite_N` as False.
+
+    Raises:
+        ValueError: if there are penalties but no `token_counts`.
 
     >>> process_scores(torch.tensor([[0.0, 1.0, -9.0]]), SamplingParams(temperature=0.5, top_k=2))
     tensor([[-2.,  0., -inf]])
@@ -137,7 +148,7 @@ def process_scores(logits_NV: Tensor, sampling: SamplingParams, token_counts: To
 
 
 def probs_of(scores_NV: Tensor, sampling: SamplingParams) -> Tensor:
-    """Returns the distribution of a token chosen by `choose`: float32 rows that sum to one; one-hot if greedy.
+    """Returns the distribution of the token that `choose` picks, float32 [N, V]; one-hot rows if greedy.
 
     Raises:
         FloatingPointError: if a row's best score is not finite.
@@ -156,7 +167,8 @@ def process_logits(logits_NV: Tensor, sampling: SamplingParams, token_counts: To
     """Returns the distribution of the next token, float32 [N, V], from logits.
 
     Raises:
-        FloatingPointError, ValueError: as `probs_of`, and if there are penalties but no counts.
+        FloatingPointError: if a row's best score is not finite.
+        ValueError: if there are penalties but no `token_counts`.
 
     >>> process_logits(torch.tensor([[0.0, 0.0, -9.0]]), SamplingParams(temperature=0.7, top_k=2))
     tensor([[0.5000, 0.5000, 0.0000]])
@@ -165,15 +177,18 @@ def process_logits(logits_NV: Tensor, sampling: SamplingParams, token_counts: To
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities (natural) of N rows, at temperature 1 and without cuts. Tensors, or the same as lists."""
+    """Natural log-probabilities of N rows, at temperature 1 and without penalties or cuts. Fields: tensors or lists."""
 
-    chosen_N: Any  # of the row's committed token
-    top_ids_NT: Any  # the most likely tokens, in descending order ...
+    chosen_N: Any  # log-probability of the row's committed token
+    top_ids_NT: Any  # ids of the T most likely tokens, most likely first ...
     top_NT: Any  # ... and their log-probabilities
 
 
 def logprobs_of(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> Logprobs:
-    """Returns the log-probabilities of given tokens and of the `num_top` most likely ones; arbitrary for token -1."""
+    """Returns the log-probabilities of given tokens and of the `num_top` most likely ones.
+
+    Rows whose token id is -1 (padding) get an arbitrary value in `chosen_N`.
+    """
     logprobs_NV = logits_NV.float().log_softmax(-1)
     top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[-1]))
     chosen_N1 = logprobs_NV.gather(-1, token_ids_N.clamp_min(0)[:, None])
@@ -181,7 +196,7 @@ def logprobs_of(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> Logprob
 
 
 def token_logprobs(token_ids: Sequence[int], logprobs: Logprobs) -> list[TokenLogprobs]:
-    """Converts the lists of `logprobs_of` to one object per token, for the first len(token_ids) rows.
+    """Converts log-probabilities, given as lists, to one object per token, for the first len(token_ids) rows.
 
     >>> rows = logprobs_of(torch.tensor([[0.0, 0.0, -9.9e9]]), torch.tensor([1]), num_top=1)
     >>> (one,) = token_logprobs([1], Logprobs(*(part.tolist() for part in rows)))
@@ -211,18 +226,18 @@ def _check_finite(top_N: Tensor) -> None:
 
 
 def _scale(scores_NV: Tensor, temperature: float) -> Tensor:
-    """Divides by the temperature. The maximum score is 0, so even a tiny temperature can't overflow it."""
+    """Divides by the temperature, clamped to float32's range. The best score is 0, so no division makes it infinite."""
     return scores_NV / min(max(temperature, _FLOAT32.tiny), _FLOAT32.max)
 
 
 def _keep_top_k(scores_NV: Tensor, top_k: int) -> Tensor:
-    """Keeps the k largest scores, and ties with the k-th."""
+    """Keeps the k largest scores, and all that tie with the k-th."""
     kth_N1 = scores_NV.topk(min(top_k, scores_NV.shape[-1])).values[:, -1:]
     return scores_NV.masked_fill(scores_NV < kth_N1, -torch.inf)
 
 
 def _keep_top_p(scores_NV: Tensor, top_p: float) -> Tensor:
-    """Drops the tail of total probability 1 - top_p or less. The most likely token always stays."""
+    """Removes the least likely tokens of total probability 1 - top_p or less. The most likely token always stays."""
     ascending_NV, order_NV = scores_NV.sort(dim=-1)
     is_tail_NV = ascending_NV.softmax(-1).cumsum(-1) <= 1 - top_p
     is_tail_NV[:, -1] = False
@@ -230,7 +245,7 @@ def _keep_top_p(scores_NV: Tensor, top_p: float) -> Tensor:
 
 
 def _keep_min_p(scores_NV: Tensor, min_p: float) -> Tensor:
-    """Drops tokens less likely than min_p times the most likely one."""
+    """Removes tokens whose probability is below min_p times that of the most likely one."""
     probs_NV = scores_NV.softmax(-1)
     return scores_NV.masked_fill(probs_NV < min_p * probs_NV.amax(-1, keepdim=True), -torch.inf)
 

@@ -1,5 +1,7 @@
 """Verification: decides which drafted tokens are kept, for all requests of a step at once.
 
+`Coupled` is the rule used for serving. `rejection.py` has the papers' rejection rule, with the same interface.
+
 Axis letters: B requests, K drafted tokens, L = K + 1 rows the target scored, V vocabulary.
 """
 
@@ -18,21 +20,21 @@ from onlinespec.lossless.sampling import Choice, choose
 
 
 class ScoredRows(NamedTuple):
-    """The target's scores for one request: a row for its anchor and for each drafted token."""
+    """The target's scores for one request in a step: one row for its anchor and one for each drafted token."""
 
-    scores_LV: Tensor  # from `sampling.process_step`; fewer than L rows if fewer tokens were drafted
+    scores_LV: Tensor  # from `sampling.process_step`; fewer than L rows if fewer than K tokens were drafted
     sampling: SamplingParams
-    noise: Noise | None  # None if greedy
-    position: int  # of the token after the anchor, which the first row decides
+    noise: Noise | None  # None for a greedy request
+    position: int  # of the token after the anchor (the last committed token); the first row decides this token
 
 
 class Rule(Protocol):
-    """An acceptance rule. `Coupled` serves; `rejection.py` has the papers' rule, for comparisons."""
+    """Interface of an acceptance rule."""
 
-    needs_probs: bool  # whether drafts must carry their distributions (`Draft.probs_BKV`)
+    needs_probs: bool  # whether sampled drafts must carry their distributions (`Draft.probs_BKV`)
 
     def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
-        """Returns the verdict on the drafts of a step."""
+        """Returns which drafted tokens of a step are kept, and the tokens to commit; `rows` has one item per request."""
 
 
 class Coupled:
@@ -41,7 +43,7 @@ class Coupled:
     needs_probs = False
 
     def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
-        """Returns the verdict on the drafts of a step."""
+        """See `Rule.judge` and `verify`."""
         L = draft.token_ids_BK.shape[1] + 1
         choices = [_chosen(one, L) for one in rows]
         return verify(draft, Choice(*(torch.stack(parts) for parts in zip(*choices, strict=True))))
@@ -50,18 +52,17 @@ class Coupled:
 def verify(draft: Draft, choice_BL: Choice) -> Verdict:
     """Keeps the longest prefix of each draft that equals the target's tokens, then commits the target's next token.
 
-    The target's token of a position is the argmax of its processed scores plus the position's noise, which is the token
-    that plain decoding commits there. So the text does not depend on what was drafted, or why. A row that is not finite
-    ends the step before its position; if it is the first row, nothing is committed.
+    The target's token at a position is the argmax of its processed scores plus the position's noise: the token that
+    plain decoding commits there. So the output text does not depend on the drafts. If the scores of a position are not
+    finite, the step ends before it; if it is the first position, nothing is committed.
 
     Args:
         draft: Tokens of a row beyond its `num_draft_tokens_B` are ignored.
-        choice_BL: The target's token at each position, from `sampling.choose`, all fields [B, L]. Position 0 follows
-        the
-            anchor, position k the k-th drafted token.
+        choice_BL: The target's token at each position, from `sampling.choose`; all fields are [B, L]. Position 0
+            follows the anchor, position k the k-th drafted token.
 
     Raises:
-        ValueError: if the target did not score exactly K + 1 positions.
+        ValueError: if a shape does not match, for instance if the target did not score exactly K + 1 positions.
 
     >>> draft = Draft.by_one(torch.tensor([[1, 2]]), torch.tensor([2]), weights_version=0)
     >>> verdict = verify(draft, Choice(torch.tensor([[1, 0, 2]]), torch.ones(1, 3, dtype=torch.bool)))
@@ -82,13 +83,13 @@ def verify(draft: Draft, choice_BL: Choice) -> Verdict:
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
-    """Raises ValueError naming both shapes, unless they are equal."""
+    """Raises a ValueError with the name, both shapes and the reason if a tensor does not have the expected shape."""
     if tensor.shape != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}: {why}")
 
 
 def _chosen(rows: ScoredRows, length: int) -> Choice:
-    """Chooses a request's tokens, and pads them to `length` positions."""
+    """Chooses the target's tokens for one request, and pads them to `length` positions, which are never committed."""
     count = len(rows.scores_LV)
     chosen = choose(rows.scores_LV, rows.noise.rows(rows.position, count) if rows.noise else None)
     if count == length:
