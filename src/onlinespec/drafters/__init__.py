@@ -1,1 +1,1 @@
-"""Drafters: one file per family, and what they share for drafting, learning and saving."""
+"""Drafters: one file or folder per family, and the shared code for drafting, learning, loading and saving."""

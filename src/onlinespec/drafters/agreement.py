@@ -1,6 +1,6 @@
-"""Whether given weights would have drafted the token that was committed.
+"""Agreement: whether given drafter weights would have drafted the token that was committed.
 
-The noise that chose the token is replayed, so the answer is exactly what serving would have seen, greedy or sampled.
+The sampling noise that chose the token is replayed, so the answer is exact for greedy and for sampled requests.
 
 Axis letters: E sets of weights, N verified positions, V vocabulary.
 """
@@ -18,14 +18,19 @@ from onlinespec.lossless.noise import gumbel_rows
 def agrees(draft_logits_ENV: Tensor, target: TargetRows) -> Tensor:
     """Returns whether the argmax of logits / temperature + noise is the committed token; bool [E, N], or [N].
 
-    False if the best logit is not finite. Logits over a draft vocabulary are allowed for greedy requests only.
+    False if the row's largest logit is not finite.
+
+    Args:
+        draft_logits_ENV: Of one set of weights [N, V], or of several [E, N, V]. Logits over a draft vocabulary are
+            allowed for greedy requests only.
+        target: The target's rows; its token ids index the logits.
 
     >>> logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     >>> rows = TargetRows(torch.eye(2), torch.tensor([1, 1]), torch.tensor([0.0, 0.0]))
     >>> agrees(logits, rows).tolist()
     [True, False]
     """
-    is_usable_EN = draft_logits_ENV.amax(-1).isfinite()  # single tokens may be ruled out by -inf
+    is_usable_EN = draft_logits_ENV.amax(-1).isfinite()  # -inf is allowed for single tokens
     scores_ENV, noise_NV = draft_logits_ENV, _noise(target, draft_logits_ENV.shape[-1])
     if noise_NV is not None:
         temperatures_N1 = torch.where(target.temperatures_N > 0, target.temperatures_N, 1.0)[:, None]

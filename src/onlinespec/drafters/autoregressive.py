@@ -1,8 +1,8 @@
-"""Base class of drafters that draft token by token through a KV cache.
+"""Base class of drafters that draft token by token with a KV cache.
 
-Committed tokens wait until the next draft and are then processed together; drafting starts from the last one's state.
-Each drafted token is processed before the next is drafted, and the cache is cropped to the committed tokens afterwards.
-A subclass implements `_read`, which processes tokens.
+Committed tokens are queued until the next draft, and then processed in one forward pass. Drafting starts from the
+drafter's hidden state of the last one. Each drafted token is processed before the next is drafted; afterwards the cache
+is cropped to the committed tokens. A subclass implements the forward pass, `_read`.
 
 Axis letters: B requests, R of them that draft, K drafted tokens, N rows of a call, S tokens, D hidden size,
 V vocabulary.
@@ -31,14 +31,14 @@ from onlinespec.models.loading import Target
 class Waiting:
     """A request's tokens that are not in the drafter's cache yet, each with the target's features before it."""
 
-    may_learn: bool = True  # whether its tokens count for the draft vocabulary
+    may_learn: bool = True  # whether the request's tokens are counted for the draft vocabulary
     token_ids: list[int] = field(default_factory=list)
     features: list[Features] = field(default_factory=list)
-    state_1D: Tensor | None = None  # the drafter's state of the last token in the cache, from which drafting starts
+    state_1D: Tensor | None = None  # the drafter's state of the last processed token, from which drafting starts
 
 
 class Autoregressive(HeadTraining):
-    """Drafts token by token, for the requests of a step together. Subclasses set `_cache` and `draft_vocab`."""
+    """Drafts token by token, in one batch for all requests of a step. Subclasses set `_cache` and `draft_vocab`."""
 
     _cache: Cache
 
@@ -59,7 +59,7 @@ class Autoregressive(HeadTraining):
             self.draft_vocab.begin_request(token_ids)
 
     def _capacity(self, info: RequestInfo) -> int:
-        """Number of tokens of a request that the cache must hold."""
+        """Maximum number of committed tokens of a request that the cache must hold."""
         return info.capacity
 
     def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Features]) -> None:
@@ -94,7 +94,7 @@ class Autoregressive(HeadTraining):
         return Draft.by_one(draft.token_ids_BK, draft.counts_B, self.weights.version, draft.probs_BKV)
 
     def _can_draft(self, slot: int) -> bool:
-        """Whether there is a token to start from; a drafter that reads features has none after a one-token prompt."""
+        """Whether there is a token to start from. After a one-token prompt, a drafter that reads features has none."""
         return bool(self._slots[slot].token_ids) or self._slots[slot].state_1D is not None
 
     def _chain(
@@ -105,10 +105,11 @@ class Autoregressive(HeadTraining):
         sampling: Sequence[SamplingParams],
         noise: StepNoise,
     ) -> None:
-        """Fills in a draft depth by depth, for the requests that draft that deep, then crops the cache.
+        """Fills in a draft depth by depth, then crops the cache. A request drops out when its draft is long enough.
 
         Args:
-            active: Indices of the requests that draft at all.
+            draft: Is filled in.
+            active: Indices of the requests that draft at least one token.
         """
         state_RD, has_probs = self._absorb([slots[i] for i in active]), self._needs_probs(sampling)
         lengths = {slots[i]: self._cache.lengths[slots[i]] for i in active}
@@ -144,27 +145,31 @@ class Autoregressive(HeadTraining):
         return states[0] if len(states) == 1 else torch.cat(states)
 
     def _remember(self, slot: int) -> None:
-        """May process all waiting tokens except the last into the cache, without computing states that no one needs."""
+        """May process waiting tokens except the last into the cache, and remove them from the waiting ones.
+
+        Called before `_read` gets the rest. Subclasses prefill long prompts here, in pieces or without attention.
+        """
 
     @abstractmethod
     def _read(
         self, token_ids_N: Tensor, features: Features | None, slots: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
-        """Processes `counts[i]` tokens of `slots[i]` into the cache. Returns their states, [N, D].
+        """Runs the drafter on `counts[i]` tokens of `slots[i]` and extends its cache. Returns their states, [N, D].
 
         Args:
-            features: For a drafter that reads features: those before each token. While drafting, the drafter's own
-                states take the place of the target's final ones.
+            token_ids_N: The tokens of all slots, concatenated.
+            features: For a drafter that reads features, the features before each token. While drafting, these are the
+                drafter's own states in place of the target's final states.
         """
 
     def _draw(
         self, states_RD: Tensor, sampling: Sequence[SamplingParams], noise: StepNoise, depth: int, has_probs: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Drafts a token per state: the argmax of scores / temperature + noise. Also returns `probs` if needed.
+        """Drafts one token per state, [R]: the argmax of scores / temperature + noise. Also returns `probs` if needed.
 
-        Tokens come from the draft vocabulary if all requests are greedy and it has seen enough traffic, else from the
-        whole vocabulary, because noise may choose a rare token: with the draft vocabulary, acceptance length of the
-        demo's drafter on prose at temperature 0.6 was 2.43 instead of 2.49.
+        The draft vocabulary is used if all requests are greedy and it has seen enough traffic. Otherwise the whole
+        vocabulary is used, because noise may choose a rare token: with the draft vocabulary, the acceptance length of
+        the demo's drafter on prose at temperature 0.6 was 2.43 instead of 2.49.
         """
         if has_probs:
             return self._draw_with_probs(states_RD, sampling, noise, depth)
@@ -184,7 +189,10 @@ class Autoregressive(HeadTraining):
     def _draw_with_probs(
         self, states_RD: Tensor, sampling: Sequence[SamplingParams], noise: StepNoise, depth: int
     ) -> tuple[Tensor, Tensor]:
-        """For the rejection rule: from the whole vocabulary, with the target's cuts, so that more is accepted."""
+        """Drafts for the rejection rule, over the whole vocabulary; returns tokens [R] and distributions [R, V].
+
+        The request's top-k, top-p and min-p are applied as for the target, so that more drafts are accepted.
+        """
         logits_RV = self._logits(states_RD, self.draft_vocab.whole)
         logits_RV = logits_RV.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)  # diverged weights must still give a draft
         plain = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p) for s in sampling]
@@ -194,7 +202,7 @@ class Autoregressive(HeadTraining):
 
 
 class _EmptyDraft:
-    """A draft while it is filled in, depth by depth."""
+    """A draft that is filled in depth by depth. `counts` has the number of tokens to draft for each request."""
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self.counts, self.counts_B = counts, to_device(counts, device)
@@ -202,7 +210,7 @@ class _EmptyDraft:
         self.probs_BKV: Tensor | None = None
 
     def fill(self, places: Sequence[int], depth: int, ids_R: Tensor, probs_RV: Tensor | None) -> None:
-        """Sets the tokens of these requests at a depth, and their distributions if given."""
+        """Sets the tokens of some requests, given by their indices, at a depth; and their distributions if given."""
         at_R = to_device(places, ids_R.device)
         self.token_ids_BK[at_R, depth] = ids_R
         if probs_RV is not None:

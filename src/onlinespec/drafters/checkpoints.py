@@ -1,8 +1,8 @@
-"""Drafter checkpoints on disk: recognising the family of a folder, and writing one atomically.
+"""Drafter checkpoints on disk: recognises the family of a checkpoint folder, and writes folders atomically.
 
-A drafter folder has `config.json` and, if it has weights, `model.safetensors`, in the layout that its family publishes.
-Our own facts (weights version, target fingerprint, draft vocabulary) are in `onlinespec.json`, which other engines
-ignore.
+A drafter folder has `config.json` and, if the drafter has weights, `model.safetensors`, both in the published layout of
+its family. Entries of onlinespec (weights version, target fingerprint, draft vocabulary, ...) are in `onlinespec.json`,
+which other engines ignore.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from onlinespec.models.checkpoint import architecture_of, find_folder, read_json
 
 SIDE_FILE = "onlinespec.json"
 _DRAFT_TOKENS = "draft_tokens"
-_KNOWN_ELSEWHERE = {  # families that we recognise, for the error message, but do not run yet
+_KNOWN_ELSEWHERE = {  # families that we do not run yet, by architecture; for the error message
     "LlamaForCausalLMEagle3": "EAGLE-3",
     "Eagle3Speculator": "EAGLE-3 (speculators)",
     "Eagle3DraftModel": "EAGLE-3 (speculators)",
@@ -49,17 +49,17 @@ def drafter_folder(name: str, known: list[str]) -> Path:
 
 
 def read_drafter_config(folder: Path) -> dict[str, Any]:
-    """Reads the config.json of a drafter."""
+    """Reads the config.json of a drafter folder."""
     return read_json(folder / "config.json")
 
 
 def read_format(folder: Path) -> str:
-    """Returns the name of the drafter class that a folder holds: a table name, or "pkg.module:Class" from its config.
+    """Returns which drafter class a folder is for: a name in `registry.DRAFTERS`, or "pkg.module:Class".
 
-    The config is looked at first, then the names of the tensors.
+    Recognised by an `adapter_config.json`, else by the architecture in config.json, else by the names of the tensors.
 
     Raises:
-        ValueError: if the family is not supported, or not recognised.
+        ValueError: if the family is not supported or not recognised.
     """
     if (folder / "adapter_config.json").is_file():
         return "small_lm"
@@ -81,7 +81,10 @@ def read_format(folder: Path) -> str:
 
 
 def looks_like_drafter(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
-    """Whether a folder holds a drafter of a family that we run or recognise."""
+    """Whether a folder holds a drafter and no target: one of a family that we run or recognise, except small_lm.
+
+    A small_lm is an ordinary language model, and can't be told from a target.
+    """
     if architecture == "NgramDrafter" or _is_class(architecture) or _family_elsewhere(config, architecture):
         return True
     return _is_eagle(tensor_names(folder))
@@ -117,21 +120,21 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def read_side(folder: Path) -> dict[str, Any]:
-    """Reads `onlinespec.json`; empty if the drafter was written by another program."""
+    """Returns the content of `onlinespec.json`; empty if there is none, because another program wrote the drafter."""
     return read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
 
 
 def draft_tokens_of(vocab: DraftVocab) -> dict[str, str]:
-    """Returns the draft vocabulary as an entry of `onlinespec.json`; empty while it is cold, or if it is fixed."""
+    """Returns the draft vocabulary as an entry of `onlinespec.json`. See `DraftVocab.saved` for when it is empty."""
     token_ids = vocab.saved()
     return {_DRAFT_TOKENS: " ".join(map(str, token_ids))} if token_ids else {}
 
 
 def draft_tokens_in(side: Mapping[str, Any]) -> list[int]:
-    """Returns the token ids of the draft vocabulary in the content of `onlinespec.json`.
+    """Returns the token ids of the draft vocabulary from the content of `onlinespec.json`; empty if there are none.
 
     Raises:
-        ValueError: if the entry is no text of token ids.
+        ValueError: if the entry is not a string of token ids.
     """
     noted = side.get(_DRAFT_TOKENS, "")
     try:
@@ -152,8 +155,9 @@ def write_drafter(
     """Writes a drafter folder atomically: into a temporary folder beside it, which is then renamed.
 
     Args:
-        config: The content of config.json.
-        tensors: The published tensors; empty writes no file.
+        folder: Is replaced if it was written by onlinespec.
+        config: The content of the config file.
+        tensors: The tensors by their published names. If there are none, no file is written.
         version: The weights version, for `onlinespec.json`.
         side: Further entries of `onlinespec.json`.
         names: File names of the config and of the tensors.

@@ -1,7 +1,8 @@
-"""The drafter contract. A drafter serves many requests at once, each under a slot number.
+"""The `Drafter` base class: the interface between the engine, the learner and a drafter.
 
-The calls for a request are `start` with its prompt, then `propose` and `observe` for every step, then `release`.
-Weights change between steps only, by `swap`. `docs/api.md` has a complete example.
+A drafter serves many requests at once and knows each by a slot number. The calls for a request are `start` with its
+prompt, then `propose` and `observe` in every step, then `release`. Weights change only between steps, by `swap`.
+`docs/api.md` has a complete example.
 Axis letters: B requests, K drafted tokens, E sets of weights, N rows, V vocabulary, D hidden size, S positions.
 """
 
@@ -29,30 +30,30 @@ from onlinespec.models.memory import DrafterSize
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one set of weights on a batch, in nats per row."""
+    """The loss of one set of weights on a batch, in the unit of the row loss (nats for a cross-entropy)."""
 
-    total: Tensor  # scalar with a gradient: the mean over all rows, summed over drafting depths
-    fresh: float  # mean over this round's rows at the first depth; regret and Hedge use it
-    num_rows: int  # rows that count, replayed ones included
-    num_agreed: int = 0  # fresh rows whose first draft would have been the committed token ...
+    total: Tensor  # scalar with a gradient: the sum over all counted rows and drafting depths, divided by num_rows
+    fresh: float  # mean over this round's counted rows at the first depth; used for regret and by Hedge
+    num_rows: int  # number of rows that count, replayed rows included
+    num_agreed: int = 0  # number of fresh rows whose first draft would have been the committed token ...
     num_fresh: int = 0  # ... out of this many; 0 if unknown
 
 
 class Drafter(ABC):
-    """Proposes tokens. If it is trainable, it also turns Feedback into training batches and losses."""
+    """Proposes tokens. A trainable drafter also turns Feedback into training batches and losses."""
 
-    aux_layer_ids: tuple[int, ...] = ()  # target layers whose states it reads beside the final ones
-    is_trainable: bool = False  # whether it has `batch`, `losses`, `rows` and `swap`
+    aux_layer_ids: tuple[int, ...] = ()  # target layers whose hidden states it reads in addition to the final ones
+    is_trainable: bool = False  # whether it implements `batch`, `losses`, `rows` and `swap`
     weights: DrafterWeights  # the weights that it drafts with now
     draft_vocab: DraftVocab | None = None  # the tokens that it may propose; None for all
-    drafts: bool = True  # False for a trainer's drafter, which never drafts: it can skip what only drafting needs
-    gives_probs: bool = False  # whether drafts must carry `probs_BKV`, as the rejection rule needs
-    longest_text: int | None = None  # in tokens; it drafts nothing once a text is longer. None for no limit
-    notes: Mapping[str, Any] = MappingProxyType({})  # facts for `inspect`, saved with the drafter
+    drafts: bool = True  # False in a trainer, which never calls `propose`: whatever only drafting needs can be skipped
+    gives_probs: bool = False  # whether sampled drafts must carry `probs_BKV`, which the rejection rule needs
+    longest_text: int | None = None  # in tokens, prompt included; no drafts for longer texts. None for no limit
+    notes: Mapping[str, Any] = MappingProxyType({})  # shown by `onlinespec inspect`; saved with the drafter
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that the drafter holds for each token of a request."""
+        """Bytes of memory that the drafter needs for each token of a running request; 0 if it has no cache."""
         return 0
 
     @classmethod
@@ -66,25 +67,25 @@ class Drafter(ABC):
         """Loads a saved drafter.
 
         Raises:
-            ValueError: naming both values, if it does not fit the target.
+            ValueError: if it does not fit the target; the message has both values that differ.
         """
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Saves the drafter in its published format; an interrupted save leaves no partial folder.
+        """Saves the drafter in the published format of its family. The write is atomic.
 
         Raises:
-            ValueError: if the folder can't be written to, or holds something else.
+            ValueError: if the folder can't be written to, or exists and holds something else than a saved drafter.
         """
 
     @abstractmethod
     def start(self, slot: int, info: RequestInfo, token_ids: Sequence[int], features: Features) -> None:
-        """Starts a request, or restarts it from its text so far.
+        """Starts a request. A request that is restarted begins with its prompt and the tokens generated so far.
 
         Args:
-            token_ids: The prompt, including its last token, which is the first anchor.
-            features: The target's features of all these tokens except the last, with the layers of `aux_layer_ids`. The
-                rows never change.
+            token_ids: All tokens so far. The last one is the first anchor.
+            features: The target's hidden states at all these tokens except the last, with the layers of
+                `aux_layer_ids`. The rows are not modified later, so they need not be copied.
         """
 
     @abstractmethod
@@ -98,39 +99,39 @@ class Drafter(ABC):
     ) -> Draft:
         """Drafts up to num_draft_tokens_B[i] tokens after each request's anchor, its last committed token.
 
-        It may draft fewer, or none. The result depends only on the arguments and on earlier calls of `start`, `observe`
-        and `swap`. The tensors of the draft are on the target's device.
+        It may draft fewer tokens, or none. The result depends only on the arguments and on earlier calls of `start`,
+        `observe` and `swap`. The draft's tensors are on the target's device.
 
         Args:
-            sampling: The drafter uses the temperature. Cuts and penalties apply to the target's rows only.
-            noise: The noise that will choose the target's tokens. A drafter with scores takes the argmax of
-                scores / temperature + noise.
+            sampling: The drafter uses the temperature. Penalties, top-k, top-p and min-p apply to the target only.
+            noise: The noise that will choose the target's tokens. A drafter that has scores for tokens takes the argmax
+                of scores / temperature + noise.
         """
 
     @abstractmethod
     def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Features]) -> None:
-        """Takes the tokens that the last step committed.
+        """Receives the tokens that the last step committed.
 
         Args:
-            token_ids: For each request, the drafts that were kept, then one token of the target's own.
-            features: For each request, the same number of rows: the target's features of its anchor and of the kept
-                drafts. The last committed token has no row yet.
+            token_ids: For each request, the drafted tokens that were kept, then one token chosen by the target.
+            features: For each request as many rows as tokens: the target's hidden states at the anchor and at the kept
+                tokens. The last committed token has no row yet.
         """
 
     @abstractmethod
     def release(self, slot: int, is_finished: bool) -> None:
-        """Frees what is held for a request.
+        """Ends a request: frees its slot and memory.
 
         Args:
             is_finished: Whether its answer is complete; False if it was cancelled, failed, or will be restarted.
         """
 
     def side(self, **facts: str) -> dict[str, Any]:
-        """Returns what is saved in `onlinespec.json`, beside the published files: the given facts and the notes."""
+        """Returns the entries to save in `onlinespec.json`: the given facts, and `notes` if there are any."""
         return {**facts, "notes": dict(self.notes)} if self.notes else dict(facts)
 
     def swap(self, weights: DrafterWeights) -> None:
-        """Drafts with other weights from the next step on. Cached rows of running requests stay as they are.
+        """Replaces the weights from the next step on. Cached keys and values of running requests are not recomputed.
 
         Raises:
             TypeError: if the drafter has no weights.
@@ -138,10 +139,10 @@ class Drafter(ABC):
         raise TypeError(f"{type(self).__name__} has no weights to swap")
 
     def tune(self, tuning: Tuning) -> None:
-        """Chooses which weights learn from now on. Their values do not change, their names may.
+        """Chooses which weights learn from now on. The drafter computes the same; the names of its params may change.
 
         Raises:
-            ValueError: if the drafter has no such choice.
+            ValueError: if the drafter offers no choice.
         """
         raise ValueError(
             f"--tune {tuning.what} is for a small_lm; {type(self).__name__} leaves no choice: leave it out"
@@ -153,13 +154,13 @@ class Drafter(ABC):
         """Makes a training batch of verified rows.
 
         Args:
-            feedback: This round's records; those of a request follow each other.
-            replayed: Records of earlier requests. They count in the total loss, not in the fresh one.
-            rejected_only: Count only rows that rejected a drafted token, as Online Speculative Decoding does
-                (arXiv:2310.07177); the others serve as context.
+            feedback: This round's records. Records of the same request are consecutive.
+            replayed: Records of earlier requests. They count in `Loss.total`, not in `Loss.fresh`.
+            rejected_only: Only rows that rejected a drafted token count in the loss, as in Online Speculative Decoding
+                (arXiv:2310.07177); the other rows serve as context.
 
         Returns:
-            A batch for `losses` and `rows`; something false if no fresh row can be learned from.
+            A batch for `losses` and `rows`; a falsy object if no fresh row can be learned from.
 
         Raises:
             TypeError: if the drafter does not learn.
@@ -167,11 +168,16 @@ class Drafter(ABC):
         raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
 
     def loss(self, params: Params, batch: Any, row_loss: RowLoss = soft_cross_entropy) -> Loss:
-        """Returns the loss of one set of weights on a batch; see `losses`."""
+        """Returns the loss of one set of weights on a batch. See `losses`."""
         return self.losses([params], batch, row_loss)[0]
 
     def losses(self, candidates: Sequence[Params], batch: Any, row_loss: RowLoss = soft_cross_entropy) -> list[Loss]:
-        """Returns the loss of each set of weights on a batch. Exactly the verified rows that count have a gradient.
+        """Returns the loss of each set of weights on a batch. Only the verified rows that count have a gradient.
+
+        Args:
+            candidates: E sets of weights, with the names of `weights.params`.
+            batch: From `batch`; not falsy.
+            row_loss: Compares drafted logits with the target's rows, and returns one loss per row.
 
         Raises:
             TypeError: if the drafter does not learn.
@@ -179,9 +185,10 @@ class Drafter(ABC):
         raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
 
     def rows(self, candidates: Sequence[Params], batch: Any, num_depths: int = 1) -> list[tuple[Tensor, TargetRows]]:
-        """Returns drafted logits [E, N, V] of the fresh rows and the target's rows, for each depth; without gradient.
+        """Returns, for each drafting depth, the drafted logits [E, N, V] of fresh rows and the target's rows.
 
-        At depth d these are the N rows that are followed by d more rows of their request.
+        There is no gradient. Depth d (0 is the first) has a prediction for every row of a request except the first d
+        rows of each run of consecutive ones.
 
         Raises:
             TypeError: if the drafter does not learn.
@@ -190,8 +197,8 @@ class Drafter(ABC):
 
     @classmethod
     def size(cls, folder: Path | None, target: ModelConfig) -> DrafterSize | None:
-        """Returns the size of a saved drafter, or of a fresh one if `folder` is None, without reading weights.
+        """Returns the size of a saved drafter, or of a fresh one if `folder` is None, without reading its weights.
 
-        None if it takes no memory worth counting.
+        None if its memory is negligible.
         """
         return None

@@ -1,13 +1,12 @@
 """The draft vocabulary: the tokens that a drafter may propose, and an LM head for them.
 
-The head is the largest product in drafting and learning, and most of its rows belong to tokens that the traffic never
-uses. FR-Spec (arXiv:2502.14856) drafts from the tokens most frequent in a corpus; here they are counted in the traffic,
-prompts included, so that they follow a change of domain. On Spider, GSM8K and CodeSearchNet 1,024 of 4,096 tokens
-covered 96 to 99 % of the demo target's answers, and a drafter would hardly have guessed the others. A drafter that was
-trained with a fixed draft vocabulary (EAGLE-3) keeps it.
+The LM head is the largest matrix product in drafting and learning, and most of its rows belong to tokens that never
+occur in the traffic. FR-Spec (arXiv:2502.14856) drafts from the most frequent tokens of a corpus. Here tokens are
+counted in the traffic, prompts included, so that the draft vocabulary adapts to a change of domain. On Spider, GSM8K
+and CodeSearchNet, 1,024 of 4,096 tokens covered 96 to 99 % of the demo target's answers, and a drafter would hardly
+have guessed the other tokens. A drafter that was trained with a fixed draft vocabulary (EAGLE-3) keeps it.
 
-A token outside the draft vocabulary costs a draft, but never exactness or the text of a seed, because the target
-chooses from its whole vocabulary.
+The draft vocabulary affects acceptance, but never the output: the target chooses from its whole vocabulary.
 
 Axis letters: N rows, S tokens of the draft vocabulary, V the target's vocabulary, D hidden size.
 """
@@ -30,25 +29,25 @@ Ids = NDArray[np.int64]
 Counts = NDArray[np.float64]
 
 _LEAST_SIZE = 1024
-_SHARE = 16  # a sixteenth of the target's vocabulary, if that is more
-_COLD = 2  # it is cold until the traffic has brought this many times its size in tokens
-_DECAY = 0.95  # of counts, with every request
-_NEVER = -1e30  # a logit below all others, but finite, because 0 times infinity would be NaN
+_SHARE = 16  # the default size is a sixteenth of the target's vocabulary, if that is more than _LEAST_SIZE
+_COLD = 2  # it is not used until the number of observed tokens is this many times its size
+_DECAY = 0.95  # factor on the counts at the start of every request
+_NEVER = -1e30  # logit of a token that must not be drafted; finite, because 0 times infinity would be NaN
 
 
 def draft_vocab_size(vocab_size: int) -> int:
-    """Returns the default size of a draft vocabulary."""
+    """Returns the default size of a draft vocabulary: 1,024, or a sixteenth of the vocabulary if that is more."""
     return max(_LEAST_SIZE, vocab_size // _SHARE)
 
 
 class DraftTokens:
-    """An immutable set of tokens, sorted by id, and their rows of the head.
+    """An immutable set of S tokens, sorted by id, with their rows of the drafter's and the target's LM head.
 
     Args:
-        draft_to_target: The target's ids of the tokens, on the host; `draft_to_target_S` is the same on the device.
-        head_SD: Their rows of the drafter's head.
-        labels_SD: Their rows of the target's head.
-        make_linear: Makes the product of the head.
+        draft_to_target: The target's ids of the tokens, [S] on the host; `draft_to_target_S` is the same on the device.
+        head_SD: The rows of the drafter's head for these tokens.
+        labels_SD: The rows of the target's head for these tokens; training labels are computed with them.
+        make_linear: Makes the linear layer of the drafter's head.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class DraftTokens:
         return F.linear(states_ND, self._labels_SD).float()
 
     def target_to_draft(self, token_ids: Sequence[int]) -> Ids | None:
-        """Maps the target's ids to indices among these tokens; None unless all of them are included."""
+        """Maps the target's token ids to indices into these tokens; None if any id is not among them."""
         places = np.searchsorted(self.draft_to_target, token_ids).clip(max=len(self.draft_to_target) - 1)
         return places if np.array_equal(self.draft_to_target[places], token_ids) else None
 
@@ -77,13 +76,13 @@ class DraftVocab:
     """Chooses the tokens to draft from: those with the largest decayed counts in the traffic, or a fixed set.
 
     Args:
-        head_VD: The drafter's head. Tokens of the target that it has no row for are never chosen.
-        make_linear: Makes the product of a head.
-        tokens: The size, or the ids of a fixed set; by default 1,024, or a sixteenth of the vocabulary if that is more.
-        labels_VD: The target's head, if it differs from the drafter's.
+        head_VD: The drafter's head. It may have fewer rows than the target's; tokens without a row are never chosen.
+        make_linear: Makes the linear layer of a head.
+        tokens: The size, or the ids of a fixed set. By default, the size is `draft_vocab_size`.
+        labels_VD: The target's head, if it is not also the drafter's.
 
     Raises:
-        ValueError: for a size or set of no tokens, or for ids that the head has no row for.
+        ValueError: if the size is below 1, the set is empty, or the head has no row for an id.
     """
 
     def __init__(
@@ -96,16 +95,16 @@ class DraftVocab:
         self._head_VD, self._make_linear = head_VD, make_linear
         self._labels_VD = head_VD if labels_VD is None else labels_VD
         V = len(head_VD)
-        self._num_lacking = len(self._labels_VD) - V  # tokens of the target that the head has no row for
+        self._num_lacking = len(self._labels_VD) - V  # number of target tokens without a row in the drafter's head
         self._fixed = None if tokens is None or isinstance(tokens, int) else _checked(tokens, V)
         size = tokens if isinstance(tokens, int) else draft_vocab_size(V)
         if size < 1:
             raise ValueError(f"a draft vocabulary of {size} tokens can't be drafted from; it must have at least 1")
         self._size = min(V, size)
-        # Unseen tokens are ranked by id, because byte-pair vocabularies are numbered by frequency.
+        # Unseen tokens are ranked by id, because ids of byte-pair vocabularies are in order of frequency.
         self._unseen_V = np.linspace(1e-6, 0, V)
         self._counts_V = np.zeros(len(self._labels_VD))
-        self._uncounted: list[int] = []  # observed tokens that are not in `_counts_V` yet
+        self._uncounted: list[int] = []  # observed tokens that are not yet in `_counts_V`
         self._num_seen = 0
         self._chosen: DraftTokens | None = None
         self._is_stale = True
@@ -114,19 +113,22 @@ class DraftVocab:
 
     @property
     def is_cold(self) -> bool:
-        """Whether too little traffic was observed to choose; drafts should use the whole vocabulary then."""
+        """Whether too few tokens were observed to choose from. Drafts should then use the whole vocabulary."""
         return self._fixed is None and self._num_seen < _COLD * self._size
 
     @property
     def now(self) -> DraftTokens:
-        """The tokens to draft from, chosen when the newest request began. Computed only when it is needed."""
+        """The tokens to draft from. They are chosen anew at the first use after a request has started."""
         if self._is_stale or self._chosen is None:
             self.settle()
             self._chosen, self._is_stale = self._choose(self._counts_V), False
         return self._chosen
 
     def holding(self, token_ids: Sequence[int]) -> DraftTokens:
-        """Returns a set of the same size that includes these tokens first. `now` does not change."""
+        """Returns a set of the same size that includes these tokens, as far as they fit. `now` does not change.
+
+        A fixed set is returned unchanged.
+        """
         now = self.now
         if self._fixed is not None or now.target_to_draft(token_ids) is not None:
             return now
@@ -137,47 +139,47 @@ class DraftVocab:
 
     @cached_property
     def whole(self) -> Linear:
-        """The head for the whole vocabulary; made when it is first needed."""
+        """The drafter's head over the target's whole vocabulary, [N, D] to [N, V]. Made when it is first needed."""
         product = FrozenProduct(self._head_VD, self._make_linear)
         return (lambda x_ND: self.widened(product(x_ND))) if self._num_lacking else product
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the states that its heads take."""
+        """The dtype of the hidden states that the heads expect."""
         return self._head_VD.dtype
 
     def use_head(self, head_VD: Tensor) -> None:
-        """Replaces the drafter's head, for drafters whose head learns."""
+        """Replaces the drafter's head. For drafters whose head learns."""
         self._head_VD, self._chosen = head_VD, None
         self.__dict__.pop("whole", None)
 
     # --- observing traffic --------------------------------------------------------------------------------------
 
     def begin_request(self, prompt_ids: Sequence[int]) -> None:
-        """Starts a request: decays earlier counts, counts its prompt, and lets `now` be chosen anew."""
+        """Starts a request: decays earlier counts, counts the prompt, and has `now` chosen anew at its next use."""
         self.settle()
         self._counts_V *= _DECAY
         self.observe_tokens(prompt_ids)
         self._is_stale = True
 
     def observe_tokens(self, token_ids: Sequence[int]) -> None:
-        """Notes committed tokens. They are counted later, because every step calls this."""
+        """Records committed tokens. `settle` counts them later, because every step calls this and it must be fast."""
         self._num_seen += len(token_ids)
         self._uncounted.extend(token_ids)
 
     def settle(self) -> None:
-        """Counts the observed tokens, and keeps nothing but the counts."""
+        """Adds the recorded tokens to the counts, and drops the tokens themselves."""
         np.add.at(self._counts_V, np.array(self._uncounted, dtype=np.int64), 1.0)
         self._uncounted = []
 
     def saved(self) -> list[int]:
-        """Returns the tokens to save with the drafter; none while it is cold, or if the set is fixed."""
+        """Returns the token ids to save with the drafter; empty if too few were observed, or if the set is fixed."""
         return [] if self.is_cold or self._fixed is not None else self.now.draft_to_target.tolist()
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """Starts from saved tokens as if each had been observed twice; ids without a row are skipped.
+        """Starts from saved tokens as if each had been observed twice. Ids without a row in the head are skipped.
 
-        New traffic soon outweighs them.
+        The counts decay, so new traffic soon outweighs them.
         """
         known = [i for i in token_ids if self.has_row(i)]
         self.observe_tokens(known * _COLD)
@@ -190,20 +192,20 @@ class DraftVocab:
         return 0 <= token_id < len(self._head_VD)
 
     def widened(self, logits_V: Tensor) -> Tensor:
-        """Widens logits to the target's vocabulary. Tokens without a row get a logit so low that none is drafted."""
+        """Pads logits to the target's vocabulary. Tokens without a row get a logit so low that they are not drafted."""
         return F.pad(logits_V.float(), (0, self._num_lacking), value=_NEVER) if self._num_lacking else logits_V
 
     def narrowed(self, probs_NV: Tensor) -> Tensor:
-        """Returns the target's rows with probability 0 on tokens without a row, normalised: the labels."""
+        """Returns the target's rows as labels: probability 0 on tokens without a row, then normalised."""
         if not self._num_lacking:
             return probs_NV
         known_NV = probs_NV[..., : len(self._head_VD)]
         return F.pad(known_NV / known_NV.sum(-1, keepdim=True), (0, self._num_lacking))
 
-    # --- inside -------------------------------------------------------------------------------------------------
+    # --- choosing, internal -------------------------------------------------------------------------------------
 
     def _choose(self, weights_V: Counts) -> DraftTokens:
-        """Chooses the tokens with the largest weights. Copies rows of the head only if the set has changed."""
+        """Returns the tokens with the largest weights. Rows of the head are copied only if the set has changed."""
         chosen = self._fixed if self._fixed is not None else self._heaviest(weights_V)
         if self._chosen is not None and np.array_equal(chosen, self._chosen.draft_to_target):
             return self._chosen

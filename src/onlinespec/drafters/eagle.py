@@ -1,11 +1,12 @@
-"""EAGLE-1: a one-layer draft head that continues the target's own hidden states.
+"""The `eagle` drafter (EAGLE-1): a one-layer draft head that extrapolates the target's hidden states.
 
-Row t pairs the target's final hidden state after token t with the embedding of token t + 1, and estimates the hidden
-state after token t + 1; the target's own head turns that into a draft of token t + 2. Drafting feeds the estimate
-back in place of the state that is not there yet. Embedding and head are the target's, by reference, and never learn.
+The input of row t is the target's final hidden state after token t and the embedding of token t + 1. The output
+estimates the hidden state after token t + 1, from which the target's LM head drafts token t + 2. For further drafts,
+the estimate is the input in place of the target's state, which is not computed yet. Embedding and LM head are
+the target's, are shared with it, and do not learn.
 
 Axis letters: B requests, K drafted tokens, N rows of a call, S positions, D hidden size, V vocabulary.
-Reference: EAGLE, arXiv:2401.15077; file layout as other engines read it.
+Reference: EAGLE, arXiv:2401.15077. The file layout is the one that other engines read.
 """
 
 from __future__ import annotations
@@ -61,23 +62,24 @@ from onlinespec.models.memory import DrafterSize
 from onlinespec.models.rope import RotaryTables
 
 _LAYER = "layers.0."
-_MANY_ROWS = 16  # from this many rows on, computing unused states costs more than a second call of the layer
+_MANY_ROWS = 16  # from this many rows on, a separate call that only writes keys and values is cheaper
 
 
 class Eagle(Autoregressive):
-    """The EAGLE-1 head.
+    """The EAGLE-1 drafter.
 
-    Drafting uses the fastest products that the machine has (bfloat16, for instance), learning the float32 weights.
+    Drafting uses the fastest matrix products of the machine (bfloat16, for instance). Learning uses float32 weights.
 
     Args:
-        config: The published config.json; unknown fields are kept and saved again.
-        params: Float32 weights by their published names.
+        target: The target that it drafts for.
+        config: The published config.json. Unknown fields are kept and saved again.
+        params: Weights by their published names; converted to float32.
         version: The weights version.
-        unroll: Drafting depths that each training row goes through. Deeper ones read the drafter's own output, as in
-            drafting.
-        extra: Further tensors of the checkpoint, which are kept and saved again.
-        dtype: The dtype that the weights are saved in.
-        make_linear: Makes the products for drafting; by default the fastest for the device.
+        unroll: Number of drafting depths per training row. From the second depth on, the input is the drafter's own
+            output, as in drafting.
+        extra: Further tensors of the checkpoint. They are not used, but saved again.
+        dtype: The dtype in which the weights are saved.
+        make_linear: Makes the linear layers for drafting; by default the fastest ones for the device.
         draft_tokens: Size or ids of the draft vocabulary; see `DraftVocab`.
     """
 
@@ -125,7 +127,7 @@ class Eagle(Autoregressive):
             for name, dims in _param_shapes(config).items()
         }
         hidden_size = target.decoder.config.layer.hidden_size
-        params["fc.weight"][:, hidden_size:] += torch.eye(hidden_size)  # at first, pass the target's state through
+        params["fc.weight"][:, hidden_size:] += torch.eye(hidden_size)  # initially, the target's state passes through
         return cls(target, config, {name: p.to(target.decoder.device) for name, p in params.items()})
 
     @classmethod
@@ -167,8 +169,12 @@ class Eagle(Autoregressive):
     # --- drafting -----------------------------------------------------------------------------------------------
 
     def swap(self, weights: DrafterWeights) -> None:
-        """Cached rows of older weights stay: exactness is not affected, and acceptance not measurably (docs/log.md)."""
-        if self.drafts:  # make everything first and assign last, so that an error leaves no mixture
+        """Replaces the weights.
+
+        Cached keys and values of older weights are kept. The output stays exact, and no effect on acceptance was
+        measurable (docs/log.md).
+        """
+        if self.drafts:  # assign last, so that an error leaves no mixture of old and new weights
             params = {name: p.detach().to(self._draft_dtype) for name, p in weights.params.items()}
             fc = self._make_linear(params["fc.weight"], params.get("fc.bias"))
             layer = FastLayer(self._layer_config, _layer_weights(params), self._make_linear)
@@ -176,7 +182,10 @@ class Eagle(Autoregressive):
         self.weights = weights
 
     def _remember(self, slot: int) -> None:
-        """Writes a prompt's keys and values into the cache, except the last row's, without attending."""
+        """Prefills the cache with all waiting tokens but the last, if there are many.
+
+        Only keys and values are computed: the states of these tokens are not needed, so attention is skipped.
+        """
         waiting = self._slots[slot]
         count = len(waiting.token_ids) - 1
         if count < _MANY_ROWS:
@@ -199,7 +208,7 @@ class Eagle(Autoregressive):
     def _enter(
         self, token_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int], attends: bool = True
     ) -> tuple[Tensor, Plan]:
-        """The layer's input rows, and the plan of their cache positions."""
+        """Returns the layer's input rows [N, D], and the plan of their positions in the cache."""
         rows = Rows(slots, [self._cache.lengths[slot] for slot in slots], counts)
         embedded_ND = F.embedding(token_ids_N, self._embedding_VD)
         x_ND = self._fc(torch.cat([embedded_ND, states_ND], dim=-1).to(self._draft_dtype))
@@ -212,12 +221,12 @@ class Eagle(Autoregressive):
         config, weights = self._layer_config, _layer_weights(params)
         embedded_ND = F.embedding(rows.read_ids_N, self._embedding_VD).float()
         rotary_NR = rotary_at(rows.positions_N, config, rows.capacities)
-        sets = params["fc.weight"].shape[:-2]  # (), or how many
+        sets = params["fc.weight"].shape[:-2]  # (), or (E,) if E sets of weights are stacked
         device, states_MD = embedded_ND.device, rows.features_ND.expand(*sets, *rows.features_ND.shape)
-        left, at = rows.left, np.arange(len(rows.left))  # on the host, so that no device is waited for
+        left, at = rows.left, np.arange(len(rows.left))  # on the host, so that there is no device synchronisation
         seen = [self._context(params, weights, rows, sets)]
         for depth in range(num_depths):
-            if depth:  # rows that their span continues read the next token, and attend to their own earlier depths
+            if depth:  # rows that have a next token in their span read it, and attend to their own earlier depths
                 kept = np.flatnonzero(left > depth)
                 left, at, kept_M = left[kept], at[kept] + 1, to_device(kept, device)
                 states_MD = states_MD[..., kept_M, :]
@@ -234,7 +243,7 @@ class Eagle(Autoregressive):
 
     @torch.no_grad()
     def _context(self, params: Params, weights: Params, rows: Layout, sets: Sequence[int]) -> Seen:
-        """Keys and values of the context rows, without gradient."""
+        """Computes keys and values of the context rows, without gradient."""
         embedded_CD = F.embedding(rows.context_ids_C, self._embedding_VD).float()
         features_CD = rows.context_features_CD.expand(*sets, *rows.context_features_CD.shape)
         inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)

@@ -1,7 +1,8 @@
-"""Base class for learning in drafters that produce hidden states and turn them into tokens with an LM head.
+"""Base class of trainable drafters that produce hidden states and turn them into tokens with an LM head.
 
-Verified rows become training rows; their states are computed with a gradient; the head turns them into logits, which a
-loss compares with the target's rows. Embedding and head do not learn unless a subclass says so.
+Verified rows become training rows. The drafter's hidden states of these rows are computed with a gradient, the head
+turns them into logits, and a loss compares the logits with the target's rows. Embedding and head are frozen unless a
+subclass trains them.
 
 Axis letters: M, N rows, D hidden size, S tokens of the draft vocabulary, V vocabulary, E sets of weights.
 """
@@ -29,13 +30,13 @@ Head = Callable[[Tensor], Tensor]  # states [..., D] to logits over the vocabula
 
 
 class HeadTraining(Drafter):
-    """The learning half of a drafter with an LM head. Subclasses set `draft_vocab` and implement `_depths`."""
+    """Batches and losses for drafters with an LM head. Subclasses set `draft_vocab` and implement `_depths`."""
 
     is_trainable = True
-    unroll = 1  # drafting depths that each training row goes through
-    num_before = 0  # tokens at the start of a request without a row; 1 if a row needs the features before its token
-    reads_features = False  # whether rows read the target's features
-    max_context: int | None = None  # maximum number of context rows, the newest; None for all
+    unroll = 1  # number of drafting depths that each training row goes through
+    num_before = 0  # number of first tokens without a row; 1 if a row needs the target's features before its token
+    reads_features = False  # whether the target's features are an input of the rows
+    max_context: int | None = None  # maximum number of context rows per span, the most recent ones; None for all
     draft_vocab: DraftVocab
 
     def __init__(self, target: Target) -> None:
@@ -87,13 +88,13 @@ class HeadTraining(Drafter):
 
     @abstractmethod
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields for each drafting depth the indices of the M training rows that have it, and their states [M, D].
+        """Yields for each drafting depth the indices of the M training rows that it predicts, and their states [M, D].
 
-        With stacked params, states have an axis of sets in front.
+        The first depth predicts all N rows. With stacked params, the states are [E, M, D].
         """
 
     def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
-        """Spans of training rows. Rows whose token the drafter's head lacks do not count."""
+        """Makes spans of training rows. Rows whose committed token has no row in the drafter's head do not count."""
         return spans_of(
             feedback,
             self.num_before,
@@ -105,7 +106,7 @@ class HeadTraining(Drafter):
         )
 
     def _learn_head(self, params: Params, tokens: DraftTokens | None) -> Head:
-        """The head for learning, over `tokens` or the whole vocabulary; by default a frozen one."""
+        """Returns the head to learn with, over `tokens` or the whole vocabulary. By default it is frozen."""
         product = tokens.head if tokens else self.draft_vocab.whole
 
         def head(states: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class HeadTraining(Drafter):
         return head(states_ND.to(self.draft_vocab.dtype)).float()
 
     def _label(self, layout: Layout, tokens: DraftTokens | None) -> TargetRows:
-        """The target's rows: its head applied to the hidden states from verification."""
+        """Returns the target's rows: its head applied to the hidden states stored at verification, then softmax."""
         places = tokens.target_to_draft(layout.token_ids) if tokens else None
         if tokens is None or places is None:
             probs_NV = self.draft_vocab.narrowed(self._decoder.head(layout.target_states_ND).softmax(-1))
@@ -127,26 +128,29 @@ class HeadTraining(Drafter):
         return TargetRows(logits_NS.softmax(-1), places_N, layout.temperatures_N, layout.noise_keys_N3)
 
     def _target_logits(self, tokens: DraftTokens, states_ND: Tensor) -> Tensor:
-        """The target's logits for some tokens; a product with their rows is enough if its head does nothing else."""
+        """Returns the target's logits [N, S] for some tokens.
+
+        If the target's head is a plain matrix product, only the rows of these tokens are multiplied.
+        """
         if self._decoder.has_plain_head:
             return tokens.target_logits(states_ND)
         return self._decoder.head(states_ND)[:, tokens.draft_to_target_S]
 
 
 def _num_agreed(logits: Tensor, target: TargetRows, batch: TrainingRows) -> Tensor:
-    """For each set of weights, the number of fresh rows whose first draft would have been the committed token."""
+    """Returns [E]: for each set of weights, how many fresh rows it would have drafted the committed token for."""
     fresh_M = to_device(batch.fresh_places, logits.device)
     logits_ENS = logits.view(-1, *target.probs_NV.shape)
     return agrees(logits_ENS[:, fresh_M], target.take(fresh_M)).sum(-1)
 
 
 def draft_dtype_for(target: Model[Any]) -> torch.dtype:
-    """Returns the dtype for drafting: float32 on a CPU (products may be packed as bf16), else the target's own."""
+    """Returns the dtype for drafting: float32 on a CPU (weights may be packed as bfloat16), else the target's dtype."""
     return torch.float32 if target.device.type == "cpu" else target.dtype
 
 
 def stacked(candidates: Sequence[Params]) -> Params:
-    """Stacks several sets of weights along a new first axis, so that each product runs once; one set stays as it is."""
+    """Stacks several sets of weights along a new first axis, for batched products. A single set is returned as is."""
     if len(candidates) == 1:
         return candidates[0]
     return {name: torch.stack([params[name] for params in candidates]) for name in candidates[0]}

@@ -1,4 +1,7 @@
-"""Loads drafters by name, path or Hub id. A new family is a file in this folder and a line in `registry.DRAFTERS`."""
+"""Loading of drafters by name, path or Hub id.
+
+To add a family, add a file to this folder and a line to `registry.DRAFTERS`.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
     """Loads or creates a drafter for a target.
 
     Args:
-        name_or_path: A table name or "pkg.module:Class" for an untrained drafter; a directory or Hub id of a saved one;
-            or `demo` or `demo/small_lm` for the shipped ones.
-        seed: Of an untrained drafter's weights.
+        name_or_path: For an untrained drafter, a name in `registry.DRAFTERS` or "pkg.module:Class". For a saved
+            drafter, its directory or Hub id. `demo` and `demo/small_lm` are shipped with the package.
+        target: The target that it drafts for.
+        seed: For the random weights of an untrained drafter.
         tuning: Which weights learn; None for the drafter's default.
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id.
-        ValueError: if it does not fit the target, or is of an unknown format.
+        ValueError: if the drafter does not fit the target, its format is unknown, or it does not support `tuning`.
     """
     name = str(name_or_path)
     if name in DRAFTERS or (":" in name and not Path(name).exists()):
@@ -37,10 +41,13 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
 
 
 def drafter_class(name: str) -> type[Drafter]:
-    """Returns the class of a table name or of "pkg.module:Class", which the config of a saved drafter may name too.
+    """Returns the drafter class for a name in `registry.DRAFTERS` or for "pkg.module:Class".
+
+    The config of a saved drafter may also contain "pkg.module:Class". Only subclasses of `Drafter` are accepted, so
+    that a downloaded config can't have an arbitrary object called.
 
     Raises:
-        ValueError: if there is no such name, or if it is not a `Drafter`: a config must not choose what is called.
+        ValueError: if there is no such name, or it is not a subclass of `Drafter`.
     """
     found = resolve(DRAFTERS, name, "drafter")
     if not (isinstance(found, type) and issubclass(found, Drafter)):

@@ -1,5 +1,7 @@
-"""Prompt lookup: drafts what followed the last few tokens when they last occurred. The smallest example of a
-drafter."""
+"""The `ngram` drafter (prompt lookup): drafts what followed the last few tokens when they last occurred in the text.
+
+It is the smallest example of a drafter: it has no weights and does not learn.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ class _History:
 
 
 class Ngram(Drafter):
-    """Finds the last occurrence of the text's final n tokens, n = `max_ngram` down to 1, and drafts what followed.
+    """Looks for an earlier occurrence of the text's final n tokens, and drafts what followed the last one.
+
+    It tries n = `max_ngram` first, then shorter n-grams down to 1, and drafts nothing if none occurs. The text is the
+    request's prompt and output.
 
     Reference: prompt lookup decoding (Saxena, 2023); LLMA, arXiv:2304.04487.
     """

@@ -1,4 +1,4 @@
-"""Settings of which weights of a drafter learn. Imports no torch."""
+"""Which weights of a drafter learn. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ TUNINGS = ("layers", "all", "adapters")
 
 @dataclass(frozen=True)
 class Tuning:
-    """What of a drafter learns, where it leaves a choice (`small_lm`)."""
+    """Which weights learn, for drafters that offer a choice (`small_lm`).
 
-    what: str = "layers"  # all but embedding and head; "all" of it; or low-rank "adapters" of the layers' products
-    rank: int = 8  # of the adapters ...
-    alpha: float = 16.0  # ... which count alpha / rank times
+    Raises:
+        ValueError: for an unknown `what`, a rank below 1, or an alpha that is not positive and finite.
+    """
+
+    what: str = "layers"  # "layers": all but embedding and head; "all"; "adapters": LoRA adapters of the layers
+    rank: int = 8  # of the adapters
+    alpha: float = 16.0  # the product of the adapter matrices is multiplied by alpha / rank
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,7 +1,8 @@
-"""Training rows: the verified rows of requests, laid side by side, with the target's rows as labels.
+"""Training rows: the verified rows of requests, concatenated into one batch, with the target's rows as labels.
 
-A drafter has one row per token of a request, except for its first `num_before` tokens. A row reads its token, and
-possibly the target's state before that token; its label is the target's row after the token.
+A drafter has one row per token of a request, except for the first `num_before` tokens. The input of a row is its token,
+and for some drafters the target's hidden state before that token. The label is the target's next-token distribution
+after the token.
 
 Axis letters: S rows of a request, N rows the loss is on, C rows of context, D hidden size.
 """
@@ -27,20 +28,20 @@ Ints = NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """Consecutive rows of one request. The last N are trained; those before them are context."""
+    """Consecutive rows of one request. The last N are trained; the rows before them are context."""
 
-    read_ids_S: Tensor  # the token that each row reads
-    features_SD: Tensor  # float32: the target's state before each row's token; empty if the drafter does not read it
+    read_ids_S: Tensor  # the input token of each row
+    features_SD: Tensor  # float32: the target's state before each row's token; [S, 0] if the drafter does not use it
     target_states_ND: Tensor  # the target's state at each trained row's token; its head turns them into labels
     token_ids: list[int]  # the committed token after each trained row's token ...
-    token_ids_N: Tensor  # ... and on the device
-    counts: list[bool]  # which trained rows the loss counts ...
-    counts_N: Tensor  # ... and on the device
+    token_ids_N: Tensor  # ... the same on the device
+    counts: list[bool]  # whether each trained row counts in the loss ...
+    counts_N: Tensor  # ... the same on the device
     noise_keys_N3: Tensor  # int64 (seed, choice, position) of the noise that chose each of `token_ids`
     temperature: float  # of the request
-    is_fresh: bool  # of this round; False if replayed
-    capacity: int  # maximum number of tokens that a drafter holds for the request
-    first_position: int = 0  # position of the first row; earlier rows are left out
+    is_fresh: bool  # whether the rows are of this round; False if replayed
+    capacity: int  # maximum number of tokens of the request, plus MAX_DRAFT_TOKENS
+    first_position: int = 0  # the drafter's position of the first row; not 0 if earlier context was cut off
 
     @property
     def num_context(self) -> int:
@@ -49,35 +50,37 @@ class Span(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Spans laid side by side: N trained rows of all spans, and C context rows."""
+    """The rows of all spans concatenated: N trained rows and C context rows. The rows of a span are consecutive."""
 
     context_ids_C: Tensor
-    context_positions_C: Tensor  # inside the request
+    context_positions_C: Tensor  # positions within the request
     context_features_CD: Tensor
-    read_ids_N: Tensor  # the rows of a span are consecutive
+    read_ids_N: Tensor
     positions_N: Tensor
-    left: Ints  # on the host: number of rows of the span from each row on, itself included
+    left: Ints  # on the host: number of rows from each row to the end of its span, itself included
     features_ND: Tensor
     target_states_ND: Tensor
-    token_ids: list[int]  # the committed token after each of the N rows, on the host ...
-    token_ids_N: Tensor  # ... and on the device
+    token_ids: list[int]  # on the host: the committed token after each of the N rows ...
+    token_ids_N: Tensor  # ... the same on the device
     counts_N: Tensor
     fresh: Ints  # on the host: indices of the rows that are fresh and count
     noise_keys_N3: Tensor
     temperatures_N: Tensor
-    capacities: Ints  # on the host: `Span.capacity` of each row
-    context_capacities: Ints
-    context_sizes: tuple[int, ...]  # context rows of each span
-    is_visible_NC: Tensor  # bool: same span
-    is_visible_NN: Tensor  # bool: same span and not later
+    capacities: Ints  # on the host: `Span.capacity` of each trained row
+    context_capacities: Ints  # ... and of each context row
+    context_sizes: tuple[int, ...]  # number of context rows of each span
+    is_visible_NC: Tensor  # bool attention mask: context of the same span
+    is_visible_NN: Tensor  # bool attention mask: same span and not later
 
 
 class TrainingRows(list[Span]):
-    """The spans of a round. They are laid out and labelled once, however many sets of weights are evaluated.
+    """The batch of a learning round: a list of spans. It is empty if there is nothing to learn from.
+
+    Layout and labels are computed once, however many sets of weights are evaluated.
 
     Args:
         label: Computes the target's rows of a layout, over the given tokens or, if None, the whole vocabulary.
-        vocab: The draft vocabulary that the loss may use; None for the whole vocabulary.
+        vocab: The draft vocabulary that the loss may be restricted to; None for the whole vocabulary.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class TrainingRows(list[Span]):
 
     @property
     def has_rows(self) -> bool:
-        """Whether any row counts."""
+        """Whether any row counts in the loss."""
         return any(any(span.counts) for span in self)
 
     @cached_property
@@ -100,10 +103,10 @@ class TrainingRows(list[Span]):
 
     @cached_property
     def tokens(self) -> DraftTokens | None:
-        """The draft vocabulary of the loss, with the spans' own tokens in it; None for the whole vocabulary.
+        """The tokens over which the loss is computed, including all committed tokens; None for the whole vocabulary.
 
-        It is None if a request is sampled. It is computed when a loss first asks, so that rows that are only measured
-        have no influence on drafting.
+        None if any request is sampled. Computed at the first use by a loss, so that a batch that is only evaluated over
+        the whole vocabulary does not change the draft vocabulary.
         """
         if self._vocab is None or any(span.temperature for span in self):
             return None
@@ -112,17 +115,17 @@ class TrainingRows(list[Span]):
 
     @cached_property
     def target(self) -> TargetRows:
-        """The target's rows, over `tokens`."""
+        """The target's rows (the labels), over `tokens`."""
         return self._label(self.layout, self.tokens)
 
     @cached_property
     def fresh(self) -> TrainingRows:
-        """The spans of this round only, over the whole vocabulary, for telemetry and the gate."""
+        """The spans of this round only, over the whole vocabulary. For telemetry and the promotion gate."""
         return TrainingRows([span for span in self if span.is_fresh], self._label)
 
     @cached_property
     def fresh_places(self) -> Ints:
-        """On the host: indices of this round's rows, whether they count or not."""
+        """On the host: indices of all of this round's rows, including those that do not count."""
         return np.flatnonzero(np.repeat([span.is_fresh for span in self], [len(span.token_ids) for span in self]))
 
 
@@ -135,13 +138,15 @@ def spans_of(
     max_context: int | None = None,
     has_row: Callable[[int], bool] = lambda token_id: True,
 ) -> list[Span]:
-    """Makes a span of every run of consecutive records of a request that has a row to train.
+    """Makes one span of each run of consecutive records of a request. Runs without a row to train are skipped.
 
     Args:
-        num_before: See the top of the file.
-        has_features: Whether rows read the target's states.
-        max_context: Maximum number of context rows, the newest; None for all.
-        has_row: Whether the drafter's head has a row for a token; rows with other tokens do not count.
+        num_before: Number of tokens at the start of a request for which the drafter has no row.
+        rejected_only: Only rows that rejected a drafted token count in the loss.
+        is_fresh: Whether the records are of this round, not replayed.
+        has_features: Whether the drafter uses the target's hidden states as input.
+        max_context: Maximum number of context rows per span; the most recent ones are kept. None for all.
+        has_row: Whether the drafter's head has a row for a token. Rows whose committed token has none do not count.
     """
     spans = [
         _span(run, num_before, rejected_only, is_fresh, has_features, has_row)
@@ -152,7 +157,7 @@ def spans_of(
 
 
 def lay_out(spans: Sequence[Span]) -> Layout:
-    """Lays spans side by side."""
+    """Concatenates the rows of spans, which must not be empty."""
     device = spans[0].read_ids_S.device
     contexts = [span.num_context for span in spans]
     sizes = [len(span.target_states_ND) for span in spans]

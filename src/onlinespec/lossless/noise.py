@@ -8,7 +8,7 @@ own scores plus the same noise, which makes it likely to propose the token that 
 **Noise is per position.** If a step drafts positions 7 to 10 and the draft is rejected at 7, the next step drafts 8 to
 10 again with the same rows, and the target also chooses its tokens there with the same rows.
 
-**Noise is per request.** Two requests use the same noise only if both their seeds and their choices are equal.
+**Noise is per request.** Two requests use the same noise if their seeds and choices are equal, otherwise not.
 
 A row is stored as uniform numbers. These are converted to Gumbel noise where it is added to scores, and only for the
 tokens that remain after top-k, top-p and min-p, or that are in the draft vocabulary.

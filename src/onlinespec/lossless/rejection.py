@@ -156,7 +156,7 @@ def _committed(draft_ids_BK: Tensor, num_accepted_B: Tensor, last_ids_B: Tensor)
 
 
 def _padded(probs_NV: Tensor, length: int) -> Tensor:
-    """Pads with rows of zeros. No draft reaches them, so they are never read."""
+    """Pads with rows of zeros, on which no result depends."""
     return F.pad(probs_NV, (0, 0, 0, length - len(probs_NV)))
 
 

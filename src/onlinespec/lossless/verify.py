@@ -34,7 +34,7 @@ class Rule(Protocol):
     needs_probs: bool  # whether sampled drafts must carry their distributions (`Draft.probs_BKV`)
 
     def judge(self, draft: Draft, rows: Sequence[ScoredRows]) -> Verdict:
-        """Returns which drafted tokens of a step are kept, and the tokens to commit; `rows` has one item per request."""
+        """Returns how many drafted tokens are kept, and the tokens to commit; `rows` has one item per request."""
 
 
 class Coupled:

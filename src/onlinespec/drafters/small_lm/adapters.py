@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) of a model's linear layers, in the files that peft reads and writes.
+"""Low-rank adapters (LoRA) of a model's linear layers, saved in the file format of peft.
 
-A weight W [F, D] becomes W + alpha / rank * B @ A with A [rank, D] and B [F, rank], which is zero at first. Only A and
-B learn. Embedding, head and norms are not adapted.
+A weight W [F, D] becomes W + alpha / rank * B @ A with A [rank, D] and B [F, rank]; B is initially zero. Only A and B
+learn. Embedding, LM head and norms have no adapters.
 Reference: LoRA, arXiv:2106.09685; the file layout is peft's.
 """
 
@@ -21,7 +21,7 @@ from onlinespec.models.checkpoint import check_tensors, read_tensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
-_PLAIN = {  # accepted values of options for variants of LoRA, none of which is supported
+_PLAIN = {  # options of peft for LoRA variants, which are not supported: the values that mean ordinary LoRA
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_rslora": (False, None),
@@ -33,12 +33,12 @@ _PLAIN = {  # accepted values of options for variants of LoRA, none of which is 
 
 
 def is_in(folder: Path) -> bool:
-    """Whether a folder holds adapters instead of a model."""
+    """Whether a folder holds adapters instead of a whole model."""
     return (folder / CONFIG).is_file()
 
 
 def fresh(weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
-    """Returns adapters of all linear layers in the decoder layers, initialised so that the model does not change."""
+    """Returns new adapters for all linear layers of the decoder layers. B is zero, so the model does not change yet."""
     generator, params = torch.Generator().manual_seed(0), {}
     for name, weight in weights.items():
         if name.startswith("model.layers.") and name.endswith("_proj.weight"):
@@ -50,14 +50,21 @@ def fresh(weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
 
 
 def merged(weights: Mapping[str, Tensor], params: Params, tuning: Tuning) -> Params:
-    """Returns the weights with their adapters merged in, differentiable; stacked adapters give stacked weights."""
+    """Returns the adapted weights with their adapters merged in, differentiable in the adapters.
+
+    Weights without an adapter are left out. Stacked adapters [E, ...] give stacked weights.
+    """
     scale = tuning.alpha / tuning.rank
     modules = [name.removesuffix(_A) for name in params if name.endswith(_A)]
     return {f"{m}.weight": weights[f"{m}.weight"] + scale * (params[m + _B] @ params[m + _A]) for m in modules}
 
 
 def config_of(tuning: Tuning, base: str) -> dict[str, Any]:
-    """Returns peft's adapter_config.json for adapters made by `fresh`; `base` is the model's path or Hub id."""
+    """Returns the content of adapter_config.json for adapters made by `fresh`.
+
+    Args:
+        base: Path or Hub id of the model that the adapters are for.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -95,7 +102,8 @@ def tuning_of(config: Mapping[str, Any], folder: Path) -> Tuning:
     """Returns the rank and alpha of saved adapters.
 
     Raises:
-        ValueError: for variants of LoRA, by name, and for values that are no numbers.
+        ValueError: if the config is not ordinary LoRA (the message names the option), or has values that are not
+            numbers.
     """
     path = folder / CONFIG
     if config.get("peft_type") != "LORA":
@@ -110,10 +118,14 @@ def tuning_of(config: Mapping[str, Any], folder: Path) -> Tuning:
 
 
 def read(folder: Path, weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
-    """Reads saved adapters and checks them against the model's weights.
+    """Reads saved adapters as float32 on the device of the weights.
+
+    Args:
+        weights: The weights of the model that the adapters are for, by our decoder's names.
+        tuning: The rank and alpha of the adapters, from `tuning_of`.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: if there are no adapters, or one does not fit the model's weights; the message names it.
     """
     some = next(iter(weights.values()))
     tensors = read_tensors(folder / WEIGHTS, some.device, torch.float32)

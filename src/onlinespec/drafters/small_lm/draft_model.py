@@ -1,7 +1,9 @@
-"""The language model inside a `small_lm` drafter: its forward pass for drafting, and a differentiable one for learning.
+"""The language model inside a `small_lm` drafter: a fast forward pass for drafting, a differentiable one for learning.
 
-Families of our own decoder draft in batches, and learn through its plain form. Other families run through transformers,
-one request at a time, in both. Axis letters: N rows of a call, C rows of context, D hidden size, V vocabulary.
+Model families that our own decoder supports draft in batches, and learn through the plain PyTorch form of the decoder.
+Other families run through transformers, one request at a time, in drafting and in learning.
+
+Axis letters: N rows of a call, C rows of context, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,48 +36,50 @@ class DraftModel(ABC):
 
     config: ModelConfig
     cache: Cache
-    embedding_name: str
-    head_name: str  # the embedding's name if they are tied
-    max_context: int | None = None  # maximum number of context rows in learning, the newest; None for all
+    embedding_name: str  # name of the embedding's weight
+    head_name: str  # name of the LM head's weight; the embedding's if they are tied
+    max_context: int | None = None  # maximum number of context rows per span in learning, the most recent; None for all
     can_adapt: bool  # whether LoRA adapters are supported
 
     @abstractmethod
     def prepare(self, weights: Params) -> Callable[[], None]:
-        """Prepares drafting with other weights. The returned function, which can't fail, switches to them."""
+        """Prepares drafting with other weights. Returns a function that switches to them and can't fail."""
 
     @abstractmethod
     def read(self, token_ids_N: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Processes `counts[i]` tokens of `slots[i]` into the cache. Returns their states, [N, D]."""
+        """Runs the model on `counts[i]` tokens of `slots[i]` and extends its cache. Returns their states, [N, D]."""
 
     @abstractmethod
     def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
-        """Returns the states [N, D] of the trained rows for given weights, differentiable.
+        """Returns the hidden states [N, D] of the trained rows, differentiable in the weights.
 
         Args:
-            sets: () for one set of weights; (E,) if weights are stacked, and so are the states then.
+            sets: () for one set of weights. (E,) for E stacked sets; the states are then [E, N, D].
         """
 
     @abstractmethod
     def published(self, weights: Params) -> dict[str, Tensor]:
-        """Returns the weights by the names that the family publishes."""
+        """Returns the weights by the published names of the model family."""
 
     def known(self, token_ids: Tensor) -> Tensor:
-        """Replaces ids outside the drafter's vocabulary by token 0; the target may have more tokens."""
+        """Replaces ids outside the drafter's vocabulary by 0, because the target may have more tokens."""
         return torch.where(token_ids < self.config.vocab_size, token_ids, 0)
 
 
 class OwnDraftModel(DraftModel):
-    """A model of a family that our decoder runs.
+    """A model of a family that our decoder supports.
 
     Args:
-        published_config: Its config.json.
-        weights: Float32 weights by our decoder's names; a tied model has no `lm_head.weight`.
-        make_linear: Makes the products for drafting; by default the fastest for the device.
+        config: The shape of the model.
+        published_config: The content of its config.json.
+        weights: Float32 weights by our decoder's names. A model with tied embeddings has no `lm_head.weight`.
+        make_linear: Makes the linear layers for drafting; by default the fastest ones for the device.
+        draft_dtype: The dtype of weights and cache in drafting.
     """
 
     embedding_name = "model.embed_tokens.weight"
     _decoder: Decoder
-    max_context = 256  # recomputing a long prompt is most of a round; on Spider (480 tokens) 256 were as good as all
+    max_context = 256  # most of a round's time is recomputing context; on Spider (480 tokens) 256 were as good as all
     can_adapt = True
 
     def __init__(
@@ -110,7 +114,7 @@ class OwnDraftModel(DraftModel):
         return published_weights(weights, self._architecture)
 
     def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
-        """See `DraftModel.states`. The context's keys and values have no gradient."""
+        """See `DraftModel.states`. There is no gradient through the context's keys and values."""
         states_ND, _ = plain_states(
             self.config,
             weights,
@@ -142,11 +146,11 @@ class OwnDraftModel(DraftModel):
         return Past(keys_values, rows.context_positions_C, rows.is_visible_NC)
 
     def _capped(self, capacities: Ints) -> Ints:
-        """Capacities as in drafting, which ends at the model's last position."""
+        """Limits capacities as in drafting, which ends at the model's last position."""
         return np.minimum(capacities, self.config.max_positions + MAX_DRAFT_TOKENS)
 
     def _embedded(self, weights: Params, token_ids_N: Tensor, sets: tuple[int, ...]) -> Tensor:
-        """Embeds tokens; stacked weights give an axis of sets in front."""
+        """Embeds tokens, [N, D]; with stacked weights [E, N, D]."""
         embedding, ids_N = weights[self.embedding_name], self.known(token_ids_N)
         if embedding.dim() == 3:
             return embedding[:, ids_N]
@@ -155,7 +159,7 @@ class OwnDraftModel(DraftModel):
 
 
 class HFDraftModel(DraftModel):
-    """A model of any other family, run by transformers. The context's keys and values have a gradient here."""
+    """A model of any other family, run by transformers. Gradients also flow through the context's keys and values."""
 
     can_adapt = False
 
@@ -183,7 +187,7 @@ class HFDraftModel(DraftModel):
         return torch.stack([self._states(one, rows) for one in each])
 
     def _states(self, weights: Params, rows: Layout) -> Tensor:
-        """Computes the states text by text: the context of a span, followed by its trained rows."""
+        """Computes the states span by span: a forward pass over a span's context and its trained rows."""
         parts = []
         for at_N, at_C in _texts(rows):
             ids = self.known(torch.cat([rows.context_ids_C[at_C], rows.read_ids_N[at_N]]))
@@ -192,7 +196,7 @@ class HFDraftModel(DraftModel):
 
 
 def _texts(rows: Layout) -> list[tuple[slice, slice]]:
-    """For each span, the slices of its trained rows and of its context rows."""
+    """Returns for each span the slices of its trained rows and of its context rows."""
     ends = [0, *(np.flatnonzero(rows.left == 1) + 1).tolist()]
     context_ends = [0, *accumulate(rows.context_sizes)]
     return [(slice(*at_N), slice(*at_C)) for at_N, at_C in zip(pairwise(ends), pairwise(context_ends), strict=True)]

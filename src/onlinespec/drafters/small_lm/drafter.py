@@ -1,8 +1,8 @@
 """The `small_lm` drafter: an independent small language model with the target's tokenizer.
 
-This is the drafter that Online Speculative Decoding distils online. It reads only the target's tokens, so any model
-with the same tokenizer can be used. Drafting runs on the decoder that serves targets, learning on its differentiable
-form; other families run through transformers.
+This is the kind of drafter that Online Speculative Decoding distils online. Its only input is the text, not the
+target's hidden states, so any model with the same tokenizer can be used. Drafting runs on the same decoder as targets,
+learning on its differentiable form. Model families that the decoder does not support run through transformers.
 
 Axis letters: N rows of a call, C rows of context, D hidden size, V the target's vocabulary, E sets of weights.
 Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, arXiv:2211.17192.
@@ -46,20 +46,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FRESH_LAYERS = 2
-_READ_AT_ONCE = 512  # prompt tokens per forward pass
+_READ_AT_ONCE = 512  # maximum number of prompt tokens per forward pass
 
 
 class SmallLM(Autoregressive):
     """A causal language model as the drafter.
 
     Args:
-        config: Its config.json.
-        model: Its forward passes.
-        weights: Float32 weights by the names of `model`.
+        target: The target that it drafts for.
+        config: The content of its config.json.
+        model: Its forward passes for drafting and learning.
+        weights: Float32 weights by the names that `model` uses.
         version: The weights version.
-        dtype: The dtype of the checkpoint, in which it is saved again.
-        base: The folder or Hub id that it was loaded from, which saved adapters refer to; empty for a new model.
-        make_linear: Makes the products for drafting; by default the fastest for the device.
+        dtype: The dtype in which the weights are saved.
+        base: The folder or Hub id that the model was loaded from, for saved adapters to refer to; empty if untrained.
+        make_linear: Makes the linear layers for drafting; by default the fastest ones for the device.
         draft_tokens: Size or ids of the draft vocabulary; see `DraftVocab`.
     """
 
@@ -81,7 +82,7 @@ class SmallLM(Autoregressive):
         self._model, self._cache = model, model.cache
         self.max_context = model.max_context
         self.longest_text = model.config.max_positions - MAX_DRAFT_TOKENS
-        self._weights = weights  # including those that do not learn
+        self._weights = weights  # of the whole model, including those that do not learn
         self._tuning = Tuning()
         self._num_tokens = self._decoder.config.vocab_size
         device = self._decoder.device
@@ -95,7 +96,7 @@ class SmallLM(Autoregressive):
 
     @classmethod
     def fresh(cls, target: Target, seed: int = 0, make_linear: MakeLinear | None = None) -> Self:
-        """Returns two untrained layers of the target's size, with a copy of its embedding and head."""
+        """Returns an untrained drafter: two random layers of the target's width, copies of its embedding and head."""
         model = target.decoder
         is_tied = model.head_VD.data_ptr() == model.embedding_VD.data_ptr()
         shape = _fresh_shape(model.config)
@@ -194,23 +195,27 @@ class SmallLM(Autoregressive):
     # --- weights ------------------------------------------------------------------------------------------------
 
     def _trained(self, weights: Params) -> Params:
-        """The weights that learn, of a whole model's."""
+        """Returns the weights that learn, given those of the whole model: a subset of them, or new adapters."""
         if self._tuning.what == "adapters":
             return adapters.fresh(weights, self._tuning)
         still = () if self._tuning.what == "all" else (self._model.embedding_name, self._model.head_name)
         return {name: t for name, t in weights.items() if name not in still}
 
     def _effective(self, params: Params) -> Params:
-        """The whole model's weights, differentiable in those that learn."""
+        """Returns the weights of the whole model, differentiable in `params`, the weights that learn."""
         if self._tuning.what == "adapters":
             return self._weights | adapters.merged(self._weights, params, self._tuning)
         return self._weights | params
 
     def swap(self, weights: DrafterWeights) -> None:
-        """Cached rows of older weights stay: exactness is not affected, and acceptance not measurably (docs/log.md)."""
+        """Replaces the weights that learn.
+
+        Cached keys and values of older weights are kept. The output stays exact, and no effect on acceptance was
+        measurable (docs/log.md).
+        """
         learns_head = self._tuning.what == "all"
         if self.drafts or learns_head:
-            with torch.no_grad():  # make everything first and assign last, so that an error leaves no mixture
+            with torch.no_grad():  # switch last, so that an error leaves no mixture of old and new weights
                 effective = self._effective(weights.params)
                 head_VD = self._fitted(effective[self._model.head_name]) if learns_head else None
                 take_over = self._model.prepare(effective) if self.drafts else None
@@ -221,7 +226,7 @@ class SmallLM(Autoregressive):
         self.weights = weights
 
     def _fitted(self, head_VD: Tensor) -> Tensor:
-        """The head cut to the target's vocabulary. Tokens that it lacks are neither drafted nor learned from."""
+        """Cuts off rows of the head beyond the target's vocabulary. It may have fewer rows: see `DraftVocab`."""
         return head_VD[..., : self._num_tokens, :]
 
     # --- drafting -----------------------------------------------------------------------------------------------
@@ -230,7 +235,7 @@ class SmallLM(Autoregressive):
         return min(info.capacity, self._model.config.max_positions)
 
     def _can_draft(self, slot: int) -> bool:
-        """Whether a draft fits into the model's maximum number of positions."""
+        """Whether the longest draft still fits into the model's maximum number of positions."""
         length = self._cache.lengths[slot] + len(self._slots[slot].token_ids)
         return length + MAX_DRAFT_TOKENS <= self._model.config.max_positions
 
@@ -253,7 +258,10 @@ class SmallLM(Autoregressive):
     # --- learning -----------------------------------------------------------------------------------------------
 
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All depths share their states: a row reads committed tokens, like a draft that was accepted so far."""
+        """See `HeadTraining._depths`. All depths share their states, because every row's context is committed tokens.
+
+        So depth d has the states of a draft whose first d tokens were all accepted.
+        """
         states_ND = self._model.states(self._effective(params), rows, self._sets(params))
         for depth in range(num_depths):
             at = np.flatnonzero(rows.left > depth) + depth
@@ -263,7 +271,7 @@ class SmallLM(Autoregressive):
             yield at_M, states_ND[..., at_M, :]
 
     def _sets(self, params: Params) -> tuple[int, ...]:
-        """(), or (E,) if E sets of weights are stacked."""
+        """Returns (), or (E,) if E sets of weights are stacked."""
         name, one = next(iter(self.weights.params.items()))
         return params[name].shape[: params[name].dim() - one.dim()]
 
@@ -273,7 +281,7 @@ class SmallLM(Autoregressive):
         head_VD = self._fitted(params[self._model.head_name])
         if tokens is None:
             return lambda states: self.draft_vocab.widened(self._product(states, head_VD))
-        token_ids_S = tokens.draft_to_target_S.clone()  # autograd refuses tensors that inference mode made
+        token_ids_S = tokens.draft_to_target_S.clone()  # autograd refuses tensors that were made in inference mode
         head_SD = head_VD[..., token_ids_S, :]
         return lambda states: self._product(states, head_SD)
 
@@ -281,7 +289,11 @@ class SmallLM(Autoregressive):
 def _read(
     folder: Path, device: torch.device, draft_dtype: torch.dtype
 ) -> tuple[dict[str, Any], DraftModel, Params, torch.dtype]:
-    """Reads a checkpoint: its config.json, the draft model, float32 weights, and the dtype they are stored in."""
+    """Returns a checkpoint's config.json, the draft model, its float32 weights, and the dtype they are stored in.
+
+    Raises:
+        ValueError: if the model's logits are not a plain matrix product of its hidden states and its head.
+    """
     found = read_model(folder, device)
     if found:
         config, shape, weights, dtype = found
@@ -297,7 +309,7 @@ def _read(
 
 
 def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
-    """Raises ValueError naming the first token id for which drafter and target have different tokens."""
+    """Raises a ValueError if a token id stands for different tokens in drafter and target; it names the first one."""
     ours = {i: token for token, i in target.tokenizer.get_vocab().items()}
     theirs = {i: token for token, i in read_tokenizer(folder).get_vocab().items()}
     for i in range(min(shape.vocab_size, target.decoder.config.vocab_size)):
@@ -309,18 +321,18 @@ def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
 
 
 def _is_of_vocabulary(name: str) -> bool:
-    """Whether a published tensor is an embedding or a head, by its name."""
+    """Whether a published tensor is an embedding or an LM head, judged by its name."""
     return name.endswith(("embed_tokens.weight", "lm_head.weight", "embed_in.weight", "embed_out.weight", "wte.weight"))
 
 
 def _fresh_shape(target: ModelConfig) -> ModelConfig:
-    """The shape of a new drafter: the target's, with fewer layers and without rotary scaling."""
+    """Returns the shape of an untrained drafter: the target's, with two layers and without RoPE scaling."""
     layer = replace(target.layer, rope=Rope(target.layer.rope.theta))
     return ModelConfig(layer, _FRESH_LAYERS, target.vocab_size, target.max_positions)
 
 
 def _fresh_shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors except embedding and head."""
+    """Returns the shapes of all tensors except embedding and head, by name."""
     of_layer = llama_layer_shapes(shape.layer)
     layers = {f"model.layers.{i}.{name}": dims for i in range(shape.num_layers) for name, dims in of_layer.items()}
     return layers | {"model.norm.weight": (shape.layer.hidden_size,)}
