@@ -108,8 +108,8 @@ def test_nothing_is_chosen_before_someone_asks():
 def test_a_list_can_be_had_that_holds_some_tokens_and_leaves_the_one_to_draft_from():
     some = vocab(4)
     see(some, [50, 51, 51, 52, 52, 53, 53])
-    assert some.holding([51, 51, 52]) is some.now
-    assert some.holding([7, 7, 9]).draft_to_target.tolist() in (
+    assert some.including([51, 51, 52]) is some.now
+    assert some.including([7, 7, 9]).draft_to_target.tolist() in (
         [7, 9, 51, 52],
         [7, 9, 52, 53],
         [7, 9, 51, 53],
@@ -149,7 +149,7 @@ def test_fixed_tokens_are_the_same_whatever_is_seen():
     assert not some.is_cold
     assert listed(some) == [3, 9, 60]
     see(some, [50, 51, 52] * 9)
-    assert listed(some) == listed_ids_of(some.holding([50])) == [3, 9, 60]
+    assert listed(some) == listed_ids_of(some.including([50])) == [3, 9, 60]
     assert some.now.target_to_draft([60, 3]).tolist() == [2, 0]
     assert some.saved() == []
 

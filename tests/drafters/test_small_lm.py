@@ -110,7 +110,7 @@ def test_a_long_prompt_read_in_pieces_is_read_as_a_whole(target, folders):
     drafter, text = load_drafter(folders / "qwen2", target), random_text(1000)
     in_pieces, _ = drafted_rows(drafter, text[:901])
     cold = load_drafter(folders / "qwen2", target)
-    cold._remember = lambda slot: None
+    cold._prefill_waiting = lambda slot: None
     whole, _ = drafted_rows(cold, text[:901])
     torch.testing.assert_close(in_pieces, whole, atol=1e-4, rtol=1e-2)
 

@@ -111,7 +111,7 @@ class Autoregressive(HeadTraining):
             draft: Is filled in.
             active: Indices of the requests that draft at least one token.
         """
-        state_RD, has_probs = self._absorb([slots[i] for i in active]), self._needs_probs(sampling)
+        state_RD, has_probs = self._process_waiting([slots[i] for i in active]), self._needs_probs(sampling)
         lengths = {slots[i]: self._cache.lengths[slots[i]] for i in active}
         for depth in range(max(draft.counts)):
             ids_R, probs_RV = self._draw(state_RD, [sampling[i] for i in active], noise.take(active), depth, has_probs)
@@ -129,11 +129,11 @@ class Autoregressive(HeadTraining):
     def _needs_probs(self, sampling: Sequence[SamplingParams]) -> bool:
         return self.gives_probs and not all(params.is_greedy for params in sampling)
 
-    def _absorb(self, slots: Sequence[int]) -> Tensor:
+    def _process_waiting(self, slots: Sequence[int]) -> Tensor:
         """Processes the tokens committed since the last draft. Returns the last state of each request, [R, D]."""
         if pending := [slot for slot in slots if self._slots[slot].token_ids]:
             for slot in pending:
-                self._remember(slot)
+                self._prefill_waiting(slot)
             waiting = [self._slots[slot] for slot in pending]
             counts = [len(one.token_ids) for one in waiting]
             token_ids = to_device([i for one in waiting for i in one.token_ids], self._decoder.device)
@@ -144,7 +144,7 @@ class Autoregressive(HeadTraining):
         states = [state for slot in slots if (state := self._slots[slot].state_1D) is not None]
         return states[0] if len(states) == 1 else torch.cat(states)
 
-    def _remember(self, slot: int) -> None:
+    def _prefill_waiting(self, slot: int) -> None:
         """May process waiting tokens except the last into the cache, and remove them from the waiting ones.
 
         Called before `_read` gets the rest. Subclasses prefill long prompts here, in pieces or without attention.

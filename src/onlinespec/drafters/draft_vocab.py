@@ -32,7 +32,7 @@ _LEAST_SIZE = 1024
 _SHARE = 16  # the default size is a sixteenth of the target's vocabulary, if that is more than _LEAST_SIZE
 _COLD = 2  # it is not used until the number of observed tokens is this many times its size
 _DECAY = 0.95  # factor on the counts at the start of every request
-_NEVER = -1e30  # logit of a token that must not be drafted; finite, because 0 times infinity would be NaN
+_MASKED_LOGIT = -1e30  # logit of a token that must not be drafted; finite, because 0 times infinity would be NaN
 
 
 def draft_vocab_size(vocab_size: int) -> int:
@@ -124,7 +124,7 @@ class DraftVocab:
             self._chosen, self._is_stale = self._choose(self._counts_V), False
         return self._chosen
 
-    def holding(self, token_ids: Sequence[int]) -> DraftTokens:
+    def including(self, token_ids: Sequence[int]) -> DraftTokens:
         """Returns a set of the same size that includes these tokens, as far as they fit. `now` does not change.
 
         A fixed set is returned unchanged.
@@ -193,7 +193,7 @@ class DraftVocab:
 
     def widened(self, logits_V: Tensor) -> Tensor:
         """Pads logits to the target's vocabulary. Tokens without a row get a logit so low that they are not drafted."""
-        return F.pad(logits_V.float(), (0, self._num_lacking), value=_NEVER) if self._num_lacking else logits_V
+        return F.pad(logits_V.float(), (0, self._num_lacking), value=_MASKED_LOGIT) if self._num_lacking else logits_V
 
     def narrowed(self, probs_NV: Tensor) -> Tensor:
         """Returns the target's rows as labels: probability 0 on tokens without a row, then normalised."""

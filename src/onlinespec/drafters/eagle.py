@@ -181,7 +181,7 @@ class Eagle(Autoregressive):
             self._fc, self._layer = fc, layer
         self.weights = weights
 
-    def _remember(self, slot: int) -> None:
+    def _prefill_waiting(self, slot: int) -> None:
         """Prefills the cache with all waiting tokens but the last, if there are many.
 
         Only keys and values are computed: the states of these tokens are not needed, so attention is skipped.
@@ -191,7 +191,7 @@ class Eagle(Autoregressive):
         if count < _MANY_ROWS:
             return
         features, ids_N = Features.cat(waiting.features), to_device(waiting.token_ids[:-1], self._decoder.device)
-        x_ND, plan = self._enter(ids_N, features.final_SD[:-1], [slot], [count], attends=False)
+        x_ND, plan = self._layer_inputs(ids_N, features.final_SD[:-1], [slot], [count], attends=False)
         self._layer.write(x_ND, plan, 0)
         self._cache.extend(slot, count)
         waiting.features, waiting.token_ids = [features[-1:]], waiting.token_ids[-1:]
@@ -200,12 +200,12 @@ class Eagle(Autoregressive):
         self, token_ids_N: Tensor, features: Features | None, slots: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
         assert features is not None
-        x_ND = self._layer(*self._enter(token_ids_N, features.final_SD, slots, counts), 0)
+        x_ND = self._layer(*self._layer_inputs(token_ids_N, features.final_SD, slots, counts), 0)
         for slot, count in zip(slots, counts, strict=True):
             self._cache.extend(slot, count)
         return x_ND
 
-    def _enter(
+    def _layer_inputs(
         self, token_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int], attends: bool = True
     ) -> tuple[Tensor, Plan]:
         """Returns the layer's input rows [N, D], and the plan of their positions in the cache."""

@@ -110,7 +110,7 @@ class TrainingRows(list[Span]):
         """
         if self._vocab is None or any(span.temperature for span in self):
             return None
-        tokens = self._vocab.holding(self.layout.token_ids)
+        tokens = self._vocab.including(self.layout.token_ids)
         return tokens if tokens.target_to_draft(self.layout.token_ids) is not None else None
 
     @cached_property

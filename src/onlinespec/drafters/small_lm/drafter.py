@@ -88,7 +88,7 @@ class SmallLM(Autoregressive):
         device = self._decoder.device
         make_head = make_linear or draft_linear_for(device, self._draft_dtype)
         self._product = plain_product if make_linear else learn_product_for(device)
-        head_VD = self._fitted(weights[model.head_name]).to(self._draft_dtype)
+        head_VD = self._crop_head(weights[model.head_name]).to(self._draft_dtype)
         self.draft_vocab = DraftVocab(head_VD, make_head, draft_tokens, labels_VD=self._decoder.head_VD)
         self.swap(DrafterWeights(self._trained(weights), version))
 
@@ -217,7 +217,7 @@ class SmallLM(Autoregressive):
         if self.drafts or learns_head:
             with torch.no_grad():  # switch last, so that an error leaves no mixture of old and new weights
                 effective = self._effective(weights.params)
-                head_VD = self._fitted(effective[self._model.head_name]) if learns_head else None
+                head_VD = self._crop_head(effective[self._model.head_name]) if learns_head else None
                 take_over = self._model.prepare(effective) if self.drafts else None
                 if take_over:
                     take_over()
@@ -225,7 +225,7 @@ class SmallLM(Autoregressive):
                 self.draft_vocab.use_head(head_VD)
         self.weights = weights
 
-    def _fitted(self, head_VD: Tensor) -> Tensor:
+    def _crop_head(self, head_VD: Tensor) -> Tensor:
         """Cuts off rows of the head beyond the target's vocabulary. It may have fewer rows: see `DraftVocab`."""
         return head_VD[..., : self._num_tokens, :]
 
@@ -239,7 +239,7 @@ class SmallLM(Autoregressive):
         length = self._cache.lengths[slot] + len(self._slots[slot].token_ids)
         return length + MAX_DRAFT_TOKENS <= self._model.config.max_positions
 
-    def _remember(self, slot: int) -> None:
+    def _prefill_waiting(self, slot: int) -> None:
         waiting = self._slots[slot]
         ids, num_read = waiting.token_ids, 0
         try:
@@ -278,7 +278,7 @@ class SmallLM(Autoregressive):
     def _learn_head(self, params: Params, tokens: DraftTokens | None) -> Head:
         if self._tuning.what != "all":
             return super()._learn_head(params, tokens)
-        head_VD = self._fitted(params[self._model.head_name])
+        head_VD = self._crop_head(params[self._model.head_name])
         if tokens is None:
             return lambda states: self.draft_vocab.widened(self._product(states, head_VD))
         token_ids_S = tokens.draft_to_target_S.clone()  # autograd refuses tensors that were made in inference mode
