@@ -1,1 +1,1 @@
-"""Drafters: one file or folder per family, and the shared code for drafting, learning, loading and saving."""
+"""Drafters: one file or folder per family, and their shared code for drafting, learning, loading and saving."""

@@ -18,11 +18,11 @@ from onlinespec.lossless.noise import gumbel_rows
 def agrees(draft_logits_ENV: Tensor, target: TargetRows) -> Tensor:
     """Returns whether the argmax of logits / temperature + noise is the committed token; bool [E, N], or [N].
 
-    False if the row's largest logit is not finite.
+    False for a row whose largest logit is not finite.
 
     Args:
-        draft_logits_ENV: Of one set of weights [N, V], or of several [E, N, V]. Logits over a draft vocabulary are
-            allowed for greedy requests only.
+        draft_logits_ENV: Drafted logits of one set of weights [N, V], or of several [E, N, V]. Logits over a draft
+            vocabulary are allowed only if all requests are greedy.
         target: The target's rows; its token ids index the logits.
 
     >>> logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
@@ -39,7 +39,7 @@ def agrees(draft_logits_ENV: Tensor, target: TargetRows) -> Tensor:
 
 
 def _noise(target: TargetRows, vocab_size: int) -> Tensor | None:
-    """The noise that was added to the target's scores, float64 [N, V]; None if all rows are greedy."""
+    """Returns the noise that was added to the target's scores, float64 [N, V]; None if all rows are greedy."""
     keys_N3 = target.noise_keys_N3
     if keys_N3 is None:
         return None

@@ -1,8 +1,8 @@
-"""Base class of drafters that draft token by token with a KV cache.
+"""The base class of drafters that draft token by token with a KV cache.
 
-Committed tokens are queued until the next draft, and then processed in one forward pass. Drafting starts from the
-drafter's hidden state of the last one. Each drafted token is processed before the next is drafted; afterwards the cache
-is cropped to the committed tokens. A subclass implements the forward pass, `_read`.
+Committed tokens are queued until the next draft, and then processed in one forward pass. The drafter's hidden state of
+the last one gives the first drafted token. Each drafted token is processed before the next is drafted; afterwards the
+cache is cropped to the committed tokens. A subclass implements the forward pass, `_read`.
 
 Axis letters: B requests, R of them that draft, K drafted tokens, N rows of a call, S tokens, D hidden size,
 V vocabulary.
@@ -29,11 +29,11 @@ from onlinespec.models.loading import Target
 
 @dataclass
 class Waiting:
-    """A request's tokens that are not in the drafter's cache yet, each with the target's features before it."""
+    """A request's committed tokens that are not in the drafter's cache yet."""
 
     may_learn: bool = True  # whether the request's tokens are counted for the draft vocabulary
     token_ids: list[int] = field(default_factory=list)
-    features: list[Features] = field(default_factory=list)
+    features: list[Features] = field(default_factory=list)  # one row per token: the target's, at the token before
     state_1D: Tensor | None = None  # the drafter's state of the last processed token, from which drafting starts
 
 
@@ -59,7 +59,7 @@ class Autoregressive(HeadTraining):
             self.draft_vocab.begin_request(token_ids)
 
     def _capacity(self, info: RequestInfo) -> int:
-        """Maximum number of committed tokens of a request that the cache must hold."""
+        """Returns the maximum number of committed tokens of a request that the cache must hold."""
         return info.capacity
 
     def observe(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]], features: Sequence[Features]) -> None:
@@ -94,7 +94,7 @@ class Autoregressive(HeadTraining):
         return Draft.by_one(draft.token_ids_BK, draft.counts_B, self.weights.version, draft.probs_BKV)
 
     def _can_draft(self, slot: int) -> bool:
-        """Whether there is a token to start from. After a one-token prompt, a drafter that reads features has none."""
+        """Whether there is a token to start from. After a prompt of one token, a drafter with features has none yet."""
         return bool(self._slots[slot].token_ids) or self._slots[slot].state_1D is not None
 
     def _chain(
@@ -105,10 +105,10 @@ class Autoregressive(HeadTraining):
         sampling: Sequence[SamplingParams],
         noise: StepNoise,
     ) -> None:
-        """Fills in a draft depth by depth, then crops the cache. A request drops out when its draft is long enough.
+        """Drafts depth by depth, then crops the cache. A request leaves the batch when its draft is long enough.
 
         Args:
-            draft: Is filled in.
+            draft: Where the drafted tokens are written.
             active: Indices of the requests that draft at least one token.
         """
         state_RD, has_probs = self._process_waiting([slots[i] for i in active]), self._needs_probs(sampling)
@@ -145,9 +145,10 @@ class Autoregressive(HeadTraining):
         return states[0] if len(states) == 1 else torch.cat(states)
 
     def _prefill_waiting(self, slot: int) -> None:
-        """May process waiting tokens except the last into the cache, and remove them from the waiting ones.
+        """Called before `_read` gets a request's waiting tokens. Does nothing by default.
 
-        Called before `_read` gets the rest. Subclasses prefill long prompts here, in pieces or without attention.
+        Subclasses prefill long prompts here, in pieces or without attention. They may process all waiting tokens but
+        the last, and then remove these from the waiting ones.
         """
 
     @abstractmethod
@@ -158,8 +159,8 @@ class Autoregressive(HeadTraining):
 
         Args:
             token_ids_N: The tokens of all slots, concatenated.
-            features: For a drafter that reads features, the features before each token. While drafting, these are the
-                drafter's own states in place of the target's final states.
+            features: For a drafter that reads features, a row for each token: the target's, at the token before. For
+                drafted tokens, the final states in it are the drafter's own.
         """
 
     def _draw(
@@ -167,7 +168,7 @@ class Autoregressive(HeadTraining):
     ) -> tuple[Tensor, Tensor | None]:
         """Drafts one token per state, [R]: the argmax of scores / temperature + noise. Also returns `probs` if needed.
 
-        The draft vocabulary is used if all requests are greedy and it has seen enough traffic. Otherwise the whole
+        The draft vocabulary is used if all requests are greedy and it has seen enough traffic. With sampling, the whole
         vocabulary is used, because noise may choose a rare token: with the draft vocabulary, the acceptance length of
         the demo's drafter on prose at temperature 0.6 was 2.43 instead of 2.49.
         """
@@ -210,7 +211,7 @@ class _EmptyDraft:
         self.probs_BKV: Tensor | None = None
 
     def fill(self, places: Sequence[int], depth: int, ids_R: Tensor, probs_RV: Tensor | None) -> None:
-        """Sets the tokens of some requests, given by their indices, at a depth; and their distributions if given."""
+        """Sets the tokens [R] of the requests at these indices at a depth, and their distributions [R, V] if given."""
         at_R = to_device(places, ids_R.device)
         self.token_ids_BK[at_R, depth] = ids_R
         if probs_RV is not None:

@@ -1,8 +1,8 @@
-"""Drafter checkpoints on disk: recognises the family of a checkpoint folder, and writes folders atomically.
+"""Drafter checkpoints on disk: recognising the family of a checkpoint folder, and writing folders atomically.
 
 A drafter folder has `config.json` and, if the drafter has weights, `model.safetensors`, both in the published layout of
-its family. Entries of onlinespec (weights version, target fingerprint, draft vocabulary, ...) are in `onlinespec.json`,
-which other engines ignore.
+its family. What only onlinespec needs (weights version, target fingerprint, draft vocabulary, ...) is in
+`onlinespec.json`, which other engines ignore.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ def drafter_folder(name: str, known: list[str]) -> Path:
 
 
 def read_drafter_config(folder: Path) -> dict[str, Any]:
-    """Reads the config.json of a drafter folder."""
+    """Reads the config.json of a drafter folder.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is not a JSON object.
+    """
     return read_json(folder / "config.json")
 
 
@@ -81,9 +86,9 @@ def read_format(folder: Path) -> str:
 
 
 def looks_like_drafter(config: Mapping[str, Any], architecture: str, folder: Path) -> bool:
-    """Whether a folder holds a drafter and no target: one of a family that we run or recognise, except small_lm.
+    """Whether a folder holds a drafter of a family that we run or know by name, and so no target.
 
-    A small_lm is an ordinary language model, and can't be told from a target.
+    False for a small_lm: it is an ordinary language model, so nothing distinguishes it from a target.
     """
     if architecture == "NgramDrafter" or _is_class(architecture) or _family_elsewhere(config, architecture):
         return True
@@ -125,7 +130,7 @@ def read_side(folder: Path) -> dict[str, Any]:
 
 
 def draft_tokens_of(vocab: DraftVocab) -> dict[str, str]:
-    """Returns the draft vocabulary as an entry of `onlinespec.json`. See `DraftVocab.saved` for when it is empty."""
+    """Returns the draft vocabulary as an entry of `onlinespec.json`; empty if `DraftVocab.saved` is."""
     token_ids = vocab.saved()
     return {_DRAFT_TOKENS: " ".join(map(str, token_ids))} if token_ids else {}
 
@@ -155,7 +160,7 @@ def write_drafter(
     """Writes a drafter folder atomically: into a temporary folder beside it, which is then renamed.
 
     Args:
-        folder: Is replaced if it was written by onlinespec.
+        folder: The folder to write. An existing one is replaced if onlinespec wrote it, or if it is empty.
         config: The content of the config file.
         tensors: The tensors by their published names. If there are none, no file is written.
         version: The weights version, for `onlinespec.json`.

@@ -3,6 +3,7 @@
 A drafter serves many requests at once and knows each by a slot number. The calls for a request are `start` with its
 prompt, then `propose` and `observe` in every step, then `release`. Weights change only between steps, by `swap`.
 `docs/api.md` has a complete example.
+
 Axis letters: B requests, K drafted tokens, E sets of weights, N rows, V vocabulary, D hidden size, S positions.
 """
 
@@ -33,27 +34,30 @@ class Loss:
     """The loss of one set of weights on a batch, in the unit of the row loss (nats for a cross-entropy)."""
 
     total: Tensor  # scalar with a gradient: the sum over all counted rows and drafting depths, divided by num_rows
-    fresh: float  # mean over this round's counted rows at the first depth; used for regret and by Hedge
+    fresh: float  # mean over this round's counted rows at the first depth; for regret and the ensemble's Hedge weights
     num_rows: int  # number of rows that count, replayed rows included
-    num_agreed: int = 0  # number of fresh rows whose first draft would have been the committed token ...
+    num_agreed: int = 0  # number of this round's rows whose first draft would have been the committed token ...
     num_fresh: int = 0  # ... out of this many; 0 if unknown
 
 
 class Drafter(ABC):
-    """Proposes tokens. A trainable drafter also turns Feedback into training batches and losses."""
+    """The base class of drafters, which propose tokens.
 
-    aux_layer_ids: tuple[int, ...] = ()  # target layers whose hidden states it reads in addition to the final ones
+    A trainable drafter also turns the target's verdicts (`Feedback`) into training batches and losses.
+    """
+
+    aux_layer_ids: tuple[int, ...] = ()  # target layers whose hidden states it needs in addition to the final ones
     is_trainable: bool = False  # whether it implements `batch`, `losses`, `rows` and `swap`
     weights: DrafterWeights  # the weights that it drafts with now
     draft_vocab: DraftVocab | None = None  # the tokens that it may propose; None for all
-    drafts: bool = True  # False in a trainer, which never calls `propose`: whatever only drafting needs can be skipped
+    drafts: bool = True  # False in a trainer, which never calls `propose`: what only drafting needs can be left out
     gives_probs: bool = False  # whether sampled drafts must carry `probs_BKV`, which the rejection rule needs
-    longest_text: int | None = None  # in tokens, prompt included; no drafts for longer texts. None for no limit
-    notes: Mapping[str, Any] = MappingProxyType({})  # shown by `onlinespec inspect`; saved with the drafter
+    longest_text: int | None = None  # longer texts get no drafts; in tokens, prompt included. None for no limit
+    notes: Mapping[str, Any] = MappingProxyType({})  # facts saved with the drafter; `onlinespec inspect` shows them
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of memory that the drafter needs for each token of a running request; 0 if it has no cache."""
+        """The size of the drafter's cache in bytes per token of a running request; 0 if it has none."""
         return 0
 
     @classmethod
@@ -67,7 +71,9 @@ class Drafter(ABC):
         """Loads a saved drafter.
 
         Raises:
-            ValueError: if it does not fit the target; the message has both values that differ.
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file is broken, or the drafter does not fit the target; the message has both values that
+                differ.
         """
 
     @abstractmethod
@@ -75,7 +81,7 @@ class Drafter(ABC):
         """Saves the drafter in the published format of its family. The write is atomic.
 
         Raises:
-            ValueError: if the folder can't be written to, or exists and holds something else than a saved drafter.
+            ValueError: if the folder can't be written to, or exists and holds anything but a saved drafter.
         """
 
     @abstractmethod
@@ -83,6 +89,7 @@ class Drafter(ABC):
         """Starts a request. A request that is restarted begins with its prompt and the tokens generated so far.
 
         Args:
+            slot: A number that no other running request has.
             token_ids: All tokens so far. The last one is the first anchor.
             features: The target's hidden states at all these tokens except the last, with the layers of
                 `aux_layer_ids`. The rows are not modified later, so they need not be copied.
@@ -104,8 +111,8 @@ class Drafter(ABC):
 
         Args:
             sampling: The drafter uses the temperature. Penalties, top-k, top-p and min-p apply to the target only.
-            noise: The noise that will choose the target's tokens. A drafter that has scores for tokens takes the argmax
-                of scores / temperature + noise.
+            noise: The Gumbel noise with which the target's tokens will be sampled. A drafter that has scores for tokens
+                takes the argmax of scores / temperature + noise, so that it often picks the target's token.
         """
 
     @abstractmethod
@@ -127,7 +134,7 @@ class Drafter(ABC):
         """
 
     def side(self, **facts: str) -> dict[str, Any]:
-        """Returns the entries to save in `onlinespec.json`: the given facts, and `notes` if there are any."""
+        """Returns the entries to save in `onlinespec.json`: the given ones, and `notes` if there are any."""
         return {**facts, "notes": dict(self.notes)} if self.notes else dict(facts)
 
     def swap(self, weights: DrafterWeights) -> None:
@@ -139,10 +146,10 @@ class Drafter(ABC):
         raise TypeError(f"{type(self).__name__} has no weights to swap")
 
     def tune(self, tuning: Tuning) -> None:
-        """Chooses which weights learn from now on. The drafter computes the same; the names of its params may change.
+        """Chooses which weights learn from now on. Drafts do not change; the names in `weights.params` may.
 
         Raises:
-            ValueError: if the drafter offers no choice.
+            ValueError: if the drafter offers no choice, or not this one.
         """
         raise ValueError(
             f"--tune {tuning.what} is for a small_lm; {type(self).__name__} leaves no choice: leave it out"
@@ -154,7 +161,7 @@ class Drafter(ABC):
         """Makes a training batch of verified rows.
 
         Args:
-            feedback: This round's records. Records of the same request are consecutive.
+            feedback: This round's records. Those of the same request come one after the other.
             replayed: Records of earlier requests. They count in `Loss.total`, not in `Loss.fresh`.
             rejected_only: Only rows that rejected a drafted token count in the loss, as in Online Speculative Decoding
                 (arXiv:2310.07177); the other rows serve as context.
@@ -181,14 +188,18 @@ class Drafter(ABC):
 
         Raises:
             TypeError: if the drafter does not learn.
+            ValueError: if the batch has no row that counts.
         """
         raise TypeError(f"{type(self).__name__} does not learn; use it with --learners none,frozen")
 
     def rows(self, candidates: Sequence[Params], batch: Any, num_depths: int = 1) -> list[tuple[Tensor, TargetRows]]:
-        """Returns, for each drafting depth, the drafted logits [E, N, V] of fresh rows and the target's rows.
+        """Returns, for each drafting depth, the drafted logits [E, N, V] of this round's rows, and the target's rows.
 
-        There is no gradient. Depth d (0 is the first) has a prediction for every row of a request except the first d
-        rows of each run of consecutive ones.
+        There is no gradient. At depth d (0 is the first) there are predictions for all rows but the first d of each run
+        of consecutive rows of a request.
+
+        Args:
+            num_depths: Maximum number of depths. Fewer are returned if no run is that long.
 
         Raises:
             TypeError: if the drafter does not learn.
@@ -199,6 +210,6 @@ class Drafter(ABC):
     def size(cls, folder: Path | None, target: ModelConfig) -> DrafterSize | None:
         """Returns the size of a saved drafter, or of a fresh one if `folder` is None, without reading its weights.
 
-        None if its memory is negligible.
+        Returns None if its memory is negligible.
         """
         return None

@@ -4,7 +4,7 @@ The LM head is the largest matrix product in drafting and learning, and most of 
 occur in the traffic. FR-Spec (arXiv:2502.14856) drafts from the most frequent tokens of a corpus. Here tokens are
 counted in the traffic, prompts included, so that the draft vocabulary adapts to a change of domain. On Spider, GSM8K
 and CodeSearchNet, 1,024 of 4,096 tokens covered 96 to 99 % of the demo target's answers, and a drafter would hardly
-have guessed the other tokens. A drafter that was trained with a fixed draft vocabulary (EAGLE-3) keeps it.
+have proposed the others correctly. A drafter that was trained with a fixed draft vocabulary (EAGLE-3) keeps it.
 
 The draft vocabulary affects acceptance, but never the output: the target chooses from its whole vocabulary.
 
@@ -29,8 +29,8 @@ Ids = NDArray[np.int64]
 Counts = NDArray[np.float64]
 
 _LEAST_SIZE = 1024
-_SHARE = 16  # the default size is a sixteenth of the target's vocabulary, if that is more than _LEAST_SIZE
-_COLD = 2  # it is not used until the number of observed tokens is this many times its size
+_SHARE = 16  # the default size is a sixteenth of the vocabulary, if that is more than _LEAST_SIZE
+_COLD = 2  # a draft vocabulary is not used until the number of observed tokens is this many times its size
 _DECAY = 0.95  # factor on the counts at the start of every request
 _MASKED_LOGIT = -1e30  # logit of a token that must not be drafted; finite, because 0 times infinity would be NaN
 
@@ -47,7 +47,7 @@ class DraftTokens:
         draft_to_target: The target's ids of the tokens, [S] on the host; `draft_to_target_S` is the same on the device.
         head_SD: The rows of the drafter's head for these tokens.
         labels_SD: The rows of the target's head for these tokens; training labels are computed with them.
-        make_linear: Makes the linear layer of the drafter's head.
+        make_linear: Makes the matrix product with `head_SD`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DraftTokens:
         self._labels_SD = labels_SD
 
     def target_logits(self, states_ND: Tensor) -> Tensor:
-        """Returns the target's logits for these tokens, float32 [N, S]."""
+        """Returns the target's logits for these tokens, float32 [N, S], if its head is a plain matrix product."""
         return F.linear(states_ND, self._labels_SD).float()
 
     def target_to_draft(self, token_ids: Sequence[int]) -> Ids | None:
@@ -77,7 +77,7 @@ class DraftVocab:
 
     Args:
         head_VD: The drafter's head. It may have fewer rows than the target's; tokens without a row are never chosen.
-        make_linear: Makes the linear layer of a head.
+        make_linear: Makes the matrix product of a head.
         tokens: The size, or the ids of a fixed set. By default, the size is `draft_vocab_size`.
         labels_VD: The target's head, if it is not also the drafter's.
 
@@ -113,12 +113,12 @@ class DraftVocab:
 
     @property
     def is_cold(self) -> bool:
-        """Whether too few tokens were observed to choose from. Drafts should then use the whole vocabulary."""
+        """Whether too few tokens were observed to choose by. Drafts should then use the whole vocabulary."""
         return self._fixed is None and self._num_seen < _COLD * self._size
 
     @property
     def now(self) -> DraftTokens:
-        """The tokens to draft from. They are chosen anew at the first use after a request has started."""
+        """The tokens to draft from. They are chosen again when this is first read after a request has started."""
         if self._is_stale or self._chosen is None:
             self.settle()
             self._chosen, self._is_stale = self._choose(self._counts_V), False
@@ -139,7 +139,7 @@ class DraftVocab:
 
     @cached_property
     def whole(self) -> Linear:
-        """The drafter's head over the target's whole vocabulary, [N, D] to [N, V]. Made when it is first needed."""
+        """The drafter's head over the target's whole vocabulary, from [N, D] to [N, V]. Made at the first use."""
         product = FrozenProduct(self._head_VD, self._make_linear)
         return (lambda x_ND: self.widened(product(x_ND))) if self._num_lacking else product
 
@@ -156,7 +156,7 @@ class DraftVocab:
     # --- observing traffic --------------------------------------------------------------------------------------
 
     def begin_request(self, prompt_ids: Sequence[int]) -> None:
-        """Starts a request: decays earlier counts, counts the prompt, and has `now` chosen anew at its next use."""
+        """Starts a request: decays earlier counts, counts the prompt, and marks `now` to be chosen again."""
         self.settle()
         self._counts_V *= _DECAY
         self.observe_tokens(prompt_ids)
@@ -168,7 +168,7 @@ class DraftVocab:
         self._uncounted.extend(token_ids)
 
     def settle(self) -> None:
-        """Adds the recorded tokens to the counts, and drops the tokens themselves."""
+        """Adds the recorded tokens to the counts."""
         np.add.at(self._counts_V, np.array(self._uncounted, dtype=np.int64), 1.0)
         self._uncounted = []
 
@@ -177,9 +177,9 @@ class DraftVocab:
         return [] if self.is_cold or self._fixed is not None else self.now.draft_to_target.tolist()
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """Starts from saved tokens as if each had been observed twice. Ids without a row in the head are skipped.
+        """Starts from saved tokens, as if each had been observed twice. Ids without a row in the head are skipped.
 
-        The counts decay, so new traffic soon outweighs them.
+        Counts decay, so new traffic soon outweighs these.
         """
         known = [i for i in token_ids if self.has_row(i)]
         self.observe_tokens(known * _COLD)
@@ -196,7 +196,7 @@ class DraftVocab:
         return F.pad(logits_V.float(), (0, self._num_lacking), value=_MASKED_LOGIT) if self._num_lacking else logits_V
 
     def narrowed(self, probs_NV: Tensor) -> Tensor:
-        """Returns the target's rows as labels: probability 0 on tokens without a row, then normalised."""
+        """Turns the target's distributions [N, V] into labels: 0 for tokens without a row, the rest renormalised."""
         if not self._num_lacking:
             return probs_NV
         known_NV = probs_NV[..., : len(self._head_VD)]
@@ -205,7 +205,7 @@ class DraftVocab:
     # --- choosing, internal -------------------------------------------------------------------------------------
 
     def _choose(self, weights_V: Counts) -> DraftTokens:
-        """Returns the tokens with the largest weights. Rows of the head are copied only if the set has changed."""
+        """Returns the tokens with the largest weights, or the fixed set. Copies rows of the head only for a new set."""
         chosen = self._fixed if self._fixed is not None else self._heaviest(weights_V)
         if self._chosen is not None and np.array_equal(chosen, self._chosen.draft_to_target):
             return self._chosen

@@ -2,10 +2,10 @@
 
 The input of row t is the target's final hidden state after token t and the embedding of token t + 1. The output
 estimates the hidden state after token t + 1, from which the target's LM head drafts token t + 2. For further drafts,
-the estimate is the input in place of the target's state, which is not computed yet. Embedding and LM head are
-the target's, are shared with it, and do not learn.
+the target's state is not computed yet, so the estimate takes its place in the input. Embedding and LM head are shared
+with the target and do not learn.
 
-Axis letters: B requests, K drafted tokens, N rows of a call, S positions, D hidden size, V vocabulary.
+Axis letters: B requests, K drafted tokens, N, M rows, C context rows, S positions, D hidden size, V vocabulary.
 Reference: EAGLE, arXiv:2401.15077. The file layout is the one that other engines read.
 """
 
@@ -75,11 +75,12 @@ class Eagle(Autoregressive):
         config: The published config.json. Unknown fields are kept and saved again.
         params: Weights by their published names; converted to float32.
         version: The weights version.
-        unroll: Number of drafting depths per training row. From the second depth on, the input is the drafter's own
-            output, as in drafting.
+        unroll: Number of drafting depths that a training row goes through. From the second on, the input is the
+            drafter's own output, as in drafting.
         extra: Further tensors of the checkpoint. They are not used, but saved again.
         dtype: The dtype in which the weights are saved.
-        make_linear: Makes the linear layers for drafting; by default the fastest ones for the device.
+        make_linear: Makes the matrix products for drafting; by default the fastest ones for the device. If given,
+            learning uses plain products, too.
         draft_tokens: Size or ids of the draft vocabulary; see `DraftVocab`.
     """
 
@@ -208,7 +209,7 @@ class Eagle(Autoregressive):
     def _layer_inputs(
         self, token_ids_N: Tensor, states_ND: Tensor, slots: Sequence[int], counts: Sequence[int], attends: bool = True
     ) -> tuple[Tensor, Plan]:
-        """Returns the layer's input rows [N, D], and the plan of their positions in the cache."""
+        """Returns the layer's input rows [N, D], and the plan of their cache writes and attention calls."""
         rows = Rows(slots, [self._cache.lengths[slot] for slot in slots], counts)
         embedded_ND = F.embedding(token_ids_N, self._embedding_VD)
         x_ND = self._fc(torch.cat([embedded_ND, states_ND], dim=-1).to(self._draft_dtype))
@@ -226,7 +227,7 @@ class Eagle(Autoregressive):
         left, at = rows.left, np.arange(len(rows.left))  # on the host, so that there is no device synchronisation
         seen = [self._context(params, weights, rows, sets)]
         for depth in range(num_depths):
-            if depth:  # rows that have a next token in their span read it, and attend to their own earlier depths
+            if depth:  # rows with a next token in their span go on with it, and attend to their own earlier depths
                 kept = np.flatnonzero(left > depth)
                 left, at, kept_M = left[kept], at[kept] + 1, to_device(kept, device)
                 states_MD = states_MD[..., kept_M, :]
@@ -243,7 +244,7 @@ class Eagle(Autoregressive):
 
     @torch.no_grad()
     def _context(self, params: Params, weights: Params, rows: Layout, sets: Sequence[int]) -> Seen:
-        """Computes keys and values of the context rows, without gradient."""
+        """Returns keys and values [C, G, E] of the context rows, without gradient."""
         embedded_CD = F.embedding(rows.context_ids_C, self._embedding_VD).float()
         features_CD = rows.context_features_CD.expand(*sets, *rows.context_features_CD.shape)
         inputs_CD = _fuse(params, embedded_CD, features_CD, self._product)

@@ -1,4 +1,4 @@
-"""Base class of trainable drafters that produce hidden states and turn them into tokens with an LM head.
+"""The base class of trainable drafters that produce hidden states and turn them into tokens with an LM head.
 
 Verified rows become training rows. The drafter's hidden states of these rows are computed with a gradient, the head
 turns them into logits, and a loss compares the logits with the target's rows. Embedding and head are frozen unless a
@@ -34,7 +34,7 @@ class HeadTraining(Drafter):
 
     is_trainable = True
     unroll = 1  # number of drafting depths that each training row goes through
-    num_before = 0  # number of first tokens without a row; 1 if a row needs the target's features before its token
+    num_before = 0  # number of first tokens without a row; 1 if a row needs the target's features of the token before
     reads_features = False  # whether the target's features are an input of the rows
     max_context: int | None = None  # maximum number of context rows per span, the most recent ones; None for all
     draft_vocab: DraftVocab
@@ -94,7 +94,7 @@ class HeadTraining(Drafter):
         """
 
     def _spans(self, feedback: Sequence[Feedback], rejected_only: bool, is_fresh: bool) -> list[Span]:
-        """Makes spans of training rows. Rows whose committed token has no row in the drafter's head do not count."""
+        """Makes spans of training rows. A row doesn't count if its committed token has no row in the drafter's head."""
         return spans_of(
             feedback,
             self.num_before,
@@ -106,7 +106,7 @@ class HeadTraining(Drafter):
         )
 
     def _learn_head(self, params: Params, tokens: DraftTokens | None) -> Head:
-        """Returns the head to learn with, over `tokens` or the whole vocabulary. By default it is frozen."""
+        """Returns the head for learning, over `tokens` or the whole vocabulary. It is frozen unless overridden."""
         product = tokens.head if tokens else self.draft_vocab.whole
 
         def head(states: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class HeadTraining(Drafter):
         return head(states_ND.to(self.draft_vocab.dtype)).float()
 
     def _label(self, layout: Layout, tokens: DraftTokens | None) -> TargetRows:
-        """Returns the target's rows: its head applied to the hidden states stored at verification, then softmax."""
+        """Returns the labels: the target's head applied to the hidden states stored at verification, then softmax."""
         places = tokens.target_to_draft(layout.token_ids) if tokens else None
         if tokens is None or places is None:
             probs_NV = self.draft_vocab.narrowed(self._decoder.head(layout.target_states_ND).softmax(-1))
@@ -138,7 +138,7 @@ class HeadTraining(Drafter):
 
 
 def _num_agreed(logits: Tensor, target: TargetRows, batch: TrainingRows) -> Tensor:
-    """Returns [E]: for each set of weights, how many fresh rows it would have drafted the committed token for."""
+    """Returns for each set of weights how many fresh rows it would have drafted the committed token for, [E]."""
     fresh_M = to_device(batch.fresh_places, logits.device)
     logits_ENS = logits.view(-1, *target.probs_NV.shape)
     return agrees(logits_ENS[:, fresh_M], target.take(fresh_M)).sum(-1)
@@ -150,7 +150,7 @@ def draft_dtype_for(target: Model[Any]) -> torch.dtype:
 
 
 def stacked(candidates: Sequence[Params]) -> Params:
-    """Stacks several sets of weights along a new first axis, for batched products. A single set is returned as is."""
+    """Stacks several sets of weights along a new first axis, for batched products. Returns a single set unchanged."""
     if len(candidates) == 1:
         return candidates[0]
     return {name: torch.stack([params[name] for params in candidates]) for name in candidates[0]}

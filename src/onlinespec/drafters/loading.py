@@ -1,4 +1,4 @@
-"""Loading of drafters by name, path or Hub id.
+"""The loading of drafters by name, path or Hub id.
 
 To add a family, add a file to this folder and a line to `registry.DRAFTERS`.
 """
@@ -26,7 +26,8 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id.
-        ValueError: if the drafter does not fit the target, its format is unknown, or it does not support `tuning`.
+        ValueError: if the drafter does not fit the target, its format is unknown, it does not support `tuning`, or the
+            class of an untrained drafter is not found.
     """
     name = str(name_or_path)
     if name in DRAFTERS or (":" in name and not Path(name).exists()):
@@ -43,8 +44,8 @@ def load_drafter(name_or_path: str | Path, target: Target, seed: int = 0, tuning
 def drafter_class(name: str) -> type[Drafter]:
     """Returns the drafter class for a name in `registry.DRAFTERS` or for "pkg.module:Class".
 
-    The config of a saved drafter may also contain "pkg.module:Class". Only subclasses of `Drafter` are accepted, so
-    that a downloaded config can't have an arbitrary object called.
+    The config of a saved drafter may also name a "pkg.module:Class". Only subclasses of `Drafter` are accepted, so that
+    a downloaded config can't make us call an arbitrary object.
 
     Raises:
         ValueError: if there is no such name, or it is not a subclass of `Drafter`.

@@ -23,19 +23,21 @@ from onlinespec.models.loading import Target
 
 @dataclass
 class _History:
-    """The tokens of a request, and for each n-gram the position after its last occurrence."""
+    """The tokens of a request, and for each n-gram in them the position after its last occurrence."""
 
     max_ngram: int
     token_ids: list[int] = field(default_factory=list)
     follows: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def append(self, token_id: int) -> None:
+        """Adds a token. The n-grams that end before it are now followed by something, so they can be looked up."""
         position = len(self.token_ids)
         for n in range(1, min(self.max_ngram, position) + 1):
             self.follows[tuple(self.token_ids[position - n :])] = position
         self.token_ids.append(token_id)
 
     def continuation(self, count: int) -> list[int]:
+        """Returns up to `count` tokens that followed the longest n-gram at the end when it last occurred before."""
         for n in range(min(self.max_ngram, len(self.token_ids)), 0, -1):
             start = self.follows.get(tuple(self.token_ids[-n:]))
             if start is not None:
@@ -44,10 +46,10 @@ class _History:
 
 
 class Ngram(Drafter):
-    """Looks for an earlier occurrence of the text's final n tokens, and drafts what followed the last one.
+    """Looks for the last n tokens of the text at an earlier place, the latest one, and drafts what followed there.
 
-    It tries n = `max_ngram` first, then shorter n-grams down to 1, and drafts nothing if none occurs. The text is the
-    request's prompt and output.
+    It tries n = `max_ngram` first, then shorter n-grams down to 1, and drafts nothing if none occurred before. The text
+    is the request's prompt and output.
 
     Reference: prompt lookup decoding (Saxena, 2023); LLMA, arXiv:2304.04487.
     """

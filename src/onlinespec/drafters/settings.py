@@ -17,8 +17,8 @@ class Tuning:
         ValueError: for an unknown `what`, a rank below 1, or an alpha that is not positive and finite.
     """
 
-    what: str = "layers"  # "layers": all but embedding and head; "all"; "adapters": LoRA adapters of the layers
-    rank: int = 8  # of the adapters
+    what: str = "layers"  # "layers": all but embedding and LM head; "all"; "adapters": LoRA adapters of the layers
+    rank: int = 8  # rank of the adapters
     alpha: float = 16.0  # the product of the adapter matrices is multiplied by alpha / rank
 
     def __post_init__(self) -> None:

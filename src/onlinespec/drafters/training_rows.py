@@ -1,10 +1,10 @@
 """Training rows: the verified rows of requests, concatenated into one batch, with the target's rows as labels.
 
 A drafter has one row per token of a request, except for the first `num_before` tokens. The input of a row is its token,
-and for some drafters the target's hidden state before that token. The label is the target's next-token distribution
-after the token.
+and for some drafters also the target's hidden state at the token before. The label is the target's distribution of the
+next token.
 
-Axis letters: S rows of a request, N rows the loss is on, C rows of context, D hidden size.
+Axis letters: S rows of a span, N trained rows, C context rows (which have no loss), D hidden size.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Ints = NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """Consecutive rows of one request. The last N are trained; the rows before them are context."""
+    """Consecutive rows of one request. The last N of them are trained; those before are context."""
 
     read_ids_S: Tensor  # the input token of each row
-    features_SD: Tensor  # float32: the target's state before each row's token; [S, 0] if the drafter does not use it
+    features_SD: Tensor  # float32: the target's state at the token before; [S, 0] if the drafter does not use it
     target_states_ND: Tensor  # the target's state at each trained row's token; its head turns them into labels
     token_ids: list[int]  # the committed token after each trained row's token ...
     token_ids_N: Tensor  # ... the same on the device
@@ -40,7 +40,7 @@ class Span(NamedTuple):
     noise_keys_N3: Tensor  # int64 (seed, choice, position) of the noise that chose each of `token_ids`
     temperature: float  # of the request
     is_fresh: bool  # whether the rows are of this round; False if replayed
-    capacity: int  # maximum number of tokens of the request, plus MAX_DRAFT_TOKENS
+    capacity: int  # maximum number of tokens of the request (of a complete text: its length), plus MAX_DRAFT_TOKENS
     first_position: int = 0  # the drafter's position of the first row; not 0 if earlier context was cut off
 
     @property
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
     """The rows of all spans concatenated: N trained rows and C context rows. The rows of a span are consecutive."""
 
     context_ids_C: Tensor
-    context_positions_C: Tensor  # positions within the request
+    context_positions_C: Tensor  # the drafter's positions in the request
     context_features_CD: Tensor
     read_ids_N: Tensor
     positions_N: Tensor
@@ -65,7 +65,7 @@ class Layout(NamedTuple):
     counts_N: Tensor
     fresh: Ints  # on the host: indices of the rows that are fresh and count
     noise_keys_N3: Tensor
-    temperatures_N: Tensor
+    temperatures_N: Tensor  # float32
     capacities: Ints  # on the host: `Span.capacity` of each trained row
     context_capacities: Ints  # ... and of each context row
     context_sizes: tuple[int, ...]  # number of context rows of each span
@@ -79,7 +79,8 @@ class TrainingRows(list[Span]):
     Layout and labels are computed once, however many sets of weights are evaluated.
 
     Args:
-        label: Computes the target's rows of a layout, over the given tokens or, if None, the whole vocabulary.
+        label: Computes the labels (the target's rows) of a layout: over the given tokens, or, if they are None, over
+            the whole vocabulary.
         vocab: The draft vocabulary that the loss may be restricted to; None for the whole vocabulary.
     """
 
@@ -99,14 +100,16 @@ class TrainingRows(list[Span]):
 
     @cached_property
     def layout(self) -> Layout:
+        """The rows of all spans, concatenated."""
         return lay_out(self)
 
     @cached_property
     def tokens(self) -> DraftTokens | None:
         """The tokens over which the loss is computed, including all committed tokens; None for the whole vocabulary.
 
-        None if any request is sampled. Computed at the first use by a loss, so that a batch that is only evaluated over
-        the whole vocabulary does not change the draft vocabulary.
+        None if any request is sampled, or if the committed tokens do not all fit into the draft vocabulary. Computed
+        when a loss first needs it, because it may choose the draft vocabulary anew. A batch that is only evaluated over
+        the whole vocabulary must not do that.
         """
         if self._vocab is None or any(span.temperature for span in self):
             return None
@@ -120,7 +123,7 @@ class TrainingRows(list[Span]):
 
     @cached_property
     def fresh(self) -> TrainingRows:
-        """The spans of this round only, over the whole vocabulary. For telemetry and the promotion gate."""
+        """The spans of this round only, with labels over the whole vocabulary. For telemetry and the promotion gate."""
         return TrainingRows([span for span in self if span.is_fresh], self._label)
 
     @cached_property
@@ -138,7 +141,7 @@ def spans_of(
     max_context: int | None = None,
     has_row: Callable[[int], bool] = lambda token_id: True,
 ) -> list[Span]:
-    """Makes one span of each run of consecutive records of a request. Runs without a row to train are skipped.
+    """Makes one span of each run of consecutive records of a request. Runs that have no row to train are left out.
 
     Args:
         num_before: Number of tokens at the start of a request for which the drafter has no row.
@@ -157,7 +160,7 @@ def spans_of(
 
 
 def lay_out(spans: Sequence[Span]) -> Layout:
-    """Concatenates the rows of spans, which must not be empty."""
+    """Concatenates the rows of spans. There must be at least one span."""
     device = spans[0].read_ids_S.device
     contexts = [span.num_context for span in spans]
     sizes = [len(span.target_states_ND) for span in spans]

@@ -1,1 +1,1 @@
-"""Models: loading targets, our own decoder with its KV cache, other models through transformers, memory estimates."""
+"""Models: loading of targets, our decoder and its KV cache, other models through transformers, memory estimates."""

@@ -1,4 +1,4 @@
-"""Checkpoint directories: finding them, reading their files, checking that every tensor is present and finite.
+"""Checkpoint directories: finding them, reading their files, checking that all tensors are there and finite.
 
 Only safetensors are read, and code from a checkpoint is never run.
 """
@@ -17,15 +17,18 @@ from torch import Tensor
 
 from onlinespec.registry import SHIPPED_DRAFTERS, SHIPPED_TARGETS
 
-_FINGERPRINT_BYTES = 1 << 20
+_FINGERPRINT_BYTES = 1 << 20  # read in three places of every weight file
 
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
-    """Returns the local directory of a checkpoint; downloads it from the Hub if there is none.
+    """Returns the local directory of a checkpoint. A Hub id is downloaded if it is not in the Hub's cache.
+
+    Args:
+        path_or_hub_id: A directory, a Hub id, or the name of a shipped target or drafter (`demo`).
 
     Raises:
         FileNotFoundError: if there is neither such a directory nor such a Hub id.
-        ValueError: if the name is empty, or a file.
+        ValueError: if the name is empty, or the path of a file.
     """
     if shipped := (SHIPPED_DRAFTERS | SHIPPED_TARGETS).get(str(path_or_hub_id)):
         return shipped
@@ -70,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Reads all tensors of a single or sharded safetensors checkpoint.
+    """Reads all tensors of a safetensors checkpoint, sharded or not.
 
     Args:
         dtype: The dtype to convert to; None keeps the stored one.
@@ -107,6 +110,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all tensors by name, from the headers of the files.
 
     Raises:
+        FileNotFoundError: as `weight_files`.
         ValueError: naming a file that can't be read.
     """
     shapes: dict[str, tuple[int, ...]] = {}
@@ -129,7 +133,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a checkpoint directory.
 
     Raises:
-        FileNotFoundError: if there are none, or the index names one that is missing.
+        FileNotFoundError: if there are none, or the index of the shards names one that is missing.
         ValueError: if the index is malformed.
     """
     index = folder / "model.safetensors.index.json"
@@ -157,8 +161,9 @@ def check_tensors(
     """Checks every tensor of a checkpoint by name, shape and finiteness.
 
     Args:
-        expected: Shapes by name.
-        may_have: Further names that are allowed.
+        expected: The shapes of the tensors that must be there, by name.
+        folder: The checkpoint directory, for error messages.
+        may_have: Further names that are allowed. Rotary frequencies, which older checkpoints store, always are.
 
     Raises:
         ValueError: naming what is missing, unexpected, of another shape, or not finite.
@@ -179,10 +184,13 @@ def check_tensors(
 
 
 def architecture_of(config: Mapping[str, Any], path: Path) -> str:
-    """Returns the first of a config.json's architectures; "(none)" if it names none.
+    """Returns the first of the architectures that a config.json names; "(none)" if it names none.
+
+    Args:
+        path: The file, for the error message.
 
     Raises:
-        ValueError: naming the file, if `architectures` is no list of names.
+        ValueError: if `architectures` is not a list of names.
     """
     names = config.get("architectures") or ["(none)"]
     if not isinstance(names, list) or not isinstance(names[0], str):
@@ -193,8 +201,8 @@ def architecture_of(config: Mapping[str, Any], path: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """Returns a hash of sixteen hex digits that identifies a model and its tokenizer.
 
-    It covers config.json, tokenizer.json, and of every weight file its size and its first, middle and last MiB, which
-    tells checkpoints apart without reading tens of gigabytes.
+    It covers config.json, tokenizer.json, and the size and the first, middle and last MiB of every weight file. This is
+    enough to distinguish checkpoints without reading tens of gigabytes.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):

@@ -1,9 +1,10 @@
-"""Clocks that measure work on a device. An accelerator's work is queued, so the host's clock can't measure it.
+"""Clocks that measure how long work on a device takes.
 
-On a CPU a mark is the time. On an accelerator a mark is an event in the queue, and the device notes the time when it
-gets there. Two marks enclose the work queued between them, and the host's work in between if the device waited for it.
-Only `seconds` waits, so a step makes its marks as it goes and asks for seconds at its end, when its results are read
-anyway.
+An accelerator's work is queued, so the host's clock can't measure it. On a CPU a mark is the current time. On an
+accelerator a mark is an event in the queue, and the device records the time when it reaches the event. The time between
+two marks is that of the work queued between them, and of the host's work in between if the device waited for it. Only
+`seconds` waits, so a step makes marks as it runs and calls `seconds` at its end, when its results are copied to the
+host anyway.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ class Clock(Protocol):
         """Returns a mark after all work queued so far."""
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Returns the seconds between two marks. Waits for the later one if work is queued."""
+        """Returns the seconds between two marks. Waits until the device has reached the later one."""
 
 
 class HostClock:
-    """The clock of a CPU, where work is done when the call returns."""
+    """The clock of a CPU, where work is finished when the call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()

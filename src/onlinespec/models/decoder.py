@@ -32,12 +32,12 @@ from onlinespec.models.rope import RotaryTables
 
 
 class Decoder(Model[KVCache]):
-    """A model of a supported family, with a fast forward pass over ragged batches.
+    """A model of a family in `families.py`, with a fast forward pass over ragged batches.
 
     Args:
-        weights: The checkpoint's tensors by their published names (`model.layers.0...`); a tied model has no
-            `lm_head.weight`. Each layer's tensors are removed from it when the layer is made, to save memory.
-        make_linear: Makes the products; by default the fastest exact ones for the weights' device and dtype.
+        weights: The checkpoint's tensors by their published names (`model.layers.0...`); a model with tied embeddings
+            has no `lm_head.weight`. Each layer's tensors are removed from it when the layer is made, to save memory.
+        make_linear: Makes the matrix products; by default the fastest exact ones for the weights' device and dtype.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Decoder(Model[KVCache]):
 
     @cached_property
     def _head(self) -> Linear:
-        """The product of the head, made when it is first used: a draft model never uses it."""
+        """The head's matrix product, made when it is first used, because a draft model never uses it."""
         return self.make_linear(self.head_VD, None)
 
     def head(self, hidden_states_MD: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ class Decoder(Model[KVCache]):
 
 
 class Past(NamedTuple):
-    """C earlier rows that later rows attend to."""
+    """C context rows, which later rows attend to."""
 
-    keys_values: Sequence[tuple[Tensor, Tensor]]  # by layer
+    keys_values: Sequence[tuple[Tensor, Tensor]]  # [C, G, E] each, by layer
     positions_C: Tensor
-    is_visible_NC: Tensor  # bool: which of them each later row attends to
+    is_visible_NC: Tensor  # bool: which context rows each later row attends to
 
 
 def plain_states(
@@ -118,13 +118,16 @@ def plain_states(
     product: Product = plain_product,
     capacities: Iterable[int] | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Returns the states after the final norm, differentiable, and every layer's keys and values: the reference.
+    """Returns the states after the final norm [N, D], and every layer's keys and values [N, G, E], differentiable.
 
-    Several sets of weights can be evaluated at once: weights and x have an axis of sets in front then.
+    This is the reference for `Decoder.forward`. Several sets of weights can be evaluated at once: weights and x then
+    have a leading axis, one entry per set.
 
     Args:
         x_ND: Embedded tokens.
-        is_visible_NN: Which rows each row attends to, before sliding windows are applied.
+        is_visible_NN: bool: which rows each row attends to, before sliding windows are applied.
+        past: Context rows, which all rows come after.
+        product: Multiplies rows by a weight.
         capacities: Maximum number of tokens of each row's request; see `rotary_at`.
     """
     rotary_NR, keys_values = rotary_at(positions_N, config.layer, capacities), []
@@ -147,7 +150,7 @@ def plain_keys_values_by_layer(
     product: Product = plain_product,
     capacities: Iterable[int] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Returns every layer's keys and values of one text, as `plain_states`, without its final states."""
+    """Returns every layer's keys and values [S, G, E] of one text, as `plain_states` does, without its final states."""
     rotary_SR, keys_values = rotary_at(positions_S, config.layer, capacities), []
     is_before_SS = positions_S[:, None] >= positions_S
     for index in range(config.num_layers):

@@ -1,6 +1,7 @@
 """The model families that our decoder runs: how their config.json is read, and which tensors they have.
 
-A family is a line in a table. Variants that the decoder can't compute are refused by name.
+Each family is one line of `FAMILIES`. A config with an option that the decoder can't compute is refused, and the error
+message names the option.
 """
 
 from __future__ import annotations
@@ -33,11 +34,10 @@ class Family:
         has_qkv_bias: Whether q, k and v always have a bias. If False, q, k, v and o have one if config.json sets
             `attention_bias`.
         has_head_norms: Whether queries and keys are normalised per head.
-        windowed: Which layers have the `sliding_window`: those of type "sliding_attention" in `layer_types` ("by
-        type"),
-            "all", or "none". Like the family's own code, we ignore any other setting.
+        windowed: Which layers have the `sliding_window`: "all", "none", or "by type", which means those of type
+            "sliding_attention" in `layer_types`. Like the family's own code, we ignore any other setting.
         has_partial_rotary: Whether the family uses `partial_rotary_factor`.
-        fused: Published weights that are several of ours, stacked along their rows.
+        fused: Published weights that are several of our weights stacked along their rows, with the names of these.
     """
 
     model_type: str  # transformers' name
@@ -76,14 +76,17 @@ _SIZES = (
 
 
 class NotOurs(ValueError):
-    """A valid config that our decoder does not support, but transformers may."""
+    """Raised for a valid config that our decoder does not support, though transformers may."""
 
 
 def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
-    """Returns the shape of a model for our decoder.
+    """Returns the sizes of a model for our decoder.
+
+    Args:
+        folder: The checkpoint directory, for error messages.
 
     Raises:
-        NotOurs: naming what the decoder does not support.
+        NotOurs: if the decoder does not support the activation function.
         ValueError: naming what is wrong with the config.
     """
     if config.hidden_act != "silu":
@@ -109,7 +112,7 @@ def decoder_config(config: PretrainedConfig, folder: Path) -> ModelConfig:
 
 
 def rope_of(config: PretrainedConfig, has_partial_rotary: bool) -> Rope:
-    """Returns a model's rotary positions. transformers' functions compute the scaled frequencies.
+    """Returns a model's rotary embedding. Scaled frequencies are computed by transformers' functions.
 
     Raises:
         ValueError: for a scaling that is unknown or can't be computed.
@@ -133,7 +136,7 @@ def rope_of(config: PretrainedConfig, has_partial_rotary: bool) -> Rope:
     length_of = _LengthOf(kind, _original_length(config))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        for length in {length_of(1), length_of(length_of.original + 1)}:  # try both: without and with scaling
+        for length in {length_of(1), length_of(length_of.original + 1)}:  # a short text, and one that is scaled
             _check_frequencies(*scaled(length), int(head_dim * share))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a missing or wrong setting
         raise ValueError(f"rotary scaling {kind!r} can't be computed from {rope} ({error!r})") from error
@@ -148,8 +151,9 @@ def _check_frequencies(frequencies: Tensor, scale: float, rotary_dim: int) -> No
 
 
 def rope_in(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """Returns the rotary positions of a drafter's config.json, which is shaped like Llama's but may be unknown to
-    transformers.
+    """Returns the rotary embedding of a drafter, from a config.json with Llama's keys.
+
+    Its architecture may be unknown to transformers.
 
     Raises:
         ValueError: as `rope_of`.
@@ -167,10 +171,13 @@ def rope_in(config: Mapping[str, Any], head_dim: int) -> Rope:
 
 @dataclass(frozen=True)
 class _LengthOf:
-    """Maps the maximum number of tokens of a request to the text length that its scaling is computed for."""
+    """Maps the maximum number of tokens of a request to the text length that its scaling is computed for.
+
+    Only two kinds of scaling depend on it. For `longrope` all that matters is whether it exceeds `original`.
+    """
 
     kind: str
-    original: int  # the context length that the model was trained with, before scaling
+    original: int  # the context length in tokens that the model was trained with, before scaling
 
     def __call__(self, capacity: int) -> int:
         lengths = {"dynamic": max(capacity, self.original), "longrope": self.original + (capacity > self.original)}
@@ -184,14 +191,14 @@ def _original_length(config: PretrainedConfig) -> int:
 
 
 def _max_positions(config: PretrainedConfig) -> int:
-    """The context length. For dynamic scaling, config.json has the length without scaling."""
+    """Returns the context length in tokens. For dynamic scaling, config.json has the length without scaling."""
     rope = config.rope_parameters or {}
     factor = float(rope["factor"]) if rope.get("rope_type") == "dynamic" else 1.0
     return int(config.max_position_embeddings * factor)
 
 
 def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
-    """The sliding window of each layer; () if no layer has one."""
+    """Returns the sliding window of each layer in tokens; () if no layer has one."""
     windowed, count = FAMILIES[config.architectures[0]].windowed, config.num_hidden_layers
     if windowed == "none":
         return ()
@@ -212,7 +219,7 @@ def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
 
 
 def llama_config(shape: ModelConfig) -> dict[str, Any]:
-    """Returns the config.json of a float32 Llama of this shape."""
+    """Returns the content of config.json for a float32 Llama of these sizes."""
     layer = shape.layer
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -250,7 +257,7 @@ def llama_layer_shapes(layer: LayerConfig) -> Shapes:
 
 
 def _layer_shapes(config: PretrainedConfig, layer: LayerConfig) -> Shapes:
-    """Shapes of a layer's tensors, not fused."""
+    """Returns the shapes of a layer's tensors by name, with fused ones split."""
     family = FAMILIES[config.architectures[0]]
     d, f, e = layer.hidden_size, layer.intermediate_size, layer.head_dim
     q, kv = layer.num_heads * e, layer.num_kv_heads * e
@@ -271,6 +278,10 @@ def checked_weights(
     weights: Mapping[str, Tensor], config: PretrainedConfig, shape: ModelConfig, folder: Path
 ) -> dict[str, Tensor]:
     """Returns a checkpoint's tensors by our decoder's names, with fused ones split. Every tensor is checked.
+
+    Args:
+        weights: The tensors by their published names.
+        folder: The checkpoint directory, for error messages.
 
     Raises:
         ValueError: naming what is missing, unexpected, of another shape, or not finite.
@@ -299,7 +310,7 @@ def checked_weights(
 
 
 def published_weights(weights: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Returns our decoder's tensors by the names that the family publishes."""
+    """Returns our decoder's tensors by the family's published names, fused again where the family fuses them."""
     fused = FAMILIES[architecture].fused
     published = dict(weights)
     for name, parts in fused:

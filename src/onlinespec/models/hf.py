@@ -1,8 +1,11 @@
-"""Other causal language models, run by transformers: one sequence at a time, each with its own cache.
+"""Causal language models that transformers runs: one sequence at a time, each with its own cache.
 
 The family's own code computes the layers and whatever follows the last state (a bias, a scale, a soft cap). What we
-rely on is tried once at load: that layers and head can be run separately, and that a cropped cache continues correctly.
-Results are exact up to the tie rule, because transformers' products have other bits for other numbers of rows.
+rely on is tested once at load: that layers and head can be run separately, and that a cropped cache continues
+correctly. The output equals plain decoding's except for near-ties of logits, because the bits of transformers' products
+change with the number of rows.
+
+Axis letters: N new tokens of a call, M rows with logits, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from onlinespec.models.rope import Rope
 
 log = logging.getLogger(__name__)
 
-_TOLERANCES = {torch.float32: 1e-3}  # between two ways to compute logits, relative to the largest; half types: _COARSE
-_COARSE = 0.2
+_TOLERANCES = {torch.float32: 1e-3}  # between two ways to compute logits, relative to the largest logit ...
+_COARSE = 0.2  # ... and in other dtypes
 _LOUD = 100.0  # logits so large that any soft cap in use changes them
 _KEPT_STATES = ("full_attention", "sliding_attention", "chunked_attention")  # layer types whose cache can be cropped
 _OLD_CONSTANTS = (".masked_bias", ".rotary_emb.inv_freq")  # buffers that older versions saved with the weights
@@ -39,7 +42,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_
 
 
 class HFCache(Slots):
-    """A transformers cache for each slot. Layers keep all keys: a cache that drops keys can't be cropped."""
+    """A transformers cache for each slot. Keys outside a sliding window are kept, so that it can be cropped."""
 
     def __init__(self, bytes_per_token: int) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class HFCache(Slots):
 
     def take(self, slot: int, capacity: int) -> None:
         super().take(slot, capacity)
-        self._caches[slot] = DynamicCache()  # without a config it ignores sliding windows; the masks apply them
+        self._caches[slot] = DynamicCache()  # without a config it keeps all keys; masks apply the sliding windows
 
     def release(self, slot: int) -> None:
         super().release(slot)
@@ -69,6 +72,8 @@ class HFCache(Slots):
 
 class HFModel(Model[HFCache]):
     """A model that transformers runs.
+
+    `forward` also raises ValueError if aux layers are asked for and the model's layers were not found.
 
     Args:
         model: A causal language model loaded by transformers; its weights are used in place.
@@ -131,11 +136,11 @@ class HFModel(Model[HFCache]):
     def head(self, hidden_states_MD: Tensor) -> Tensor:
         return self._behind(inputs_embeds=hidden_states_MD[None]).logits[0].float()
 
-    # --- for weights that move --------------------------------------------------------------------------------------
+    # --- for weights that learn -------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """All weights, in place, by their published names; a shared weight has one name."""
+        """All weights by their published names, not copied; a shared weight has one name."""
         return {name: p.detach() for name, p in self._model.named_parameters()}
 
     def weight_names(self) -> tuple[str, str]:
@@ -147,8 +152,11 @@ class HFModel(Model[HFCache]):
 
     @torch.no_grad()
     def prepare(self, weights: Mapping[str, Tensor]) -> Callable[[], None]:
-        """Prepares other weights. The returned function, which can't fail, switches to them; the cache keeps its
-        entries."""
+        """Prepares other weights. Returns a function that switches to them and can't fail. The cache is kept.
+
+        Raises:
+            ValueError: if a weight has another shape.
+        """
         pairs = [(p, weights[name].detach().to(p.dtype)) for name, p in self._model.named_parameters()]
         for p, new in pairs:
             if new.shape != p.shape:
@@ -161,7 +169,7 @@ class HFModel(Model[HFCache]):
         return take_over
 
     def states(self, weights: Mapping[str, Tensor], token_ids_N: Tensor) -> Tensor:
-        """Returns the final states [N, D] of a whole text for given weights, differentiable."""
+        """Returns the final states [N, D] of a whole text, differentiable in the given weights."""
         way = next(path for path, module in self._model.named_modules() if module is self._body)
         own = {name.removeprefix(f"{way}."): t for name, t in weights.items() if name.startswith(f"{way}.")}
         inputs = {"input_ids": token_ids_N[None], "use_cache": False}
@@ -178,7 +186,7 @@ class HFModel(Model[HFCache]):
 
     @contextmanager
     def _listening(self, aux: dict[int, list[Tensor]]) -> Iterator[None]:
-        """Inside the block, the states [count, D] that layers read and write are appended to `aux` by layer id."""
+        """Inside the block, forward passes append the states [count, D] after layer n to `aux[n]`, for its keys n."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers or ()):
                 if index == 0 and 0 in aux:
@@ -187,10 +195,13 @@ class HFModel(Model[HFCache]):
                     stack.enter_context(layer.register_forward_hook(leaving(aux[index + 1])))
             yield
 
-    # --- what is relied on, tried once ------------------------------------------------------------------------------
+    # --- checks at load ---------------------------------------------------------------------------------------------
 
     def _try(self) -> None:
-        """Compares a forward pass in pieces, with cropped drafts, with one in a single call; checks the head."""
+        """Checks that a pass in two pieces, with a cropped draft between them, gives the logits of a single call.
+
+        Also checks that the head, applied to the last hidden states, gives the same logits.
+        """
         size = min(8, self.config.max_positions)
         ids = torch.linspace(0, self.config.vocab_size - 1, size, device=self.device).long()
         try:
@@ -198,7 +209,7 @@ class HFModel(Model[HFCache]):
             states_ND = self._body(input_ids=ids[None], use_cache=False).last_hidden_state[0]
             rebuilt_NV = self.head(states_ND)
             pieces_NV = self._run_with_a_wrong_draft(ids)
-        except Exception as error:  # every unsupported family fails in its own way
+        except Exception as error:  # any exception type: unsupported families fail in different ways
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{self._name} is not supported: its layers, head and cache can't be run apart ({reason})"
@@ -222,7 +233,10 @@ class HFModel(Model[HFCache]):
         return bool(error <= _TOLERANCES.get(self.dtype, _COARSE))
 
     def _find_head(self, states_ND: Tensor) -> None:
-        """Finds out whether logits are a product with the head's matrix or a multiple of it, and sets head_VD."""
+        """Sets `has_plain_head`: whether logits are a product with the head's matrix, or with a multiple of it.
+
+        In the second case, head_VD becomes that multiple.
+        """
         loud_ND = states_ND * (_LOUD / F.linear(states_ND, self.head_VD).float().abs().max()).to(self.dtype)
         plain_NV, logits_NV = F.linear(loud_ND, self.head_VD).float(), self.head(loud_ND)
         scale = (plain_NV * logits_NV).sum() / plain_NV.square().sum()
@@ -234,10 +248,10 @@ class HFModel(Model[HFCache]):
 
 
 def load_hf(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> HFModel:
-    """Loads a checkpoint directory through transformers. Every tensor must be accounted for and finite.
+    """Loads a checkpoint directory through transformers. Every tensor must be there, and finite.
 
     Raises:
-        ValueError: naming the architecture, or the tensors that do not fit.
+        ValueError: naming the architecture if it is not supported, or the tensors that do not fit.
     """
     with _quiet():
         try:
@@ -290,7 +304,7 @@ def check_architecture(config: PretrainedConfig, architecture: str, folder: Path
 
 
 def model_config(config: PretrainedConfig, name: str) -> ModelConfig:
-    """Returns the sizes that decoding and drafters need, under the various names that families use.
+    """Returns the sizes that decoding and drafters need. Families have various names for them in config.json.
 
     Raises:
         ValueError: naming the architecture, if a size is not in the config.
@@ -306,7 +320,7 @@ def model_config(config: PretrainedConfig, name: str) -> ModelConfig:
 
 
 def _layer_config(config: PretrainedConfig, name: str) -> LayerConfig:
-    """A layer of the model's width, only used as the shape of new drafters."""
+    """Returns the sizes of a layer, for memory estimates and new drafters. The model itself does not run on them."""
     hidden, heads = _first(config, "hidden_size"), _first(config, "num_attention_heads")
     if hidden is None or heads is None:
         raise ValueError(f"{name}: config.json names no hidden_size or no num_attention_heads")
@@ -325,13 +339,13 @@ def _layer_config(config: PretrainedConfig, name: str) -> LayerConfig:
 
 
 def _first(config: PretrainedConfig, *names: str) -> int | None:
-    """The first of these fields that is a positive whole number."""
+    """Returns the first of these fields that is a positive whole number; None if none is."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def _attention(config: PretrainedConfig) -> dict[str, str]:
-    """Plain attention for models that cap scores, because torch's fused attention would ignore the cap."""
+    """Chooses plain attention for models that cap scores, because torch's fused attention would ignore the cap."""
     is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return {"attn_implementation": "eager"} if is_capped else {}
 
@@ -347,7 +361,7 @@ def _check_loading(info: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and reports; errors are raised."""
+    """Silences transformers' progress bars and log lines; errors are still raised."""
     verbosity, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -357,6 +371,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if has_bar:
             transformers_logging.enable_progress_bar()
-
-
-# --- the two halves of a model ----------------------------------------------------------------------------------------

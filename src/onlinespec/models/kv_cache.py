@@ -10,15 +10,15 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-PAD = 32  # attention reads a multiple of this many keys
+PAD = 32  # the number of keys in an attention call is a multiple of this; see `layer.make_plan`
 
 
 class Slots(ABC):
-    """Bookkeeping of slots: which are taken, how many tokens each holds, and how many it has room for."""
+    """Bookkeeping of a cache's slots: which are taken, how many tokens each holds, and how many it has room for."""
 
     def __init__(self) -> None:
         self.lengths: dict[int, int] = {}
-        self.limits: dict[int, int] = {}  # the capacity of each slot, as requested
+        self.limits: dict[int, int] = {}  # by slot, the `capacity` that was asked for in `take`
 
     def take(self, slot: int, capacity: int) -> None:
         """Reserves room for `capacity` tokens under a free slot number.
@@ -36,32 +36,44 @@ class Slots(ABC):
 
     @abstractmethod
     def capacity(self, slot: int) -> int:
-        """Returns the number of tokens that a slot can hold."""
+        """Returns the number of tokens that a slot has room for, which may be more than was asked for."""
 
     def crop(self, slot: int, length: int) -> None:
-        """Drops everything from position `length` on."""
+        """Drops everything from position `length` on.
+
+        Raises:
+            ValueError: if the slot holds fewer than `length` tokens.
+        """
         if not 0 <= length <= self.lengths[slot]:
             raise ValueError(f"can't crop slot {slot} to {length}: it holds {self.lengths[slot]} tokens")
         self.lengths[slot] = length
 
     def check_room(self, slot: int, count: int) -> None:
-        """Raises ValueError if `count` more tokens do not fit into the slot."""
+        """Checks that `count` more tokens fit into a slot.
+
+        Raises:
+            ValueError: if they do not.
+        """
         if self.lengths[slot] + count > self.capacity(slot):
             raise ValueError(
                 f"slot {slot} holds {self.lengths[slot]} of {self.capacity(slot)} tokens; {count} more do not fit"
             )
 
     def extend(self, slot: int, count: int) -> None:
-        """Adds `count` tokens to a slot's length, after the layers have written their keys and values."""
+        """Adds `count` tokens to a slot's length, after the layers have written their keys and values.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
         self.check_room(slot, count)
         self.lengths[slot] += count
 
 
 class KVCache(Slots):
-    """A block [layers, 2, G, C, E] for each slot, allocated when the slot is taken.
+    """The keys and values of all layers: a block [layers, 2, G, C, E] for each slot, allocated by `take`.
 
-    A slot takes layers * 2 * G * C * E * element size bytes. Rows beyond a slot's length hold old, finite values that
-    attention masks, so `crop` does not need to clear anything.
+    C is the slot's capacity, rounded up to a multiple of PAD, and the block has layers * 2 * G * C * E * element size
+    bytes. Rows beyond a slot's length hold old, finite values that attention masks, so `crop` clears nothing.
     """
 
     def __init__(

@@ -4,9 +4,9 @@
 through it. `FastLayer` computes the same with fused projections, interleaved rotary pairs and a KV cache. Targets and
 drafters use both.
 
-Axis letters: N new tokens of a call (of all requests, one after the other), S keys, H heads, G key-value heads,
-E head_dim, D hidden size. The plain form can evaluate several sets of weights at once: weights and rows, but not masks
-and rotations, have an axis of sets in front then.
+Axis letters: N new tokens of a call (of all requests, one after the other), S keys, H heads, G key-value heads, M query
+heads per key-value head, E head_dim, R rotated pairs of a head, D hidden size. The plain form can evaluate several sets
+of weights at once: weights and rows then have a leading axis, one entry per set, but masks and rotations do not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ _MAX_SERIAL = 32768  # from this many elements on, torch splits an elementwise o
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """The shape of a layer."""
+    """The sizes of a decoder layer.
+
+    Raises:
+        ValueError: if heads can't share key-value heads evenly, or head_dim or rotary_dim is odd or out of range.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -58,7 +62,7 @@ class LayerConfig:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Applies RMS norm over the last axis; returns x unchanged if the layer has no such norm (no weight)."""
+    """Applies RMS norm over the last axis. Returns x unchanged if `weight` is None: the layer has no such norm."""
     if weight is None:
         return x
     if weight.dim() == 1:
@@ -67,7 +71,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rotary_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int] | None = None) -> Tensor:
-    """Returns the rotations of positions as complex numbers, [N, R].
+    """Returns the rotary embeddings of positions as complex numbers cos + i sin, [N, R].
 
     Args:
         capacities: Maximum number of tokens of each row's request; needed for scalings that depend on the text length.
@@ -83,7 +87,7 @@ def rotary_at(positions_N: Tensor, config: LayerConfig, capacities: Iterable[int
 
 
 def rotate_half(x_NHE: Tensor, rotary_NR: Tensor) -> Tensor:
-    """Applies rotary positions in the published layout: element i pairs with element i + R; the rest is unchanged."""
+    """Rotates queries or keys in the published layout: element i pairs with i + R; the rest of a head is unchanged."""
     cos, sin = rotary_NR.real[:, None], rotary_NR.imag[:, None]
     size = rotary_NR.shape[-1]
     a, b, still = x_NHE.split((size, size, x_NHE.shape[-1] - 2 * size), dim=-1)
@@ -91,7 +95,7 @@ def rotate_half(x_NHE: Tensor, rotary_NR: Tensor) -> Tensor:
 
 
 def project(weights: Mapping[str, Tensor], name: str, x: Tensor, product: Product = plain_product) -> Tensor:
-    """Multiplies x by a named weight and adds its bias, if there is one; sets of weights multiply their own x."""
+    """Multiplies x by a named weight and adds its bias, if there is one; each set of weights multiplies its own x."""
     weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     projected = product(x, weight)
     return projected if bias is None else projected + bias.unsqueeze(-2)
@@ -116,7 +120,7 @@ class Seen(NamedTuple):
 
     keys_SGE: Tensor
     values_SGE: Tensor
-    is_visible_NS: Tensor
+    is_visible_NS: Tensor  # bool: True where query n attends to key s
 
 
 def plain_layer(
@@ -127,12 +131,12 @@ def plain_layer(
     seen: Sequence[Seen],
     product: Product = plain_product,
 ) -> Tensor:
-    """Returns the layer's output for queries x over given keys and values: the reference.
+    """Returns the layer's output [N, D] for input rows that attend to given keys and values: the reference.
 
     Args:
         weights: By their names in a checkpoint, without the layer prefix; a missing norm or bias is not applied.
         seen: The keys and values, in parts, because some parts need no gradient.
-        product: Multiplies by a weight.
+        product: Multiplies rows by a weight.
     """
     h = rms_norm(x_ND, weights.get("input_layernorm.weight"), config.rms_norm_eps)
     q = project(weights, "self_attn.q_proj", h, product).unflatten(-1, (config.num_heads, config.head_dim))
@@ -172,9 +176,9 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What all layers of a forward pass share: rotations, and views of the cache to write to and to attend over."""
+    """What all layers of a forward pass share: rotary embeddings, and views of the cache to write to and to read."""
 
-    rotations_NR: Tensor  # complex64, for all query and key heads side by side
+    rotations_NR: Tensor  # complex64; here R counts the pairs of all query and key heads, side by side
     counts: Sequence[int]  # new tokens of each request, in the order of `writes`
     writes: list[Sequence[Tensor]]  # for each request and layer, where new keys and values go: [count, 2G, E]
     sizes: Sequence[int]  # number of queries of each attention call
@@ -182,7 +186,7 @@ class Plan(NamedTuple):
 
 
 class _Attention(NamedTuple):
-    """One attention call: some queries of a request over some of its keys."""
+    """One attention call: some queries of a request over some of its keys, for all layers with the same window."""
 
     keys: Sequence[Tensor]  # by layer: [queries, G, S, E], or [G, 1, S, E] for a whole block
     values: Sequence[Tensor]
@@ -198,20 +202,20 @@ def make_plan(
     attends: bool = True,
     windows: Collection[int | None] = (None,),
 ) -> Plan:
-    """Plans the cache writes and, if the layers attend at all, the attention calls of a ragged forward pass.
+    """Plans the cache writes and, if `attends`, the attention calls of a ragged forward pass.
 
-    Every query is a batch row of its own, and the number of its keys depends only on its position: up to the next
-    multiple of PAD, masked; with a sliding window, from a multiple of PAD on. Then torch's CPU kernel gives a query the
-    same bits whatever is computed beside it. The number of keys matters even if they are masked: from some 190 keys on
-    it changes the order of summation.
+    In decoding, every query is a batch row of its own. Its keys are padded to the next multiple of PAD and masked; with
+    a sliding window they also begin at a multiple of PAD. So the number of keys depends only on the query's position,
+    and torch's CPU kernel gives a query the same bits whatever is computed beside it. Masked keys matter, too: from
+    about 190 keys on, their number changes the order of summation.
 
-    Prefill is faster: PAD new tokens that fill the positions between two multiples of PAD attend as one product. A
-    token in such a block has the same bits wherever else the prompt is cut, but not the bits of a query by itself.
-    Verification has at most MAX_DRAFT_TOKENS + 1 tokens and never fills a block.
+    In prefill, PAD new tokens that fill the positions between two multiples of PAD attend in one call, which is faster.
+    A token in such a block gets the same bits wherever else the prompt is cut into pieces, but not the bits that it
+    would get alone. Verification has at most MAX_DRAFT_TOKENS + 1 tokens and never fills a block.
 
     Args:
-        num_heads: Query and key heads together.
-        attends: False if only `FastLayer.write` follows.
+        num_heads: Number of query and key heads together.
+        attends: False if the plan is only used for `FastLayer.write`.
         windows: The sliding windows that layers have, a query's own position included; None for no window.
     """
     writes: list[Sequence[Tensor]] = []
@@ -235,13 +239,13 @@ def make_plan(
 class _Keys(NamedTuple):
     """Consecutive keys and values of a request, and the sliding window of its queries."""
 
-    block_L2GSE: Tensor
+    block_L2GSE: Tensor  # L layers, keys then values
     first: int  # position of the first key
     window: int | None
 
 
 def _plan_attention(keys: _Keys, first: int, last: int) -> _Attention:
-    """The attention call of the queries at positions first..last-1."""
+    """Returns the attention call of the queries at positions first to last - 1."""
     num_queries, (_, _, num_kv_heads, num_keys, _) = last - first, keys.block_L2GSE.shape
     hidden_NS = keys.block_L2GSE.new_full((num_queries, num_keys), float("-inf"))
     mask_NS = hidden_NS.triu(first - keys.first + 1)
@@ -250,7 +254,7 @@ def _plan_attention(keys: _Keys, first: int, last: int) -> _Attention:
     if num_queries == PAD:
         k, v = keys.block_L2GSE[:, :, :, None].unbind(1)
         return _Attention(k.unbind(), v.unbind(), mask_NS, is_block=True)
-    if num_queries * num_kv_heads == 1 and mask_NS.is_cpu:  # threads would share a single product: other bits
+    if num_queries * num_kv_heads == 1 and mask_NS.is_cpu:  # threads would split a single product, which changes bits
         num_queries = 2
     k, v = keys.block_L2GSE[:, :, None].expand(-1, -1, num_queries, -1, -1, -1).unbind(1)
     return _Attention(k.unbind(), v.unbind(), mask_NS[:, None, None], is_block=False)
@@ -260,7 +264,7 @@ class _Unit:
     """Scales the last axis, of length D, to unit norm: x / sqrt(sum(x^2) + D eps).
 
     This is RMS norm without the factor sqrt(D), in three operators instead of the eight of `F.rms_norm` on a CPU. hypot
-    gives the same bits in vectorised loops and in their remainders (0 of 2.8 M differed).
+    gives the same bits in vectorised loops and in their scalar remainders (none of 2.8 million values differed).
     """
 
     def __init__(self, like: Tensor, eps: float) -> None:
@@ -272,7 +276,7 @@ class _Unit:
 
 
 def _for_unit(norm: Tensor) -> Tensor:
-    """A norm's weight [..., D] times sqrt(D), which `_Unit` leaves out."""
+    """Returns a norm's weight [..., D] times sqrt(D), the factor that `_Unit` leaves out."""
     return norm * norm.shape[-1] ** 0.5
 
 
@@ -286,8 +290,8 @@ def _interleave(weight: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
 def _by_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Splits tensors along their first axis into parts so small that an elementwise operator runs on one CPU thread.
 
-    If threads share a row, their vectorised loops end at other elements, and bits differ. On other devices there is one
-    part, because each part would be a kernel.
+    If threads share a row, their vectorised loops end at other elements, and bits differ. On other devices nothing is
+    split, because each part would cost a kernel launch.
     """
     size = tensors[0].numel()
     if size < _MAX_SERIAL or tensors[0].device.type != "cpu":
@@ -297,9 +301,9 @@ def _by_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 class FastLayer:
-    """A layer for serving, without gradient: q, k and v are one product, gate and up another.
+    """A layer for serving, without gradient: q, k and v are one fused product, gate and up another.
 
-    The weight of a norm is multiplied into the product after it. Takes the same named weights as `plain_layer`.
+    The weight of a norm is folded into the product after it. Takes the same named weights as `plain_layer`.
     """
 
     def __init__(
@@ -343,7 +347,7 @@ class FastLayer:
         return x_ND + self._down(self._gate(self._gate_up(self._unit(x_ND))))
 
     def write(self, x_ND: Tensor, plan: Plan, index: int) -> Tensor:
-        """Writes keys and values to the cache without attending. Returns the queries."""
+        """Writes the keys and values of input rows to the cache, without attending. Returns the queries [N, H, E]."""
         qkv_NW = self._qkv(self._unit(x_ND) if self._has_input_norm else x_ND)
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         if self._head_norm_HE is not None:
@@ -379,9 +383,9 @@ class FastLayer:
 
 
 def _attend_alone(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
-    """Attention with each query as a batch row of its own."""
+    """Computes attention with each query as a batch row of its own; returns [queries, G, M, E]."""
     keys_NGSE, (num_queries, _, group, _) = call.keys[index], q_NGME.shape
-    if group % 2 and q_NGME.is_cpu:  # an odd size misaligns the scratch memory of torch's second thread: other bits
+    if group % 2 and q_NGME.is_cpu:  # an odd size misaligns the scratch memory of torch's second thread; bits change
         q_NGME = torch.cat([q_NGME, q_NGME[:, :, :1]], dim=2)
     if len(keys_NGSE) > num_queries:
         q_NGME = q_NGME.expand(2, -1, -1, -1)
@@ -390,7 +394,7 @@ def _attend_alone(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
 
 
 def _attend_block(q_NGME: Tensor, call: _Attention, index: int) -> Tensor:
-    """Attention of a whole block: each key-value head is a batch row, with its query heads as heads."""
+    """Computes attention of a whole block: each key-value head is a batch row, with its query heads as heads."""
     q_GMNE = q_NGME.permute(1, 2, 0, 3)
     keys_GMSE, values_GMSE = (part[index].expand(-1, q_GMNE.shape[1], -1, -1) for part in (call.keys, call.values))
     return F.scaled_dot_product_attention(q_GMNE, keys_GMSE, values_GMSE, attn_mask=call.mask).permute(2, 0, 1, 3)

@@ -2,8 +2,11 @@
 
 `F.linear` uses another kernel for one row than for five, and the float32 bits differ. If the weight is packed for
 several rows beforehand, oneDNN uses one kernel for any number of rows from two on, and a row's result does not depend
-on the others (for a single row see `PackedLinear`). This makes speculation bit-exact on a CPU. It is also faster at 2
-to 8 rows. The operators are private to torch (inductor's freezing emits them), so it is tried whether they exist.
+on the others (for a single row see `PackedLinear`). This makes speculative decoding bit-exact on a CPU. It is also
+faster at 2 to 8 rows. The operators are private to torch (inductor's freezing emits them), so `can_pack` tests whether
+they exist.
+
+Axis letters: N rows, D inputs, F outputs.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Linear = Callable[[Tensor], Tensor]
-MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+Linear = Callable[[Tensor], Tensor]  # x [N, D] to x @ weight.T + bias, [N, F]
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]  # from a weight [F, D] and a bias [F]
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [..., N, D] times a trainable weight [..., F, D]
 
 _ROWS_PACKED_FOR = 8  # any number from two on avoids oneDNN's kernel for one row
-_ROWS_COMPILED_FOR = 32  # rows are padded to multiples of this: oneDNN compiles a kernel per row count, in 0.25 ms
-_FEW_ROWS = 16  # up to this many rows, as in a decoding step, there is no padding: all kernels soon exist
+_ROWS_COMPILED_FOR = 32  # rows are padded to a multiple of this, as oneDNN compiles a kernel per row count in 0.25 ms
+_FEW_ROWS = 16  # no padding up to this many rows, as in a decoding step: kernels for so few row counts soon exist
 
 
 class PlainLinear:
@@ -37,10 +40,10 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """The same product with a weight packed for oneDNN. Without gradient, and on a CPU only.
+    """x @ weight.T + bias with a weight packed for oneDNN. Without gradient, and on a CPU only.
 
-    With more than some 1,024 columns, oneDNN sums a single row in another order than several. This is tried once per
-    shape, and such a weight computes a single row twice.
+    With more than about 1,024 columns, oneDNN sums a single row in another order than several. This is tested once per
+    shape, and with such a weight a single row is computed twice.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -66,7 +69,7 @@ def _multiply(x_ND: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _can_be_alone(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
-    """Whether a single row has the same bits as among several, in a product of this shape."""
+    """Whether a single row gets the same bits as it does among several, in a product of this shape."""
     generator = torch.Generator().manual_seed(0)
     packed = _pack(torch.randn(num_outputs, num_inputs, generator=generator).to(dtype))
     x_2D = torch.randn(1, num_inputs, generator=generator).to(dtype).expand(2, -1)
@@ -75,7 +78,7 @@ def _can_be_alone(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool
 
 @cache
 def can_pack() -> bool:
-    """Whether packing is available on this machine, and gives the same bits for one row as for many."""
+    """Whether packing is available on this machine, and a row gets the same bits alone as among others, in float32."""
     try:
         with torch.inference_mode():
             generator = torch.Generator().manual_seed(0)
@@ -92,7 +95,7 @@ def can_pack() -> bool:
 
 @cache
 def can_pack_half() -> bool:
-    """Whether bfloat16 can be packed: torch refuses it without AVX-512. Equal bits are only guaranteed in float32."""
+    """Whether bfloat16 weights can be packed, too: torch refuses without AVX-512. Equal bits are tested in float32."""
     try:
         PackedLinear(torch.zeros(16, 16, dtype=torch.bfloat16))
         return can_pack()
@@ -101,13 +104,13 @@ def can_pack_half() -> bool:
 
 
 def linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    """Returns the fastest exact product: packed for float32 and bfloat16 on a CPU if possible, else plain."""
+    """Returns the fastest exact kind of product: packed for float32 and bfloat16 on a CPU if possible, else plain."""
     can = {torch.float32: can_pack, torch.bfloat16: can_pack_half}.get(dtype)
     return PackedLinear if device.type == "cpu" and can and can() else PlainLinear
 
 
 class HalfLinear:
-    """A float32 product computed in bfloat16, prepacked: it reads half the bytes, at a hundredth of the precision."""
+    """A float32 product computed in bfloat16, prepacked: half the bytes to read, 8 significant bits instead of 24."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._product = PackedLinear(weight.bfloat16(), None if bias is None else bias.bfloat16())
@@ -117,11 +120,10 @@ class HalfLinear:
 
 
 class FrozenProduct:
-    """A product with a frozen weight, differentiable in its input. make_linear makes it, and the one of its backward
-    pass.
+    """A product with a frozen weight [V, D], differentiable in its input. Both directions are made by `make_linear`.
 
-    The target's head is a large part of a round; prepacked it took 0.2 (bfloat16) to 0.4 (float32) of `F.linear`'s
-    time.
+    The target's head takes a large part of a learning round; prepacked it took 0.2 (bfloat16) to 0.4 (float32) of
+    `F.linear`'s time.
     """
 
     def __init__(self, weight: Tensor, make_linear: MakeLinear) -> None:
@@ -151,15 +153,15 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x @ weight.mT; with an axis of sets in front, each set of rows times its own weight. The reference."""
+    """Returns x @ weight.mT [..., N, F]: the reference. With a leading axis of sets, each has its own x and weight."""
     return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.mT)
 
 
 def bf16_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns the same, computed in bfloat16, gradients included: results are rounded to bfloat16, and returned in
-    float32.
+    """Returns the same as `plain_product`, computed in bfloat16. So are the gradients.
 
-    On a processor with bfloat16 units it took a third to a quarter of `plain_product`'s time (AMD EPYC, Zen 5).
+    Results are rounded to bfloat16, and returned in float32. On a processor with bfloat16 units it took a third to a
+    quarter of `plain_product`'s time (AMD EPYC, Zen 5).
     """
     apply: Any = _HalfProduct.apply
     product: Tensor = apply(x, weight)
@@ -182,7 +184,7 @@ class _HalfProduct(torch.autograd.Function):
 
 
 def _half(x: Tensor) -> Tensor:
-    """Converts to bfloat16, and pads many rows with zeros, so that rounds and prompts of all sizes share kernels."""
+    """Converts to bfloat16. Pads more than _FEW_ROWS rows with zeros, so that nearby numbers of rows share a kernel."""
     count, width = x.shape[-2:]
     if count <= _FEW_ROWS or count % _ROWS_COMPILED_FOR == 0:
         return x.bfloat16()
@@ -194,15 +196,16 @@ def _half(x: Tensor) -> Tensor:
 
 
 def learn_product_for(device: torch.device) -> Product:
-    """Returns the fastest product for learning: bfloat16 if the processor multiplies it natively, else plain."""
+    """Returns the fastest product for learning: `bf16_matmul` if the processor has bfloat16 units, else plain."""
     return bf16_matmul if device.type == "cpu" and can_pack() and has_bfloat16_units() else plain_product
 
 
 def draft_linear_for(device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    """Returns the fastest product for drafting: bfloat16 if the processor multiplies it natively, else plain.
+    """Returns the fastest product for drafting.
 
-    Drafts need no exactness, because verification is exact. Drafts do not need packing for equal bits either: at one
-    row a packed product is slower than `F.linear`, and packing costs time at every swap.
+    For float32 on a CPU: `HalfLinear` if the processor has bfloat16 units, else plain. Otherwise as `linear_for`.
+    Drafts may be rounded, because verification is exact. For the same reason, float32 weights are not packed: for one
+    row a packed product is slower than `F.linear`, and packing takes time at every swap of weights.
     """
     if device.type != "cpu" or dtype != torch.float32:
         return linear_for(device, dtype)

@@ -1,6 +1,6 @@
-"""Loads targets from a Hugging Face directory or Hub id: config, weights, tokenizer, chat template.
+"""The loading of targets from a Hugging Face directory or Hub id: config, weights, tokenizer, chat template.
 
-Only safetensors are read, code from a checkpoint is never run, and every tensor of the model must be accounted for.
+Only safetensors are read, code from a checkpoint is never run, and every tensor of the model must be there.
 """
 
 from __future__ import annotations
@@ -42,28 +42,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _MOST_NAMED = 3  # tokens named in a log line
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _GENERATION_CONFIG = "generation_config.json"
-_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}  # of transformers
+# transformers' defaults of the settings in generation_config.json
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
 class Target:
-    """The model whose output is preserved, and its tokenizer."""
+    """The model whose output distribution is preserved, with its tokenizer."""
 
-    name: str
+    name: str  # the path, Hub id or `demo` that it was loaded by
     decoder: Model[Any]
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: frozenset[int]
     sampling: SamplingParams  # from generation_config.json; greedy if it does not ask for sampling
     fingerprint: str  # of weights, config and tokenizer
-    tokens_beyond: Mapping[int, str] = field(default_factory=dict)  # the tokenizer's that the model lacks, by id
+    tokens_beyond: Mapping[int, str] = field(default_factory=dict)  # tokens that only the tokenizer has, by id
 
     @property
     def path(self) -> str:
-        """Which code runs it: `own` or `transformers`."""
+        """Which code runs it: `own` for our decoder, or `transformers`."""
         return self.decoder.path
 
     def encode(self, text: str, is_chat: bool = True) -> list[int]:
-        """Returns the token ids of a prompt, as a user's turn if there is a chat template and `is_chat`."""
+        """Returns the token ids of a prompt. If `is_chat`, it is put into the chat template as a user message.
+
+        Without a chat template, `is_chat` has no effect.
+        """
         if is_chat and self.tokenizer.chat_template:
             turns = [{"role": "user", "content": text}]
             rendered = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -84,9 +88,9 @@ def load_target(
 
     Args:
         path_or_hub_id: A directory, a Hub id, or `demo` for the shipped model.
-        make_linear: Makes the products of our decoder; by default the fastest exact ones.
-        beside: Returns the bytes that a drafter and its learning will hold beside a target of this shape, dtype and
-            device, for the memory estimate.
+        make_linear: Makes the matrix products of our decoder; by default the fastest exact ones.
+        beside: For the memory estimate: returns the bytes that a drafter and its learning will hold beside a target of
+            these sizes, dtype and device.
 
     Raises:
         FileNotFoundError: if there is no such directory or Hub id, or one of its files is missing.
@@ -149,7 +153,7 @@ def read_model(
     """Reads a language model of a family that our decoder runs.
 
     Returns:
-        (config.json, shape, float32 weights, stored dtype); None for a model that only transformers runs.
+        (config.json, sizes, float32 weights, stored dtype); None for a model that only transformers runs.
 
     Raises:
         FileNotFoundError, ValueError: as `load_target`.
@@ -173,10 +177,10 @@ def read_hf_model(folder: Path, device: torch.device) -> HFModel:
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """Returns a torch device, after trying it.
+    """Returns a torch device, after creating a tensor on it.
 
     Raises:
-        ValueError: if torch does not know it, there is none on this machine, or it holds no values (meta).
+        ValueError: if torch does not know it, this machine has none, or its tensors hold no values (meta).
     """
     try:
         found = torch.device(device)
@@ -190,7 +194,7 @@ def as_device(device: str | torch.device) -> torch.device:
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Returns a torch dtype by its name.
+    """Returns a torch dtype by its name. Raises ValueError for names that are not in `DTYPES`.
 
     >>> as_dtype("float8")
     Traceback (most recent call last):
@@ -208,7 +212,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Reads config.json with transformers, if the architecture is supported.
 
     Raises:
-        ValueError: naming what is wrong with the file, or the architecture.
+        FileNotFoundError: if it is missing.
+        ValueError: naming what is wrong with the file, or the architecture if it is not supported.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -238,7 +243,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def own_shape(config: PretrainedConfig, folder: Path) -> ModelConfig | None:
-    """Returns the shape for our decoder; None if only transformers can run the model.
+    """Returns the sizes of a model for our decoder; None if only transformers can run it.
 
     Raises:
         ValueError: naming what is wrong with the config.
@@ -253,7 +258,7 @@ def own_shape(config: PretrainedConfig, folder: Path) -> ModelConfig | None:
 
 
 def path_of(folder: Path) -> str:
-    """Which code runs a target directory: own, transformers, or none and why."""
+    """Returns which code runs a target directory: "own", "transformers", or "none" with the reason in brackets."""
     try:
         return "own" if own_shape(read_config(folder), folder) else "transformers"
     except ValueError as error:
@@ -284,7 +289,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int, str]:
-    """Tokens that the model has no row for, by id; for instance a pad token added without resizing the embedding."""
+    """Returns the tokens that the model has no row for, by id: a pad token added without resizing the embedding."""
     return {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)) if i >= vocab_size}
 
 
@@ -294,7 +299,7 @@ def _named(tokens: Mapping[int, str]) -> str:
 
 
 def _that_can_be_said(end_token_ids: frozenset[int], beyond: Mapping[int, str], vocab_size: int) -> frozenset[int]:
-    """The end tokens inside the model's vocabulary; logs a warning if there are none."""
+    """Returns the end tokens that are in the model's vocabulary. Logs a warning if none of them is."""
     can_be_said = frozenset(i for i in end_token_ids if i < vocab_size)
     if end_token_ids and not can_be_said:
         first = min(end_token_ids)
@@ -306,7 +311,7 @@ def _that_can_be_said(end_token_ids: frozenset[int], beyond: Mapping[int, str], 
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Reads generation_config.json; empty if there is none."""
+    """Returns the content of generation_config.json; empty if there is no such file."""
     path = folder / _GENERATION_CONFIG
     return read_json(path) if path.is_file() else {}
 
@@ -327,7 +332,10 @@ def _token_ids(given: Any, path: Path) -> list[int]:
 
 
 def _default_sampling(generation: Mapping[str, Any], path: Path) -> SamplingParams:
-    """The sampling that a checkpoint recommends; greedy unless it sets `do_sample`. Unused values are not checked."""
+    """Returns the sampling that a checkpoint recommends; greedy unless it sets `do_sample`.
+
+    Values that are not used are not checked.
+    """
     is_sampling = generation.get("do_sample") or False
     used = _SAMPLING if is_sampling else {"repetition_penalty": 1.0}
     values: dict[str, Any] = used | {name: generation[name] for name in used if generation.get(name) is not None}

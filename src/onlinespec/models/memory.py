@@ -1,8 +1,8 @@
-"""Estimates the memory of a target, its drafter and their learning from shapes, before any weight is read.
+"""Memory estimates for a target, its drafter and learning, from tensor shapes, before any weight is read.
 
-It counts memory that is held: weights in the requested dtype, packed copies of weights, keys and values of requests. It
-does not count cached pages of the checkpoint's files, which the system frees when needed, nor temporary memory of a
-forward pass or round, except for packing a head.
+They count memory that stays allocated: weights in the requested dtype, packed copies of weights, the KV cache. They do
+not count cached pages of the checkpoint's files, which the system frees when needed, nor temporary memory of a forward
+pass or round, except for packing a weight.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ log = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 _SLACK = 1.15  # factor for fragmentation: measured 1.04 to 1.18 (161 M parameters)
-_GROUPS = Path("/sys/fs/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")  # where Linux mounts control groups
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a command needs."""
+    """The memory that a command needs, in bytes."""
 
-    num_parameters: int
-    loading: int  # the maximum while the target is loaded ...
-    cache_per_token: int
-    max_positions: int
+    num_parameters: int  # of the target
+    loading: int  # peak while the target is loaded ...
+    cache_per_token: int  # of one token in the target's KV cache
+    max_positions: int  # the target's context length in tokens
     dtype: torch.dtype
-    held: int = 0  # ... and what it holds afterwards
-    beside: int = 0  # for a drafter and its learning, after the target is loaded
+    held: int = 0  # ... and what the target holds afterwards
+    beside: int = 0  # what a drafter and its learning hold beside it
 
     @property
     def total(self) -> int:
-        """The maximum at any time, without caches."""
+        """The peak at any time, without KV caches."""
         return max(self.loading, self.held + self.beside)
 
 
@@ -50,8 +50,8 @@ def estimate(
     """Estimates the memory of a checkpoint with tensors of these shapes.
 
     Args:
-        keeps_second_head: True for our decoder with prepacked products: layers are replaced by their packed form one by
-            one, but the head is kept in both forms, and packing needs two copies of a weight for a moment.
+        keeps_second_head: True for our decoder with prepacked products. Layer by layer, it replaces weights by packed
+            ones, but it keeps the head in both forms, and packing a weight needs two more copies of it for a moment.
     """
     sizes = {name: math.prod(dims) for name, dims in shapes.items()}
     layer, total = config.layer, sum(sizes.values())
@@ -104,42 +104,42 @@ def check_memory(need: Need, device: torch.device, folder: Path) -> None:
         )
 
 
-# --- beside a target --------------------------------------------------------------------------------------------------
+# --- the drafter and learning -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DrafterSize:
     """The size of a drafter with float32 weights."""
 
-    num_parameters: int  # of its own
-    num_learning: int  # parameters that learn; the products of drafting are made of these
+    num_parameters: int  # without those that it shares with the target
+    num_learning: int  # parameters that learn; the matrix products for drafting are made from these
     own_head_width: int = 0  # hidden size of its own head; 0 if it uses the target's head
 
 
 @dataclass(frozen=True)
 class Products:
-    """The kinds of products of a drafter: those of its layers and its head."""
+    """The kinds of matrix products that a drafter uses, for its layers and for its head."""
 
     layers: MakeLinear
     head: MakeLinear
-    vocab_size: int  # tokens of its draft vocabulary
+    vocab_size: int  # number of tokens of its draft vocabulary
 
 
 _LISTS = 2  # draft vocabularies: the one for drafting, and the one with a batch's tokens
-# Bytes of an element in a layout beside the weight; a packed product's are as many as the weight's own ...
+# Bytes per element that a product needs beside the weight itself. For PackedLinear, not listed: the weight's item size.
 _FORWARD: dict[MakeLinear, int] = {PlainLinear: 0, HalfLinear: 2}
-# ... and of a layer's weight, once it is joined with others and scaled.
+# Bytes per element of a layer's weight in `FastLayer`, which fuses and scales it, so that even a plain one is a copy.
 _COPIED: dict[MakeLinear, int] = {PlainLinear: 4, HalfLinear: 2}
 _FLOAT32 = 4
 _SEEN = 16  # bytes per token of the vocabulary for the counts of a draft vocabulary
 
 
 def drafting_bytes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, products: Products) -> int:
-    """Returns the bytes that a drafting drafter holds.
+    """Returns the bytes that a drafter holds for drafting.
 
-    These are float32 weights, the products of its layers, and for the head of [V, D] elements: the product for the
-    whole vocabulary, and for each draft vocabulary its rows, the target's rows if that is another head, and their
-    product.
+    These are its float32 weights, the products of its layers, and for its head [V, D] the product over the whole
+    vocabulary. For each draft vocabulary they are a copy of its rows of the head, the product with these, and a copy of
+    its rows of the target's head if the drafter has another one.
     """
     head, listed, itemsize = _head_sizes(size, shape, dtype, products)
     layout = _FORWARD.get(products.head, itemsize)
@@ -161,13 +161,13 @@ def learning_bytes(
 ) -> int:
     """Returns the bytes that learning holds beside the drafter that drafts.
 
-    For the gradient through a frozen head: the product with its transpose, for the whole vocabulary and for draft
-    vocabularies, and the transpose while that is made. Then float32 copies of the weights that learn: moments,
-    gradients, weights. Learning in a thread has a drafter of its own, which does not draft; in a process also the
-    target's embedding and head.
+    For the gradient through a frozen head, these are the product with the transposed head, over the whole vocabulary
+    and the draft vocabularies, and the transposed head while that is made. Added are float32 copies of the weights that
+    learn: moments, gradients, weights. Learning in a thread has a drafter of its own, which does not draft; in a
+    process it also has the target's embedding and head.
 
     Args:
-        num_copies: Number of those copies; see `footprint.copies_of`.
+        num_copies: Number of float32 copies of the weights that learn; see `copies_of` in `learning/footprint.py`.
         apart: Where learning runs: "thread" or "process"; empty for inline.
         has_one_matrix: Whether the target's embedding and head are tied.
     """
@@ -190,19 +190,19 @@ def learning_bytes(
 
 
 def _head_sizes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, products: Products) -> tuple[int, int, int]:
-    """Elements of the head and of its rows in a draft vocabulary, and bytes per element."""
+    """Returns the number of elements of the head and of its rows for a draft vocabulary, and the bytes per element."""
     width = size.own_head_width or shape.layer.hidden_size
     itemsize = _FLOAT32 if size.own_head_width else dtype.itemsize
     return shape.vocab_size * width, min(shape.vocab_size, products.vocab_size) * width, itemsize
 
 
 def _label_bytes(size: DrafterSize, shape: ModelConfig, dtype: torch.dtype, products: Products) -> int:
-    """Bytes of a draft vocabulary's rows of the target's head, if the drafter has another head."""
+    """Returns the bytes of a draft vocabulary's rows of the target's head; 0 unless the drafter has its own head."""
     listed = min(shape.vocab_size, products.vocab_size)
     return listed * shape.layer.hidden_size * dtype.itemsize if size.own_head_width else 0
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- available memory -------------------------------------------------------------------------------------------------
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -227,7 +227,7 @@ def _available_in_system() -> int | None:
 
 
 def _left_in_group(groups: Path = _GROUPS, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The bytes left by the tightest limit of this process's control groups (v2); None if there is no limit."""
+    """Returns the bytes left below the tightest limit of this process's control groups (v2); None without a limit."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""Rotary positions, with the scalings that published models use.
+"""Rotary position embeddings (RoPE), with the scalings that published models use.
 
-A position's rotation must not depend on what else is in a forward pass; otherwise cropped drafts would leave traces.
-For scalings that depend on the text length (`dynamic`, `longrope`) we use the maximum number of tokens of the request,
-which is known when its cache slot is taken. transformers uses the length so far, so it rotates early and late positions
-of a long text differently, or recomputes the cache. For a whole text in one call both agree.
+A position's rotation must not depend on what else is in a forward pass, or else a rejected draft would change keys that
+stay in the cache. So for scalings that depend on the text length (`dynamic`, `longrope`) we use the maximum number of
+tokens of the request, which is known when its cache slot is taken. transformers uses the length so far, so it rotates
+early and late positions of a long text differently, or recomputes the cache. For a whole text in one call both agree.
 
 Axis letters: N positions, R pairs of rotated elements.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MOST_TABLES = 8
+_MOST_TABLES = 8  # tables that are kept, one per length; the oldest is dropped
 
 
 def _any_length(capacity: int) -> int:
@@ -26,15 +26,14 @@ def _any_length(capacity: int) -> int:
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary positions of a model.
+    """The rotary embedding of a model.
 
     Args:
         theta: Base of the unscaled frequencies, theta ** (-2 i / rotary_dim) for pair i.
         share: Share of a head's elements that are rotated, the first ones.
         length_of: Maps a request's maximum number of tokens to the length that its scaling is computed for.
-        scaled: Maps such a length to the frequencies [R] in radians per position, and the factor of cosine and sine;
-        None
-            without scaling.
+        scaled: Maps such a length to the frequencies [R] in radians per position, and to a factor of cosine and sine.
+            None without scaling.
     """
 
     theta: float = 10_000.0
@@ -47,7 +46,7 @@ class Rope:
         return int(head_dim * self.share)
 
     def rotary(self, positions_N: Tensor, head_dim: int, length: int = 0) -> Tensor:
-        """Returns rotations [N, R] as complex numbers, computed like transformers' to have the same rounding."""
+        """Returns rotations [N, R] as complex numbers, with the same rounding as transformers computes them."""
         frequencies_R, scale = self._frequencies(head_dim, length)
         angles_NR = positions_N[:, None].float() * frequencies_R.to(positions_N.device)
         return torch.polar(torch.full_like(angles_NR, scale), angles_NR)
@@ -60,15 +59,21 @@ class Rope:
 
 
 class RotaryTables:
-    """Tables of rotations for whole heads, computed up to the longest position so far. Elements that are not rotated
-    have rotation 1."""
+    """Tables of rotations for whole heads, computed up to twice the largest position used so far.
+
+    Elements that are not rotated have rotation 1.
+    """
 
     def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
         self._rope, self._head_dim, self._device = rope, head_dim, device
         self._tables: OrderedDict[int, Tensor] = OrderedDict()  # by the length that the scaling is computed for
 
     def __call__(self, start: int, count: int, capacity: int) -> Tensor:
-        """Returns rotations [count, head_dim / 2] of positions from `start` on, for a request of at most `capacity`."""
+        """Returns rotations [count, head_dim / 2], complex64, of the positions from `start` on.
+
+        Args:
+            capacity: Maximum number of tokens of the request.
+        """
         length = self._rope.length_of(capacity)
         table_SR = self._tables.get(length)
         if table_SR is None or start + count > len(table_SR):

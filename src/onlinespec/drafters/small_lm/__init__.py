@@ -1,1 +1,1 @@
-"""`small_lm`: a small language model as the drafter."""
+"""The `small_lm` drafter: a small language model."""

@@ -21,7 +21,7 @@ from onlinespec.models.checkpoint import check_tensors, read_tensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
-_PLAIN = {  # options of peft for LoRA variants, which are not supported: the values that mean ordinary LoRA
+_PLAIN = {  # peft's options for variants of LoRA, which are not supported, with the values that mean ordinary LoRA
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_rslora": (False, None),
@@ -38,7 +38,13 @@ def is_in(folder: Path) -> bool:
 
 
 def fresh(weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
-    """Returns new adapters for all linear layers of the decoder layers. B is zero, so the model does not change yet."""
+    """Returns new float32 adapters for all linear layers of the decoder layers.
+
+    A is random and B is zero, so the model's output does not change yet.
+
+    Args:
+        weights: The weights of the model, by our decoder's names.
+    """
     generator, params = torch.Generator().manual_seed(0), {}
     for name, weight in weights.items():
         if name.startswith("model.layers.") and name.endswith("_proj.weight"):
@@ -50,9 +56,9 @@ def fresh(weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
 
 
 def merged(weights: Mapping[str, Tensor], params: Params, tuning: Tuning) -> Params:
-    """Returns the adapted weights with their adapters merged in, differentiable in the adapters.
+    """Returns the adapted weights, W + alpha / rank * B @ A, differentiable in the adapters.
 
-    Weights without an adapter are left out. Stacked adapters [E, ...] give stacked weights.
+    Weights without an adapter are left out. Adapters of E sets, stacked to [E, ...], give stacked weights.
     """
     scale = tuning.alpha / tuning.rank
     modules = [name.removesuffix(_A) for name in params if name.endswith(_A)]
@@ -102,7 +108,7 @@ def tuning_of(config: Mapping[str, Any], folder: Path) -> Tuning:
     """Returns the rank and alpha of saved adapters.
 
     Raises:
-        ValueError: if the config is not ordinary LoRA (the message names the option), or has values that are not
+        ValueError: if the config is not ordinary LoRA (the message names the option), or rank and alpha are not valid
             numbers.
     """
     path = folder / CONFIG
@@ -125,6 +131,7 @@ def read(folder: Path, weights: Mapping[str, Tensor], tuning: Tuning) -> Params:
         tuning: The rank and alpha of the adapters, from `tuning_of`.
 
     Raises:
+        FileNotFoundError: if the file is missing.
         ValueError: if there are no adapters, or one does not fit the model's weights; the message names it.
     """
     some = next(iter(weights.values()))

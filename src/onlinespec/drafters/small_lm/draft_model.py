@@ -1,9 +1,9 @@
-"""The language model inside a `small_lm` drafter: a fast forward pass for drafting, a differentiable one for learning.
+"""The language model in a `small_lm` drafter: a fast forward pass for drafting, a differentiable one for learning.
 
-Model families that our own decoder supports draft in batches, and learn through the plain PyTorch form of the decoder.
-Other families run through transformers, one request at a time, in drafting and in learning.
+Model families that our decoder supports draft in batches, and learn through the decoder's plain PyTorch form. Other
+families run through transformers, one request at a time, in drafting and in learning.
 
-Axis letters: N rows of a call, C rows of context, D hidden size, V vocabulary.
+Axis letters: N rows of a call, C rows of context, S rows of one text, D hidden size, V vocabulary, E sets of weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DraftModel(ABC):
     cache: Cache
     embedding_name: str  # name of the embedding's weight
     head_name: str  # name of the LM head's weight; the embedding's if they are tied
-    max_context: int | None = None  # maximum number of context rows per span in learning, the most recent; None for all
+    max_context: int | None = None  # learning keeps at most so many context rows per span, the latest; None for all
     can_adapt: bool  # whether LoRA adapters are supported
 
     @abstractmethod
@@ -62,7 +62,7 @@ class DraftModel(ABC):
         """Returns the weights by the published names of the model family."""
 
     def known(self, token_ids: Tensor) -> Tensor:
-        """Replaces ids outside the drafter's vocabulary by 0, because the target may have more tokens."""
+        """Replaces ids beyond the drafter's vocabulary by 0, because the target's vocabulary may be larger."""
         return torch.where(token_ids < self.config.vocab_size, token_ids, 0)
 
 
@@ -73,7 +73,8 @@ class OwnDraftModel(DraftModel):
         config: The shape of the model.
         published_config: The content of its config.json.
         weights: Float32 weights by our decoder's names. A model with tied embeddings has no `lm_head.weight`.
-        make_linear: Makes the linear layers for drafting; by default the fastest ones for the device.
+        make_linear: Makes the matrix products for drafting; by default the fastest ones for the device. If given,
+            learning uses plain products, too.
         draft_dtype: The dtype of weights and cache in drafting.
     """
 
@@ -146,7 +147,7 @@ class OwnDraftModel(DraftModel):
         return Past(keys_values, rows.context_positions_C, rows.is_visible_NC)
 
     def _capped(self, capacities: Ints) -> Ints:
-        """Limits capacities as in drafting, which ends at the model's last position."""
+        """Limits capacities to what drafting uses, which ends at the model's last position."""
         return np.minimum(capacities, self.config.max_positions + MAX_DRAFT_TOKENS)
 
     def _embedded(self, weights: Params, token_ids_N: Tensor, sets: tuple[int, ...]) -> Tensor:

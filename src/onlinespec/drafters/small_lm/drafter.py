@@ -1,10 +1,11 @@
 """The `small_lm` drafter: an independent small language model with the target's tokenizer.
 
 This is the kind of drafter that Online Speculative Decoding distils online. Its only input is the text, not the
-target's hidden states, so any model with the same tokenizer can be used. Drafting runs on the same decoder as targets,
-learning on its differentiable form. Model families that the decoder does not support run through transformers.
+target's hidden states, so any model with the same tokenizer can be used. It drafts on the decoder that also runs
+targets, and learns on that decoder's differentiable form. Model families that the decoder does not support run through
+transformers.
 
-Axis letters: N rows of a call, C rows of context, D hidden size, V the target's vocabulary, E sets of weights.
+Axis letters: N rows of a call, S draft vocabulary, D hidden size, V the target's vocabulary, E sets of weights.
 Reference: Online Speculative Decoding, arXiv:2310.07177; speculative sampling, arXiv:2211.17192.
 """
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FRESH_LAYERS = 2
-_READ_AT_ONCE = 512  # maximum number of prompt tokens per forward pass
+_READ_AT_ONCE = 512  # maximum number of prompt tokens per forward pass of prefill
 
 
 class SmallLM(Autoregressive):
@@ -59,8 +60,9 @@ class SmallLM(Autoregressive):
         weights: Float32 weights by the names that `model` uses.
         version: The weights version.
         dtype: The dtype in which the weights are saved.
-        base: The folder or Hub id that the model was loaded from, for saved adapters to refer to; empty if untrained.
-        make_linear: Makes the linear layers for drafting; by default the fastest ones for the device.
+        base: The folder or Hub id that the model was loaded from. Saved adapters refer to it. Empty if untrained.
+        make_linear: Makes the matrix products of the head for drafting; by default the fastest ones for the device. If
+            given, learning uses plain products, too.
         draft_tokens: Size or ids of the draft vocabulary; see `DraftVocab`.
     """
 
@@ -195,7 +197,7 @@ class SmallLM(Autoregressive):
     # --- weights ------------------------------------------------------------------------------------------------
 
     def _trained(self, weights: Params) -> Params:
-        """Returns the weights that learn, given those of the whole model: a subset of them, or new adapters."""
+        """Returns the part of the whole model's weights that learns, or new adapters if adapters learn."""
         if self._tuning.what == "adapters":
             return adapters.fresh(weights, self._tuning)
         still = () if self._tuning.what == "all" else (self._model.embedding_name, self._model.head_name)
@@ -226,7 +228,7 @@ class SmallLM(Autoregressive):
         self.weights = weights
 
     def _crop_head(self, head_VD: Tensor) -> Tensor:
-        """Cuts off rows of the head beyond the target's vocabulary. It may have fewer rows: see `DraftVocab`."""
+        """Cuts off rows of the head beyond the target's vocabulary. Missing rows are left to `DraftVocab`."""
         return head_VD[..., : self._num_tokens, :]
 
     # --- drafting -----------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ class SmallLM(Autoregressive):
     # --- learning -----------------------------------------------------------------------------------------------
 
     def _depths(self, params: Params, rows: Layout, num_depths: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `HeadTraining._depths`. All depths share their states, because every row's context is committed tokens.
+        """See `HeadTraining._depths`. All depths share their states, because only committed tokens are context.
 
         So depth d has the states of a draft whose first d tokens were all accepted.
         """
@@ -309,7 +311,11 @@ def _read(
 
 
 def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
-    """Raises a ValueError if a token id stands for different tokens in drafter and target; it names the first one."""
+    """Checks that each token id stands for the same token in drafter and target, as far as both have it.
+
+    Raises:
+        ValueError: naming the first id that does not.
+    """
     ours = {i: token for token, i in target.tokenizer.get_vocab().items()}
     theirs = {i: token for token, i in read_tokenizer(folder).get_vocab().items()}
     for i in range(min(shape.vocab_size, target.decoder.config.vocab_size)):
@@ -321,7 +327,7 @@ def _check_tokenizer(folder: Path, shape: ModelConfig, target: Target) -> None:
 
 
 def _is_of_vocabulary(name: str) -> bool:
-    """Whether a published tensor is an embedding or an LM head, judged by its name."""
+    """Whether a tensor is an embedding or an LM head, according to its published name."""
     return name.endswith(("embed_tokens.weight", "lm_head.weight", "embed_in.weight", "embed_out.weight", "wte.weight"))
 
 
