@@ -94,3 +94,10 @@ def test_the_length_of_its_matches_is_saved(tmp_path):
     Ngram(max_ngram=5).save(tmp_path / "drafter")
     assert json.loads((tmp_path / "drafter" / "config.json").read_text())["max_ngram"] == 5
     assert load_drafter(tmp_path / "drafter", random_target()).max_ngram == 5
+
+
+@pytest.mark.parametrize("given", [{}, {"max_ngram": "3"}, {"max_ngram": 0}, {"max_ngram": True}])
+def test_a_folder_without_a_usable_length_is_refused_by_name(tmp_path, given):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NgramDrafter"], **given}))
+    with pytest.raises(ValueError, match="max_ngram is"):
+        load_drafter(tmp_path, random_target())

@@ -65,7 +65,10 @@ class Ngram(Drafter):
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Self:
-        return cls(int(read_drafter_config(folder)["max_ngram"]), target.decoder.device)
+        max_ngram = read_drafter_config(folder).get("max_ngram")
+        if type(max_ngram) is not int or max_ngram < 1:
+            raise ValueError(f"{folder / 'config.json'}: max_ngram is {max_ngram!r}; it must be a number of at least 1")
+        return cls(max_ngram, target.decoder.device)
 
     def save(self, folder: Path) -> None:
         write_drafter(

@@ -181,9 +181,9 @@ class HFDraftModel(DraftModel):
     def states(self, weights: Params, rows: Layout, sets: tuple[int, ...]) -> Tensor:
         if not sets:
             return self._states(weights, rows)
-        stacked = self._model.weights
+        one_set = self._model.weights
         each = (
-            {name: t[i] if t.dim() > stacked[name].dim() else t for name, t in weights.items()} for i in range(sets[0])
+            {name: t[i] if t.dim() > one_set[name].dim() else t for name, t in weights.items()} for i in range(sets[0])
         )
         return torch.stack([self._states(one, rows) for one in each])
 
